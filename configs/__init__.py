@@ -1,0 +1,1 @@
+"""The configuration tree, carried as a package so that an installed copy has it too."""

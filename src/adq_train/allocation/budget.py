@@ -1,0 +1,172 @@
+"""What an allocation costs, and what it may cost."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields
+from typing import Protocol
+
+from adq_train.artifacts import BitAllocation, LayerBits, LayerInfo, SensitivityTable
+from adq_train.errors import UserError
+
+
+@dataclass(frozen=True)
+class Budget:
+    """Upper limits; None for no limit.
+
+    Attributes:
+        average_weight_bits: Mean bits per weight over the layers whose bits are chosen.
+        model_size_bytes: Packed weights of all quantized layers.
+        bops: Bit operations of one image, over all quantized layers.
+    """
+
+    average_weight_bits: float | None = None
+    model_size_bytes: float | None = None
+    bops: float | None = None
+
+    def limits(self) -> dict[str, float]:
+        """The limits that are set, by name."""
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        return {name: float(value) for name, value in values.items() if value is not None}
+
+
+def packed_bytes(num_weights: int, bits: int) -> int:
+    """Bytes of a layer's packed codes; each layer starts at a byte."""
+    return -(-num_weights * bits // 8)
+
+
+@dataclass(frozen=True)
+class Limit:
+    """One budget as an inequality: Σ_l cost(l, b_l) ≤ bound, in whole units.
+
+    Attributes:
+        name: Name of the budget.
+        cost: What a layer costs at a bit-width, an integer.
+        bound: Largest allowed sum.
+        unit: The user's figure is the sum divided by this.
+    """
+
+    name: str
+    cost: Callable[[LayerInfo, int], int]
+    bound: int
+    unit: int
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Everything that an allocator chooses from.
+
+    Attributes:
+        layers: All quantizable layers, in the order of execution.
+        pinned: Layers whose bits are given, and these bits.
+        candidates: Bit-widths that the other layers may get, ascending. A layer's input gets as
+            many bits as its weights.
+        budget: The limits.
+    """
+
+    layers: tuple[LayerInfo, ...]
+    pinned: Mapping[str, int]
+    candidates: tuple[int, ...]
+    budget: Budget
+
+    @property
+    def mixed(self) -> tuple[LayerInfo, ...]:
+        """The layers whose bits are chosen."""
+        return tuple(x for x in self.layers if x.name not in self.pinned)
+
+    def options(self, layer: LayerInfo) -> tuple[int, ...]:
+        """The bit-widths that a layer may get."""
+        return (self.pinned[layer.name],) if layer.name in self.pinned else self.candidates
+
+    def limits(self) -> tuple[Limit, ...]:
+        """The budget as inequalities over all layers."""
+        num_mixed = sum(x.num_weights for x in self.mixed)
+
+        def weight_bits(layer: LayerInfo, bits: int) -> int:
+            return 0 if layer.name in self.pinned else layer.num_weights * bits
+
+        costs: dict[str, tuple[Callable[[LayerInfo, int], int], int]] = {
+            "average_weight_bits": (weight_bits, num_mixed),
+            "model_size_bytes": (lambda x, b: packed_bytes(x.num_weights, b), 1),
+            "bops": (lambda x, b: x.macs * b * b, 1),
+        }
+        return tuple(
+            # The tiny slack keeps 2.81 × n from losing a unit to the binary form of 2.81.
+            Limit(name, costs[name][0], math.floor(bound * costs[name][1] * (1 + 1e-12)),
+                  costs[name][1])
+            for name, bound in self.budget.limits().items()
+        )  # fmt: skip
+
+    def check(self) -> None:
+        """Refuses a budget that no allocation meets.
+
+        Every cost rises with the bits, so the least bits of all layers decide for all limits.
+
+        Raises:
+            UserError: Names the budget, and the least and the most that can be reached.
+        """
+        if not self.mixed:
+            raise UserError(
+                "bits.first_last: the first and the last layer are all that the model has; set "
+                "bits.first_last=null to choose their bits too"
+            )
+        for limit in self.limits():
+            least = sum(limit.cost(x, min(self.options(x))) for x in self.layers)
+            most = sum(limit.cost(x, max(self.options(x))) for x in self.layers)
+            if least > limit.bound:
+                asked = self.budget.limits()[limit.name]
+                raise UserError(
+                    f"budget.{limit.name}: {asked:g} cannot be reached; with bits.candidates="
+                    f"{list(self.candidates)} the least is {least / limit.unit:.10g} and the most "
+                    f"{most / limit.unit:.10g}; raise the budget or add smaller candidates"
+                )
+
+
+class Allocator(Protocol):
+    """Chooses bits for the layers that are not pinned."""
+
+    @property
+    def name(self) -> str:
+        """The allocator's name in ``allocation.json``."""
+        ...
+
+    def choose(self, problem: Problem, table: SensitivityTable) -> tuple[dict[str, int], bool]:
+        """Bits of every mixed layer by name, and whether they are proven optimal."""
+        ...
+
+
+def allocate(allocator: Allocator, problem: Problem, table: SensitivityTable) -> BitAllocation:
+    """Lets an allocator choose, and accounts for what its choice costs.
+
+    Args:
+        allocator: Who chooses.
+        problem: Layers, candidates and budget.
+        table: Sensitivities of at least the mixed layers.
+
+    Raises:
+        UserError: No allocation meets the budget.
+    """
+    problem.check()
+    chosen, optimal = allocator.choose(problem, table)
+    bits = {**chosen, **problem.pinned}
+    for limit in problem.limits():
+        total = sum(limit.cost(x, bits[x.name]) for x in problem.layers)
+        assert total <= limit.bound, f"{allocator.name} broke the limit {limit.name}"
+
+    def mean(layers: tuple[LayerInfo, ...], count: Callable[[LayerInfo], int]) -> float:
+        return sum(count(x) * bits[x.name] for x in layers) / sum(count(x) for x in layers)
+
+    omega = {x.name: x.sensitivity for x in table.layers}
+    return BitAllocation(
+        allocator=allocator.name,
+        budget=problem.budget.limits(),
+        layers=tuple(LayerBits(x.name, bits[x.name], bits[x.name]) for x in problem.layers),
+        average_weight_bits=mean(problem.mixed, lambda x: x.num_weights),
+        average_weight_bits_all_layers=mean(problem.layers, lambda x: x.num_weights),
+        average_activation_bits=mean(problem.mixed, lambda x: x.num_inputs),
+        model_size_bytes=sum(packed_bytes(x.num_weights, bits[x.name]) for x in problem.layers),
+        bops=sum(x.macs * bits[x.name] ** 2 for x in problem.layers),
+        objective=sum(omega[x.name][bits[x.name]] for x in problem.mixed),
+        optimal=optimal,
+    )

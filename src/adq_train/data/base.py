@@ -1,0 +1,145 @@
+"""What every data set gives to a run, and the seeds that make its order repeatable."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from itertools import islice
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from adq_train.errors import UserError
+
+Batch = tuple[Tensor, Tensor]  # images (N, C, H, W) float32, normalised; targets (N,) int64
+
+
+class Batches(Protocol):
+    """Batches whose order and augmentation depend on the seed and the epoch alone."""
+
+    def __len__(self) -> int:
+        """The number of batches of an epoch."""
+        ...
+
+    def epoch(self, epoch: int) -> Iterator[Batch]:
+        """The batches of one epoch, on the training device."""
+        ...
+
+
+@dataclass(frozen=True)
+class ImageData:
+    """A classification data set in four parts; the test part is read once, at the end.
+
+    Attributes:
+        name: The data set's name.
+        num_classes: Targets lie in ``0 .. num_classes - 1``.
+        image_shape: Channels, height and width of one image as the model sees it.
+        fingerprint: SHA-256 of the data (image folders: of paths and file sizes).
+        train: What float training and QAT learn from.
+        calibration: Held out of training; initialises quantizers and measures sensitivity.
+        validation: Held out of training; watched during training, chooses the best epoch.
+        test: Read once, for the figures of the result.
+    """
+
+    name: str
+    num_classes: int
+    image_shape: tuple[int, int, int]
+    fingerprint: str
+    train: Batches
+    calibration: Batches
+    validation: Batches
+    test: Batches
+
+    def for_dry_run(self) -> ImageData:
+        """Two training batches of full size (memory is what they try), and a few images elsewhere."""
+        return replace(
+            self,
+            train=FirstBatches(self.train, 2),
+            calibration=FirstBatches(self.calibration, 2, 4),
+            validation=FirstBatches(self.validation, 2, 4),
+            test=FirstBatches(self.test, 2, 4),
+        )
+
+
+@dataclass(frozen=True)
+class FirstBatches:
+    """The first few batches of each epoch of another :class:`Batches`, cut to a few images."""
+
+    batches: Batches
+    limit: int
+    images: int | None = None
+
+    def __len__(self) -> int:
+        return min(self.limit, len(self.batches))
+
+    def epoch(self, epoch: int) -> Iterator[Batch]:
+        """The first batches of that epoch."""
+        for images, targets in islice(self.batches.epoch(epoch), self.limit):
+            yield images[: self.images], targets[: self.images]
+
+
+@dataclass(frozen=True)
+class Loading:
+    """How a data set is to be read; a run-time value, the same for every data set.
+
+    Attributes:
+        batch_size: Images of a training batch.
+        eval_batch_size: Images of a batch elsewhere.
+        seed: The run's seed: order and augmentation of the training images.
+        device: Where the batches live.
+    """
+
+    batch_size: int
+    eval_batch_size: int
+    seed: int
+    device: torch.device
+
+
+@dataclass(frozen=True, kw_only=True)
+class HeldOut:
+    """The knobs that every data set has: what is held out of its training part.
+
+    Attributes:
+        validation_images: Watched during training; at least 1.
+        calibration_images: Initialise quantizers and measure sensitivity; at least 1.
+    """
+
+    validation_images: int
+    calibration_images: int
+
+    def __post_init__(self) -> None:
+        for name in ("validation_images", "calibration_images"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+
+    def split(self, num_images: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Indices of the validation, calibration and remaining training images.
+
+        The same for every seed, so that runs with different seeds are compared on the same images.
+
+        Raises:
+            UserError: Nothing would be left to train on.
+        """
+        rest = num_images - self.validation_images - self.calibration_images
+        if rest < 1:
+            raise UserError(
+                f"data: validation_images ({self.validation_images}) + calibration_images "
+                f"({self.calibration_images}) leave none of the {num_images} training images to "
+                "train on; hold out fewer"
+            )
+        order = torch.randperm(num_images, generator=torch.Generator().manual_seed(0))
+        validation, calibration, training = order.split(
+            [self.validation_images, self.calibration_images, rest]
+        )
+        return validation, calibration, training
+
+
+def derived_seed(*parts: int | str) -> int:
+    """A 63-bit seed that depends on every part, the same on every machine.
+
+    Neighbouring seeds, epochs or indices give unrelated streams, which ``seed + epoch`` would not.
+    """
+    digest = hashlib.blake2b("/".join(map(str, parts)).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") >> 1

@@ -1,0 +1,227 @@
+"""CIFAR-10 and CIFAR-100: 50,000 + 10,000 colour images of 32 × 32 pixels.
+
+The binary version is read, and downloaded where nothing is there. The folder that torchvision
+leaves behind (the "python version") is read too; its files are pickles, so they go through an
+unpickler that can build numpy arrays and nothing else.
+"""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from adq_train.data.base import HeldOut, ImageData, Loading
+from adq_train.data.in_memory import Augmentation, split_in_memory
+from adq_train.errors import UserError
+
+CACHE_FOLDER = Path("~/.cache/adq-train")
+PIXELS = 3 * 32 * 32
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where one of the two sets keeps its files.
+
+    Attributes:
+        folders: Folder of the binary and of the python version.
+        train: Names of the training files, without suffix.
+        test: Name of the test file.
+        label_bytes: Bytes before the pixels of a binary record; the last one is the class.
+        label_key: Key of the classes in a pickled file.
+        num_classes: Number of classes.
+        url: The archive of the binary version.
+        md5: Its published checksum.
+    """
+
+    folders: tuple[str, str]
+    train: tuple[str, ...]
+    test: str
+    label_bytes: int
+    label_key: str
+    num_classes: int
+    url: str
+    md5: str
+
+
+LAYOUTS = {
+    "cifar10": Layout(
+        folders=("cifar-10-batches-bin", "cifar-10-batches-py"),
+        train=tuple(f"data_batch_{i}" for i in range(1, 6)),
+        test="test_batch",
+        label_bytes=1,
+        label_key="labels",
+        num_classes=10,
+        url="https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz",
+        md5="c32a1d4ab5d03f1284b67883e8d87530",
+    ),
+    "cifar100": Layout(
+        folders=("cifar-100-binary", "cifar-100-python"),
+        train=("train",),
+        test="test",
+        label_bytes=2,
+        label_key="fine_labels",
+        num_classes=100,
+        url="https://www.cs.toronto.edu/~kriz/cifar-100-binary.tar.gz",
+        md5="03b5dce01913d631647c71ecec9e9cb8",
+    ),
+}
+
+
+def read_binary(path: Path, label_bytes: int) -> tuple[Tensor, Tensor]:
+    """Reads records of label bytes and 3 × 32 × 32 pixels, channel by channel.
+
+    Returns:
+        Images (M, 3, 32, 32) uint8 and targets (M,) int64, the last label byte of each record.
+
+    Raises:
+        UserError: The file is empty or ends inside a record.
+    """
+    data = np.fromfile(path, np.uint8)
+    record = label_bytes + PIXELS
+    if len(data) == 0 or len(data) % record:
+        raise UserError(
+            f"data.root: {path} is truncated: {len(data)} bytes are not a multiple of the "
+            f"{record} bytes of a record; fetch the file again"
+        )
+    records = torch.from_numpy(data).view(-1, record)
+    targets = records[:, label_bytes - 1].long()
+    return records[:, label_bytes:].reshape(-1, 3, 32, 32).contiguous(), targets
+
+
+class _ArrayUnpickler(pickle.Unpickler):
+    """Builds numpy arrays of plain numbers; every other name in the file is refused."""
+
+    ALLOWED = frozenset(
+        {
+            ("numpy", "ndarray"),
+            ("numpy", "dtype"),
+            ("_codecs", "encode"),
+            *(
+                (f"numpy.{core}.{module}", name)
+                for core in ("core", "_core")
+                for module, name in (("multiarray", "_reconstruct"), ("numeric", "_frombuffer"))
+            ),
+        }
+    )
+
+    def find_class(self, module: str, name: str) -> Any:
+        if (module, name) not in self.ALLOWED:
+            raise pickle.UnpicklingError(f"it names {module}.{name}, which no image file needs")
+        return super().find_class(module, name)
+
+
+def read_pickled(path: Path, label_key: str) -> tuple[Tensor, Tensor]:
+    """Reads a file of the python version: a dictionary with pixels (M, 3072) and labels.
+
+    Raises:
+        UserError: The file is damaged, is something else, or tries to load anything but arrays.
+    """
+    try:
+        with path.open("rb") as file:
+            content = _ArrayUnpickler(file, encoding="latin1").load()
+        # Python 2 wrote text keys, Python 3 may have written bytes.
+        fields = {k.decode() if isinstance(k, bytes) else k: v for k, v in content.items()}
+        pixels = torch.from_numpy(np.asarray(fields["data"], np.uint8).reshape(-1, 3, 32, 32))
+        targets = torch.tensor(fields[label_key], dtype=torch.int64)
+    except (pickle.UnpicklingError, EOFError, OSError, KeyError, ValueError, TypeError,
+            AttributeError) as error:  # fmt: skip
+        raise UserError(
+            f"data.root: {path} is not an intact CIFAR file ({error}); fetch the file again"
+        ) from error
+    return pixels.contiguous(), targets
+
+
+def find_reader(
+    root: Path, layout: Layout
+) -> tuple[list[Path], Callable[[Path], tuple[Tensor, Tensor]]] | None:
+    """The training files, then the test file, with their reader; None where a file is missing."""
+    binary, pickled = layout.folders
+    names = (*layout.train, layout.test)
+    for folder in (root, root / binary):
+        files = [folder / f"{name}.bin" for name in names]
+        if all(file.is_file() for file in files):
+            return files, lambda path: read_binary(path, layout.label_bytes)
+    for folder in (root, root / pickled):
+        files = [folder / name for name in names]
+        if all(file.is_file() for file in files):
+            return files, lambda path: read_pickled(path, layout.label_key)
+    return None
+
+
+def download(root: Path, layout: Layout) -> None:
+    """Fetches and unpacks the binary version, checked against its published MD5."""
+    from torchvision.datasets.utils import download_and_extract_archive
+
+    try:
+        download_and_extract_archive(layout.url, str(root), md5=layout.md5)
+    except Exception as error:  # whatever the network, the mirror or the disk came up with
+        raise UserError(
+            f"data.root: {layout.url} could not be downloaded ({error}); fetch it elsewhere, "
+            "unpack it and set data.root to the folder that holds it"
+        ) from error
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cifar(HeldOut):
+    """CIFAR-10 or CIFAR-100.
+
+    Attributes:
+        name: ``cifar10`` or ``cifar100``.
+        root: Folder that holds either version; None uses a cache and downloads into it.
+        crop_padding: Random shift in pixels.
+        flip: Random mirror images.
+    """
+
+    name: str
+    root: str | None
+    crop_padding: int
+    flip: bool
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.name not in LAYOUTS:
+            raise ValueError(f"name must be one of {', '.join(LAYOUTS)}, got {self.name!r}")
+        Augmentation(self.crop_padding)
+
+    def load(self, loading: Loading) -> ImageData:
+        """Finds (or downloads) and reads the files.
+
+        Raises:
+            UserError: They are missing or damaged.
+        """
+        layout = LAYOUTS[self.name]
+        folder = CACHE_FOLDER.expanduser() if self.root is None else Path(self.root)
+        found = find_reader(folder, layout)
+        if found is None and self.root is None:
+            download(folder, layout)
+            found = find_reader(folder, layout)
+        if found is None:
+            raise UserError(
+                f"data.root: {folder} does not hold {self.name}; expected the folder "
+                f"{layout.folders[0]} (or torchvision's {layout.folders[1]}), or leave data.root "
+                "out to download it"
+            )
+        files, read = found
+        parts = [read(path) for path in files]
+        for path, (_, targets) in zip(files, parts, strict=True):
+            if not 0 <= int(targets.min()) <= int(targets.max()) < layout.num_classes:
+                raise UserError(
+                    f"data.root: {path} has labels outside 0 … {layout.num_classes - 1}"
+                )
+        train_images, train_targets = zip(*parts[:-1], strict=True)
+        return split_in_memory(
+            self.name,
+            (torch.cat(train_images), torch.cat(train_targets)),
+            parts[-1],
+            num_classes=layout.num_classes,
+            held_out=self,
+            augmentation=Augmentation(self.crop_padding, self.flip),
+            loading=loading,
+        )

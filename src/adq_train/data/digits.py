@@ -1,0 +1,54 @@
+"""scikit-learn's handwritten digits: 1,797 images of 8 × 8 pixels, inside its wheel."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from adq_train.data.base import HeldOut, ImageData, Loading
+from adq_train.data.in_memory import Augmentation, split_in_memory
+
+NUM_IMAGES = 1797
+
+
+@dataclass(frozen=True, kw_only=True)
+class Digits(HeldOut):
+    """The digits; the set has no test part of its own, so a fixed random part of it serves.
+
+    Attributes:
+        test_images: How many images to set aside for testing, the same for every seed.
+        crop_padding: Random shift in pixels.
+    """
+
+    test_images: int
+    crop_padding: int
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 < self.test_images < NUM_IMAGES:
+            raise ValueError(
+                f"test_images must lie in 1 … {NUM_IMAGES - 1}, got {self.test_images}"
+            )
+        Augmentation(self.crop_padding)
+
+    def load(self, loading: Loading) -> ImageData:
+        """Reads the set from scikit-learn."""
+        # Imported here: scikit-learn takes a second, and no other data set needs it.
+        from sklearn.datasets import load_digits
+
+        digits = load_digits()
+        # Pixels are 0 … 16, whole numbers; normalisation takes care of the range.
+        images = torch.from_numpy(digits.images).to(torch.uint8).unsqueeze(1)
+        targets = torch.from_numpy(digits.target).long()
+        order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))
+        test, train = order[: self.test_images], order[self.test_images :]
+        return split_in_memory(
+            "digits",
+            (images[train], targets[train]),
+            (images[test], targets[test]),
+            num_classes=10,
+            held_out=self,
+            augmentation=Augmentation(self.crop_padding),
+            loading=loading,
+        )

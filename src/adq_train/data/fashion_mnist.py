@@ -1,0 +1,136 @@
+"""Fashion-MNIST: 60,000 + 10,000 images of 28 × 28 pixels in four IDX files."""
+
+from __future__ import annotations
+
+import gzip
+import math
+import struct
+import zlib
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from adq_train.data.base import HeldOut, ImageData, Loading
+from adq_train.data.in_memory import Augmentation, split_in_memory
+from adq_train.errors import UserError
+
+# Where Debian's package dataset-fashion-mnist puts the files.
+DEBIAN_FOLDER = Path("/usr/share/datasets/fashion-mnist")
+CACHE_FOLDER = Path("~/.cache/adq-train")
+FILES = tuple(
+    f"{part}-{kind}-ubyte"
+    for part in ("train", "t10k")
+    for kind in ("images-idx3", "labels-idx1")
+)
+
+
+def read_idx(path: Path) -> Tensor:
+    """Reads an IDX file of unsigned bytes, plain or gzipped.
+
+    The format: two zero bytes, the type (8: unsigned byte), the number of dimensions, each
+    dimension as a big-endian 32-bit integer, then the values.
+
+    Raises:
+        UserError: The file is not such a file, or it is shorter or longer than it says.
+    """
+    try:
+        data = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+    except (OSError, EOFError, zlib.error) as error:
+        raise UserError(f"data.root: cannot read {path} ({error}); fetch the file again") from error
+    if len(data) < 4 or data[:3] != b"\0\0\x08" or len(data) < 4 + 4 * data[3]:
+        raise UserError(f"data.root: {path} is not an IDX file of bytes; fetch the file again")
+    shape = struct.unpack_from(f">{data[3]}I", data, 4)
+    header = 4 + 4 * data[3]
+    if len(data) - header != math.prod(shape):
+        raise UserError(
+            f"data.root: {path} is damaged: it announces {math.prod(shape)} values of shape "
+            f"{shape} and holds {len(data) - header}; fetch the file again"
+        )
+    return torch.from_numpy(np.frombuffer(data, np.uint8, offset=header).reshape(shape).copy())
+
+
+def find_files(root: Path) -> list[Path] | None:
+    """The four files under ``root`` (or torchvision's folder in it), or None if one is missing."""
+    for folder in (root, root / "FashionMNIST" / "raw"):
+        found = [
+            next((p for p in (folder / name, folder / f"{name}.gz") if p.is_file()), None)
+            for name in FILES
+        ]
+        if all(found):
+            return [path for path in found if path]
+    return None
+
+
+def download(root: Path) -> list[Path]:
+    """Lets torchvision fetch the files (with their checksums) into ``root``."""
+    from torchvision.datasets import FashionMNIST
+
+    try:
+        FashionMNIST(str(root), download=True)
+    except Exception as error:  # whatever the network, the mirror or the disk came up with
+        raise UserError(
+            f"data.root: Fashion-MNIST could not be downloaded ({error}); install Debian's "
+            "package dataset-fashion-mnist, or set data.root to a folder with its four IDX files"
+        ) from error
+    files = find_files(root)
+    assert files is not None, "torchvision fetched the files elsewhere"
+    return files
+
+
+def locate(root: str | None) -> list[Path]:
+    """The files: under ``root`` when it is given, else Debian's, else a cache, else downloaded."""
+    if root is not None:
+        files = find_files(Path(root))
+        if files is None:
+            raise UserError(
+                f"data.root: {root} does not hold Fashion-MNIST; expected {', '.join(FILES)} "
+                "there (or with .gz), or leave data.root out to look elsewhere"
+            )
+        return files
+    cache = CACHE_FOLDER.expanduser()
+    return find_files(DEBIAN_FOLDER) or find_files(cache) or download(cache)
+
+
+@dataclass(frozen=True, kw_only=True)
+class FashionMnist(HeldOut):
+    """Fashion-MNIST from its IDX files.
+
+    Attributes:
+        root: Folder with the four files; None looks in Debian's folder, then downloads.
+        crop_padding: Random shift in pixels.
+        flip: Random mirror images.
+    """
+
+    root: str | None
+    crop_padding: int
+    flip: bool
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        Augmentation(self.crop_padding)
+
+    def load(self, loading: Loading) -> ImageData:
+        """Finds and reads the files.
+
+        Raises:
+            UserError: They are missing, damaged, or do not belong together.
+        """
+        tensors = [read_idx(path) for path in locate(self.root)]
+        for images, targets in (tensors[:2], tensors[2:]):
+            if images.dim() != 3 or len(images) != len(targets):
+                raise UserError(
+                    f"data.root: images of shape {tuple(images.shape)} and {len(targets)} labels "
+                    "do not belong together; fetch the files again"
+                )
+        return split_in_memory(
+            "fashion_mnist",
+            (tensors[0].unsqueeze(1), tensors[1].long()),
+            (tensors[2].unsqueeze(1), tensors[3].long()),
+            num_classes=10,
+            held_out=self,
+            augmentation=Augmentation(self.crop_padding, self.flip),
+            loading=loading,
+        )

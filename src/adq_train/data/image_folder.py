@@ -1,0 +1,213 @@
+"""Image folders (``root/train/<class>/*``, ``root/val/<class>/*``), as ImageNet comes."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image, UnidentifiedImageError
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+from torchvision.datasets import ImageFolder
+from torchvision.transforms import v2
+
+from adq_train.data.base import Batch, HeldOut, ImageData, Loading, derived_seed
+from adq_train.errors import UserError
+
+# ImageNet's customary statistics, as torchvision's pretrained weights expect them.
+MEAN = (0.485, 0.456, 0.406)
+STD = (0.229, 0.224, 0.225)
+
+Sample = tuple[str, int]  # path, class
+Key = tuple[int, int]  # epoch, index
+
+
+class _Images(Dataset[tuple[Tensor, int] | str]):
+    """Decodes one image; its random crop depends on (seed, epoch, index) alone."""
+
+    def __init__(self, samples: Sequence[Sample], transform: v2.Compose, seed: int) -> None:
+        self.samples = samples
+        self.transform = transform
+        self.seed = seed
+
+    def __getitem__(self, key: Key) -> tuple[Tensor, int] | str:
+        epoch, index = key
+        path, target = self.samples[index]
+        try:
+            with Image.open(path) as file:
+                image = file.convert("RGB")
+        except (OSError, UnidentifiedImageError, SyntaxError) as error:
+            return f"data.root: cannot read the image {path} ({error}); replace or remove it"
+        # fork_rng: without workers this runs in the main process, whose stream must not move.
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(derived_seed(self.seed, epoch, index))
+            return self.transform(image), target
+
+
+def _collate(items: list[tuple[Tensor, int] | str]) -> tuple[Tensor, Tensor] | str:
+    """A batch, or the first error: exceptions of a worker would lose their one-line message."""
+    good: list[tuple[Tensor, int]] = []
+    for item in items:
+        if isinstance(item, str):
+            return item
+        good.append(item)
+    images, targets = zip(*good, strict=True)
+    return torch.stack(images), torch.tensor(targets)
+
+
+class _Order:
+    """Batches of (epoch, index) keys, shuffled by (seed, epoch) or in order."""
+
+    def __init__(self, num_images: int, batch_size: int, shuffle_seed: int | None) -> None:
+        self.num_images = num_images
+        self.batch_size = batch_size
+        self.shuffle_seed = shuffle_seed
+        self.epoch = 0
+
+    def __len__(self) -> int:
+        return -(-self.num_images // self.batch_size)
+
+    def __iter__(self) -> Iterator[list[Key]]:
+        order = torch.arange(self.num_images)
+        if self.shuffle_seed is not None:
+            seed = derived_seed(self.shuffle_seed, self.epoch)
+            generator = torch.Generator().manual_seed(seed)
+            order = torch.randperm(self.num_images, generator=generator)
+        for part in order.split(self.batch_size):
+            yield [(self.epoch, index) for index in part.tolist()]
+
+
+class FolderBatches:
+    """Batches of decoded images; decoding runs in worker processes, normalising on the device."""
+
+    def __init__(
+        self,
+        samples: Sequence[Sample],
+        transform: v2.Compose,
+        *,
+        batch_size: int,
+        num_workers: int,
+        seed: int,
+        shuffle: bool,
+        device: torch.device,
+    ) -> None:
+        self.num_images = len(samples)
+        self.order = _Order(len(samples), batch_size, seed if shuffle else None)
+        self.device = device
+        self.loader: DataLoader[Any] = DataLoader(
+            _Images(samples, transform, seed),
+            batch_sampler=self.order,
+            collate_fn=_collate,
+            num_workers=num_workers,
+            persistent_workers=num_workers > 0 and shuffle,
+            pin_memory=device.type == "cuda",
+        )
+        self.mean = torch.tensor(MEAN, device=device).mul(255).view(1, 3, 1, 1)
+        self.std = torch.tensor(STD, device=device).mul(255).view(1, 3, 1, 1)
+
+    def __len__(self) -> int:
+        return len(self.order)
+
+    def epoch(self, epoch: int) -> Iterator[Batch]:
+        """The batches of one epoch.
+
+        Raises:
+            UserError: An image cannot be decoded; its path is named.
+        """
+        self.order.epoch = epoch
+        for batch in self.loader:
+            if isinstance(batch, str):
+                raise UserError(batch)
+            images, targets = (t.to(self.device, non_blocking=True) for t in batch)
+            yield (images.float() - self.mean) / self.std, targets
+
+
+def list_images(folder: Path) -> ImageFolder:
+    """torchvision's listing of a folder of classes.
+
+    Raises:
+        UserError: The folder is missing, or a class in it has no images.
+    """
+    try:
+        return ImageFolder(str(folder))
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise UserError(
+            f"data.root: {folder} is not a folder of classes with images ({error}); expected "
+            "train/<class>/*.JPEG and val/<class>/*.JPEG under data.root"
+        ) from error
+
+
+@dataclass(frozen=True, kw_only=True)
+class Folders(HeldOut):
+    """ImageNet or any other image folder; ``val/`` is the test part.
+
+    Attributes:
+        root: Folder with ``train/`` and ``val/``.
+        image_size: Height and width that the model sees.
+        resize: Shorter side before the centre crop, outside training.
+        num_workers: Processes that decode images; 0 decodes in the main process.
+    """
+
+    root: str
+    image_size: int
+    resize: int
+    num_workers: int
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.num_workers < 0:
+            raise ValueError(f"num_workers must be at least 0, got {self.num_workers}")
+        if not 0 < self.image_size <= self.resize:
+            raise ValueError(
+                f"image_size must lie in 1 … resize ({self.resize}), got {self.image_size}"
+            )
+
+    def load(self, loading: Loading) -> ImageData:
+        """Lists the images; they are read batch by batch.
+
+        Raises:
+            UserError: A folder is missing, or the two parts have different classes.
+        """
+        train = list_images(Path(self.root, "train"))
+        test = list_images(Path(self.root, "val"))
+        if train.classes != test.classes:
+            odd = sorted(set(train.classes) ^ set(test.classes))
+            raise UserError(f"data.root: train/ and val/ have different classes (say, {odd[0]})")
+        parts = self.split(len(train.samples))
+        validation, calibration, training = ([train.samples[i] for i in p.tolist()] for p in parts)
+
+        to_tensor = v2.PILToTensor()
+        crop = v2.RandomResizedCrop(self.image_size, antialias=True)
+        augment = v2.Compose([crop, v2.RandomHorizontalFlip(), to_tensor])
+        resize = v2.Resize(self.resize, antialias=True)
+        center = v2.Compose([resize, v2.CenterCrop(self.image_size), to_tensor])
+
+        def batches(samples: Sequence[Sample], shuffle: bool = False) -> FolderBatches:
+            return FolderBatches(
+                samples,
+                augment if shuffle else center,
+                batch_size=loading.batch_size if shuffle else loading.eval_batch_size,
+                num_workers=self.num_workers,
+                seed=loading.seed,
+                shuffle=shuffle,
+                device=loading.device,
+            )
+
+        fingerprint = hashlib.sha256()
+        for path, target in (*train.samples, *test.samples):
+            name = Path(path).relative_to(self.root)
+            fingerprint.update(f"{name} {target} {Path(path).stat().st_size}\n".encode())
+        return ImageData(
+            name="image_folder",
+            num_classes=len(train.classes),
+            image_shape=(3, self.image_size, self.image_size),
+            fingerprint=fingerprint.hexdigest(),
+            train=batches(training, shuffle=True),
+            calibration=batches(calibration),
+            validation=batches(validation),
+            test=batches(test.samples),
+        )

@@ -1,0 +1,178 @@
+"""Small image sets, kept as uint8 on the training device and augmented there in batches."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from adq_train.data.base import Batch, HeldOut, ImageData, Loading, derived_seed
+
+
+@dataclass(frozen=True)
+class Augmentation:
+    """Random shifts and mirror images.
+
+    Attributes:
+        crop_padding: Zero pixels added on each side before a random crop of the original size.
+        flip: Whether half of the images are mirrored left to right.
+    """
+
+    crop_padding: int = 0
+    flip: bool = False
+
+    def __post_init__(self) -> None:
+        if self.crop_padding < 0:
+            raise ValueError(f"crop_padding must be at least 0, got {self.crop_padding}")
+
+
+def crop_and_flip(
+    padded: Tensor, indices: Tensor, top: Tensor, left: Tensor, flip: Tensor, height: int, width: int
+) -> Tensor:
+    """Crops a window out of each chosen image, mirrored where asked, in one gather.
+
+    Args:
+        padded: All images with their borders, (M, C, H + 2p, W + 2p).
+        indices: Which images, (N,).
+        top: First row of each window, (N,).
+        left: First column of each window, (N,).
+        flip: Whether to mirror each window, (N,) bool.
+        height: Rows of a window.
+        width: Columns of a window.
+
+    Returns:
+        The windows, (N, C, height, width), in channels-last memory order.
+    """
+    rows = top[:, None] + torch.arange(height, device=padded.device)
+    columns = torch.arange(width, device=padded.device).expand(len(indices), -1)
+    columns = left[:, None] + torch.where(flip[:, None], width - 1 - columns, columns)
+    windows = padded[indices[:, None, None], :, rows[:, :, None], columns[:, None, :]]
+    return windows.permute(0, 3, 1, 2)
+
+
+class InMemoryBatches:
+    """Batches of a uint8 image tensor, normalised on its device.
+
+    Args:
+        images: (M, C, H, W) uint8.
+        targets: (M,) int64.
+        batch_size: Images of a batch; the last one of an epoch may be smaller.
+        mean: Per-channel mean of the pixel values, (C,), in 0 … 255.
+        std: Per-channel standard deviation, (C,), in 0 … 255.
+        shuffle_seed: Seed of order and augmentation; None keeps the order and augments nothing.
+        augmentation: Used only with a ``shuffle_seed``.
+    """
+
+    def __init__(
+        self,
+        images: Tensor,
+        targets: Tensor,
+        batch_size: int,
+        mean: Tensor,
+        std: Tensor,
+        shuffle_seed: int | None = None,
+        augmentation: Augmentation = Augmentation(),  # noqa: B008 (frozen)
+    ) -> None:
+        self.num_images = len(images)
+        self.targets = targets
+        self.batch_size = batch_size
+        self.shuffle_seed = shuffle_seed
+        self.augmentation = augmentation
+        self.size = images.shape[-2], images.shape[-1]
+        self.padded = torch.nn.functional.pad(images, [augmentation.crop_padding] * 4)
+        self.scale = (1 / std).view(1, -1, 1, 1)
+        self.shift = (-mean / std).view(1, -1, 1, 1)
+
+    def __len__(self) -> int:
+        return -(-self.num_images // self.batch_size)
+
+    def epoch(self, epoch: int) -> Iterator[Batch]:
+        """The batches of one epoch; all its random numbers are drawn before the first one."""
+        device = self.padded.device
+        if self.shuffle_seed is None:
+            for images, targets in zip(
+                self.padded.split(self.batch_size), self.targets.split(self.batch_size), strict=True
+            ):
+                yield self._normalize(images), targets
+            return
+        # Drawn on the CPU, so that the order is the same on every device.
+        generator = torch.Generator().manual_seed(derived_seed(self.shuffle_seed, epoch))
+        order = torch.randperm(self.num_images, generator=generator)
+        shifts = 2 * self.augmentation.crop_padding + 1
+        offsets = torch.randint(shifts, (2, self.num_images), generator=generator)
+        flips = torch.rand(self.num_images, generator=generator) < 0.5
+        flips &= self.augmentation.flip
+        order, top, left, flips = (t.to(device) for t in (order, offsets[0], offsets[1], flips))
+        for start in range(0, self.num_images, self.batch_size):
+            part = slice(start, start + self.batch_size)
+            images = crop_and_flip(
+                self.padded, order[part], top[part], left[part], flips[part], *self.size
+            )
+            yield self._normalize(images), self.targets[order[part]]
+
+    def _normalize(self, images: Tensor) -> Tensor:
+        return torch.addcmul(self.shift, images.float(), self.scale)
+
+
+def split_in_memory(
+    name: str,
+    train: tuple[Tensor, Tensor],
+    test: tuple[Tensor, Tensor],
+    *,
+    num_classes: int,
+    held_out: HeldOut,
+    augmentation: Augmentation,
+    loading: Loading,
+) -> ImageData:
+    """Holds validation and calibration images out of the training part and makes the loaders.
+
+    Pixels are normalised with the mean and standard deviation of what is left for training.
+
+    Args:
+        name: The data set's name.
+        train: Images (M, C, H, W) uint8 and targets (M,) int64.
+        test: The same for the test part.
+        num_classes: Number of classes.
+        held_out: How many images to hold out.
+        augmentation: What training images go through.
+        loading: Batch sizes, seed and device.
+
+    Raises:
+        UserError: Nothing would be left to train on.
+    """
+    images, targets = train
+    parts = held_out.split(len(images))
+    fingerprint = hashlib.sha256()
+    for tensor in (*train, *test):
+        fingerprint.update(tensor.contiguous().numpy())
+
+    pixels = images[parts[2]].float().transpose(0, 1).flatten(1)
+    # An image set of one colour has no spread to divide by.
+    mean, std = pixels.mean(1), pixels.std(1)
+    mean, std = mean.to(loading.device), torch.where(std > 0, std, 1.0).to(loading.device)
+
+    def batches(images: Tensor, targets: Tensor, training: bool = False) -> InMemoryBatches:
+        return InMemoryBatches(
+            images.to(loading.device),
+            targets.to(loading.device),
+            loading.batch_size if training else loading.eval_batch_size,
+            mean,
+            std,
+            loading.seed if training else None,
+            augmentation if training else Augmentation(),
+        )
+
+    validation, calibration, training = ((images[part], targets[part]) for part in parts)
+    return ImageData(
+        name=name,
+        num_classes=num_classes,
+        image_shape=(images.shape[1], images.shape[2], images.shape[3]),
+        fingerprint=fingerprint.hexdigest(),
+        train=batches(*training, training=True),
+        calibration=batches(*calibration),
+        validation=batches(*validation),
+        test=batches(*test),
+    )

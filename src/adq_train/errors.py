@@ -1,0 +1,28 @@
+"""Errors that a user can mend: shown as one message, without a traceback."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from difflib import get_close_matches
+
+
+class UserError(Exception):
+    """Something outside the program is wrong: a file, a folder, a data set, a device."""
+
+
+class ConfigError(UserError):
+    """One or more problems of a configuration, reported together.
+
+    Args:
+        problems: One sentence each; each names the field, what it got and what is allowed.
+    """
+
+    def __init__(self, problems: Iterable[str]) -> None:
+        self.problems = tuple(problems)
+        super().__init__("\n".join(self.problems))
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """A hint `` (did you mean 'x'?)`` for the nearest known word, or an empty string."""
+    near = get_close_matches(word, list(known), n=1, cutoff=0.6)
+    return f" (did you mean '{near[0]}'?)" if near else ""

@@ -1,0 +1,243 @@
+"""The float networks: CIFAR ResNets, and any torchvision classifier by name."""
+
+from __future__ import annotations
+
+import pickle
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torchvision
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from adq_train.errors import UserError, did_you_mean
+
+
+class BasicBlock(nn.Module):
+    """Two 3 × 3 convolutions and a parameter-free shortcut (He et al. 2016, option A)."""
+
+    def __init__(self, in_channels: int, out_channels: int, stride: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(in_channels, out_channels, 3, stride, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(out_channels)
+        self.relu = nn.ReLU()
+        self.conv2 = nn.Conv2d(out_channels, out_channels, 3, 1, 1, bias=False)
+        self.bn2 = nn.BatchNorm2d(out_channels)
+        self.stride = stride
+        self.extra_channels = out_channels - in_channels
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Maps (N, in_channels, H, W) to (N, out_channels, H / stride, W / stride)."""
+        out = self.relu(self.bn1(self.conv1(x)))
+        out = self.bn2(self.conv2(out))
+        if self.stride > 1 or self.extra_channels:
+            x = x[:, :, :: self.stride, :: self.stride]
+            before = self.extra_channels // 2
+            x = F.pad(x, (0, 0, 0, 0, before, self.extra_channels - before))
+        result: Tensor = self.relu(out + x)
+        return result
+
+
+class CifarResNet(nn.Module):
+    """The ResNets for small images of He et al. 2016 (arXiv 1512.03385, section 4.2).
+
+    Args:
+        depth: 6 n + 2 layers with weights, n blocks in each of three stages.
+        width: Channels of the first stage; the next two have twice and four times as many.
+        num_classes: Number of classes.
+        in_channels: 1 for grey images, 3 for colour.
+    """
+
+    def __init__(self, depth: int, width: int, num_classes: int, in_channels: int) -> None:
+        super().__init__()
+        blocks = (depth - 2) // 6
+        self.conv1 = nn.Conv2d(in_channels, width, 3, 1, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(width)
+        self.relu = nn.ReLU()
+        self.layer1 = self._stage(blocks, width, width, 1)
+        self.layer2 = self._stage(blocks, width, 2 * width, 2)
+        self.layer3 = self._stage(blocks, 2 * width, 4 * width, 2)
+        self.fc = nn.Linear(4 * width, num_classes)
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+
+    @staticmethod
+    def _stage(blocks: int, in_channels: int, out_channels: int, stride: int) -> nn.Sequential:
+        return nn.Sequential(
+            BasicBlock(in_channels, out_channels, stride),
+            *(BasicBlock(out_channels, out_channels, 1) for _ in range(blocks - 1)),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Maps images (N, in_channels, H, W) to logits (N, num_classes)."""
+        x = self.relu(self.bn1(self.conv1(x)))
+        x = self.layer3(self.layer2(self.layer1(x)))
+        logits: Tensor = self.fc(x.mean((2, 3)))
+        return logits
+
+
+@dataclass(frozen=True, kw_only=True)
+class CifarResNetModel:
+    """A ResNet for small images.
+
+    Attributes:
+        depth: 8, 14, 20, 32, 44, 56 … (6 n + 2).
+        width: Channels of the first stage; 16 in the paper.
+    """
+
+    depth: int
+    width: int
+
+    def __post_init__(self) -> None:
+        if self.depth < 8 or (self.depth - 2) % 6:
+            raise ValueError(f"depth must be 6 n + 2 (8, 14, 20, 32, 44, 56 …), got {self.depth}")
+        if self.width < 1:
+            raise ValueError(f"width must be at least 1, got {self.width}")
+
+    def build(self, num_classes: int, in_channels: int) -> nn.Module:
+        """The network with random weights."""
+        return CifarResNet(self.depth, self.width, num_classes, in_channels)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TorchvisionModel:
+    """A torchvision classifier, adapted to the data's channels and classes where they differ.
+
+    Attributes:
+        name: A name of ``torchvision.models.list_models(module=torchvision.models)``.
+        weights: None for random weights; ``DEFAULT``, ``IMAGENET1K_V1`` … for pretrained ones.
+    """
+
+    name: str
+    weights: str | None
+
+    def __post_init__(self) -> None:
+        known = torchvision.models.list_models(module=torchvision.models)
+        if self.name not in known:
+            raise ValueError(
+                f"name: torchvision has no classifier {self.name!r}"
+                f"{did_you_mean(self.name, known)}"
+            )
+        if self.weights is not None:
+            choices = torchvision.models.get_model_weights(self.name).__members__
+            if self.weights not in choices:
+                raise ValueError(
+                    f"weights: {self.name} has {', '.join(choices)}, got {self.weights!r}"
+                )
+
+    def build(self, num_classes: int, in_channels: int) -> nn.Module:
+        """The network; a first or last layer that does not fit the data is replaced.
+
+        Args:
+            num_classes: Another number than the weights' gets a new last layer.
+            in_channels: Another number than 3 gets the first layer's filters summed over channels.
+
+        Raises:
+            UserError: The weights cannot be downloaded.
+        """
+        model: nn.Module
+        if self.weights is None:
+            model = torchvision.models.get_model(self.name, num_classes=num_classes)
+        else:
+            weights = torchvision.models.get_model_weights(self.name)[self.weights]
+            try:
+                model = torchvision.models.get_model(self.name, weights=weights)
+            except (OSError, RuntimeError) as error:
+                raise UserError(
+                    f"model.weights: torchvision's weights {self.weights} of {self.name} could "
+                    f"not be downloaded ({error}); fetch {weights.url} elsewhere and give it as "
+                    "pretrain.checkpoint with model.weights=null"
+                ) from error
+        # The auxiliary classifiers of GoogLeNet and Inception would change what forward() returns.
+        for auxiliary in ("AuxLogits", "aux1", "aux2"):
+            if hasattr(model, auxiliary):
+                setattr(model, auxiliary, None)
+                model.aux_logits = False  # type: ignore[assignment]
+        _adapt_ends(model, num_classes, in_channels)
+        return model
+
+
+def _adapt_ends(model: nn.Module, num_classes: int, in_channels: int) -> None:
+    """Replaces the first convolution or the last linear layer where the data asks for another."""
+    layers = [(n, m) for n, m in model.named_modules() if isinstance(m, nn.Conv2d | nn.Linear)]
+    first_name, first = layers[0]
+    if isinstance(first, nn.Conv2d) and first.in_channels != in_channels:
+        filters = first.weight.detach().sum(1, keepdim=True) / in_channels
+        new = nn.Conv2d(
+            in_channels,
+            first.out_channels,
+            first.kernel_size,  # type: ignore[arg-type]
+            first.stride,  # type: ignore[arg-type]
+            first.padding,  # type: ignore[arg-type]
+            bias=first.bias is not None,
+        )
+        new.weight.data.copy_(filters.expand_as(new.weight))
+        if first.bias is not None and new.bias is not None:
+            new.bias.data.copy_(first.bias.data)
+        model.set_submodule(first_name, new)
+    last_name, last = layers[-1]
+    if isinstance(last, nn.Linear) and last.out_features != num_classes:
+        new_head = nn.Linear(last.in_features, num_classes, bias=last.bias is not None)
+        model.set_submodule(last_name, new_head)
+
+
+def read_state_dict(path: Path) -> dict[str, Tensor]:
+    """Tensors of a checkpoint file, without running any code that it may hold.
+
+    Reads ``.safetensors``, and ``.pt`` / ``.pth`` files with ``weights_only=True``; looks inside
+    the usual wrappers (``state_dict``, ``model``) and drops DataParallel's ``module.`` prefix.
+
+    Raises:
+        UserError: The file is missing, damaged, or holds something else than tensors.
+    """
+    if not path.is_file():
+        raise UserError(f"pretrain.checkpoint: there is no file {path}")
+    content: Any
+    try:
+        if path.suffix == ".safetensors":
+            from safetensors.torch import load_file
+
+            content = load_file(path)
+        else:
+            content = torch.load(path, map_location="cpu", weights_only=True)
+    except (OSError, RuntimeError, EOFError, ValueError, KeyError, pickle.UnpicklingError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UserError(
+            f"pretrain.checkpoint: {path} cannot be read as plain tensors ({reason}); save the "
+            "model's state_dict() with torch.save, or as .safetensors"
+        ) from error
+    except Exception as error:  # safetensors has an exception of its own, outside any hierarchy
+        raise UserError(f"pretrain.checkpoint: {path} is damaged ({error})") from error
+    for wrapper in ("state_dict", "model"):
+        if isinstance(content, dict) and isinstance(content.get(wrapper), dict):
+            content = content[wrapper]
+    if not isinstance(content, dict) or not all(isinstance(v, Tensor) for v in content.values()):
+        raise UserError(f"pretrain.checkpoint: {path} does not hold a state dict of tensors")
+    return {str(key).removeprefix("module."): value for key, value in content.items()}
+
+
+def load_weights(model: nn.Module, path: Path) -> None:
+    """Loads a checkpoint into ``model``; every name and shape must fit.
+
+    Raises:
+        UserError: Names what is missing, unexpected, or of another shape.
+    """
+    state = read_state_dict(path)
+    own = model.state_dict()
+    problems = [f"{key} is missing" for key in own if key not in state]
+    problems += [f"{key} is not in the model" for key in state if key not in own]
+    problems += [
+        f"{key} has shape {tuple(state[key].shape)}, the model {tuple(own[key].shape)}"
+        for key in own
+        if key in state and state[key].shape != own[key].shape
+    ]
+    if problems:
+        more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
+        raise UserError(
+            f"pretrain.checkpoint: {path} does not fit the model: {'; '.join(problems[:3])}{more}; "
+            "choose the model group that it was saved from"
+        )
+    model.load_state_dict(state)

@@ -1,0 +1,137 @@
+"""One run from a configuration to a result: the straight line, stage by stage."""
+
+from __future__ import annotations
+
+import copy
+import logging
+import re
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from omegaconf import DictConfig
+
+from adq_train.allocation.budget import Budget, Problem
+from adq_train.artifacts import RunResult
+from adq_train.data.base import Loading
+from adq_train.files import sha256
+from adq_train.models import load_weights
+from adq_train.quantization.describe import describe_layers
+from adq_train.reporting import report
+from adq_train.run_folder import RunFolder, check_same_run, digest, identity, read_status
+from adq_train.stages import (
+    Context,
+    allocate_bits,
+    evaluate_models,
+    prepare_and_calibrate,
+    pretrain,
+    profile,
+    train_quantized,
+)
+from adq_train.validate import Parts, validate
+
+log = logging.getLogger(__name__)
+
+
+def run(cfg: DictConfig, experiment: str | None, overrides: list[str]) -> None:
+    """Runs a composed configuration, or continues it, or says that it is done.
+
+    Args:
+        cfg: The composed configuration.
+        experiment: Name of the experiment, for the run's folder.
+        overrides: The command line's overrides, for the run's folder.
+
+    Raises:
+        UserError: Something outside the program is wrong; nothing is left half-written.
+    """
+    config, parts = validate(cfg)
+    if config["dry_run"]:
+        with tempfile.TemporaryDirectory(prefix="adq-train-") as scratch:
+            config["output_root"] = scratch
+            config["pretrain"]["epochs"] = min(1, config["pretrain"]["epochs"])
+            config["trainer"]["epochs"] = min(1, config["trainer"]["epochs"])
+            result = execute(config, parts, Path(scratch, "run"))
+        stages = ", ".join(f"{name} {seconds:.1f} s" for name, seconds in result.seconds.items())
+        print(f"dry run passed: every stage ran on two batches ({stages}); nothing was kept")
+        return
+    path = run_dir(config, experiment, overrides)
+    check_same_run(path, config)
+    if (read_status(path) or {}).get("state") == "done":
+        log.info("all stages of %s are done; delete it to run it anew", path)
+    else:
+        execute(config, parts, path)
+    report.show(path)
+
+
+def execute(config: dict[str, Any], parts: Parts, path: Path) -> RunResult:
+    """Runs the stages that are not done yet, in the folder ``path``."""
+    torch.manual_seed(config["seed"])
+    data = parts.data.load(
+        Loading(
+            config["trainer"]["batch_size"],
+            config["trainer"]["eval_batch_size"],
+            config["seed"],
+            parts.device,
+        )
+    )
+    data = data.for_dry_run() if config["dry_run"] else data
+    model = parts.model.build(data.num_classes, data.image_shape[0])
+    checkpoint = config["pretrain"]["checkpoint"]
+    if checkpoint:
+        load_weights(model, Path(checkpoint))
+    model.to(parts.device)
+
+    images, _ = next(data.calibration.epoch(0))
+    layers = describe_layers(model, images[:1])
+    pinned_bits = config["bits"]["first_last"]
+    ends = {layers[0].name, layers[-1].name} if pinned_bits else set()
+    problem = Problem(
+        layers,
+        dict.fromkeys(sorted(ends), pinned_bits),
+        tuple(config["bits"]["candidates"]),
+        Budget(**config["budget"]),
+    )
+    problem.check()
+
+    with RunFolder(path, config) as folder:
+        folder.write_manifest(
+            {
+                "seed": config["seed"],
+                "device": str(parts.device),
+                "data": {"name": data.name, "fingerprint": data.fingerprint},
+                "checkpoint_sha256": sha256(Path(checkpoint)) if checkpoint else None,
+                "model": {"num_float_values": report.num_float_values(model, layers)},
+            }
+        )
+        run = Context(config, parts, data, folder)
+        log.info("run folder %s, on %s", path, parts.device)
+        with folder.stage("pretrain"):
+            pretrain(run, model)
+        with folder.stage("profile"):
+            table = profile(run, model, layers)
+        with folder.stage("allocate"):
+            allocation = allocate_bits(run, problem, table)
+        with folder.stage("prepare"):
+            quantized = prepare_and_calibrate(run, model, allocation)
+            calibrated = copy.deepcopy(quantized)
+        with folder.stage("qat"):
+            train_quantized(run, quantized, allocation)
+        with folder.stage("evaluate"):
+            result = evaluate_models(run, model, calibrated, quantized)
+        report.write(folder, table, allocation, result, quantized)
+    return result
+
+
+def run_dir(config: dict[str, Any], experiment: str | None, overrides: list[str]) -> Path:
+    """The run's folder: as given, or ``<output_root>/<experiment>/<overrides>-<hash>``."""
+    if config["run_dir"]:
+        return Path(config["run_dir"])
+    hidden = ("experiment", "output_root", "run_dir", "dry_run", "debug", "trainer.device")
+    pairs = (text.lstrip("+").split("=", 1) for text in overrides)
+    readable = ",".join(
+        f"{pair[0].rsplit('.', 1)[-1]}={pair[-1]}" for pair in pairs if pair[0] not in hidden
+    )
+    safe = re.sub(r"[^\w.=,+-]+", "_", readable)[:100] or "default"
+    name = f"{safe}-{digest(identity(config))[:8]}"
+    return Path(config["output_root"], experiment or "custom", name)

@@ -1,0 +1,1 @@
+"""Quantizers, the layers that use them, and the surgery that puts them into a network."""

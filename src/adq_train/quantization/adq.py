@@ -1,0 +1,341 @@
+"""ADQ weights: a codebook per layer, initialised from quantiles, that follows the weights.
+
+Jia et al. 2025 (arXiv 2510.19760). Known from the paper: one codebook per layer from quantiles
+of the positive and of the negative weights, joined by zero, and its online adaptation by an
+exponential moving average (EMA). The rest is this project's choice and configurable.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from adq_train.quantization.base import WeightQuantizer, check_choice
+from adq_train.quantization.functional import (
+    CodebookSTE,
+    assign,
+    best_clip,
+    cell_statistics,
+    lloyd_max,
+    midpoints,
+    quantiles,
+)
+
+INITIALIZATIONS = ("quantile", "uniform", "kmeans", "random")
+LEVEL_SETS = ("symmetric", "full", "no_zero")
+GRANULARITIES = ("layer", "channel")
+ADAPTATIONS = ("centroid", "quantile", "none")
+
+
+def side_sizes(bit_width: int, level_set: str) -> tuple[int, int]:
+    """Number of negative and of positive levels of a level set.
+
+    Args:
+        bit_width: b.
+        level_set: ``symmetric``: 2^(b-1) - 1 on each side; ``full``: one more positive level;
+            ``no_zero``: 2^(b-1) on each side. The first two have a zero besides.
+    """
+    half = 2 ** (bit_width - 1)
+    return {"symmetric": (half - 1, half - 1), "full": (half - 1, half), "no_zero": (half, half)}[
+        level_set
+    ]
+
+
+def _fit_sides(weights: Tensor, bit_width: int, level_set: str) -> tuple[Tensor, Tensor, int, int]:
+    """Negative and positive weights, sorted, and how many levels each side gets.
+
+    A side without weights gives its levels to the other one.
+    """
+    ordered = weights.sort().values
+    negative, positive = ordered[ordered < 0], ordered[ordered > 0]
+    low, high = side_sizes(bit_width, level_set)
+    if len(negative) == 0:
+        low, high = 0, low + high
+    elif len(positive) == 0:
+        low, high = low + high, 0
+    return negative, positive, low, high
+
+
+def _quantile_side(ordered: Tensor, count: int) -> Tensor:
+    """``count`` levels in the middle of cells of equal mass; zeros where there are no weights."""
+    if len(ordered) == 0:
+        return ordered.new_zeros(count)
+    centers = (torch.arange(count, device=ordered.device) + 0.5) / max(count, 1)
+    return quantiles(ordered, centers)
+
+
+def quantile_codebook(weights: Tensor, bit_width: int, level_set: str) -> Tensor:
+    """ADQ's initialisation: levels of equal mass on each side of zero.
+
+    A side with m levels gets the quantiles of its weights at (i - 1/2) / m.
+
+    Args:
+        weights: (n,) finite.
+        bit_width: b.
+        level_set: See :func:`side_sizes`.
+
+    Returns:
+        (K,) sorted levels; levels coincide where there are fewer distinct weights than levels.
+    """
+    negative, positive, low, high = _fit_sides(weights, bit_width, level_set)
+    zero = weights.new_zeros(0 if level_set == "no_zero" else 1)
+    return torch.cat([_quantile_side(negative, low), zero, _quantile_side(positive, high)])
+
+
+def uniform_codebook(weights: Tensor, bit_width: int, level_set: str) -> Tensor:
+    """A rival: evenly spaced levels over the range whose clipping makes the squared error smallest.
+
+    Args:
+        weights: (n,) finite.
+        bit_width: b.
+        level_set: See :func:`side_sizes`; without a zero the levels are odd multiples of half a
+            step.
+
+    Returns:
+        (K,) sorted levels.
+    """
+    *_, low, high = _fit_sides(weights, bit_width, level_set)
+    sample = weights[:: max(1, len(weights) // 2**16)]
+    if level_set != "no_zero":
+        step = best_clip(sample, low, high) if high else best_clip(-sample, 0, low)
+        return torch.arange(-low, high + 1, device=weights.device, dtype=weights.dtype) * step
+    halves = torch.arange(-low, high, device=weights.device, dtype=weights.dtype) + 0.5
+    reach = sample.abs().max() / max(low, high)
+    if reach == 0:
+        return halves / max(low, high)
+    steps = reach * torch.arange(1, 101, device=weights.device) / 100
+    errors = torch.stack(
+        [(levels[assign(sample, levels)] - sample).square().mean()
+         for levels in steps[:, None] * halves]
+    )  # fmt: skip
+    return halves * steps[errors.argmin()]
+
+
+def random_codebook(weights: Tensor, bit_width: int, level_set: str, seed: int) -> Tensor:
+    """A rival: levels drawn from the weights of each side, with replacement.
+
+    Args:
+        weights: (n,) finite.
+        bit_width: b.
+        level_set: See :func:`side_sizes`.
+        seed: Of the draw.
+
+    Returns:
+        (K,) sorted levels.
+    """
+    negative, positive, low, high = _fit_sides(weights, bit_width, level_set)
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(side: Tensor, count: int) -> Tensor:
+        if len(side) == 0:
+            return side.new_zeros(count)
+        return side[torch.randint(len(side), (count,), generator=generator).to(side.device)]
+
+    zero = weights.new_zeros(0 if level_set == "no_zero" else 1)
+    return torch.cat([draw(negative, low), zero, draw(positive, high)]).sort().values
+
+
+def revive_dead_level(
+    codebook: Tensor,
+    counts: Tensor,
+    sums: Tensor,
+    pinned: Tensor,
+    reach: tuple[Tensor, Tensor],
+    threshold: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Moves the emptiest level into the most populated cell, if it is dead.
+
+    The new level stands halfway between the crowded level and the farther border of its cell.
+    It takes half of that level's EMA count and the sum that agrees with its own value: with its
+    old state the next update would undo the move. Free of branches on data, so that a GPU need
+    not wait for the CPU.
+
+    Args:
+        codebook: (K,) sorted levels.
+        counts: (K,) EMA of the number of weights of each level.
+        sums: (K,) EMA of their sum.
+        pinned: (K,) bool; a pinned level is never dead.
+        reach: Smallest and largest weight, () each.
+        threshold: A level with a smaller EMA count is dead.
+
+    Returns:
+        Codebook, counts and sums, each (K,), not sorted.
+    """
+    dead = torch.where(pinned, torch.inf, counts).argmin()
+    crowded = counts.argmax()
+    borders = torch.cat([reach[0].view(1), midpoints(codebook), reach[1].view(1)])
+    level = codebook[crowded]
+    below, above = borders[crowded], borders[crowded + 1]
+    value = (level + torch.where(above - level >= level - below, above, level + below - level)) / 2
+
+    # A cell with a single weight has nothing to share.
+    move = (counts[dead] < threshold) & (counts[crowded] >= 2)
+    half = counts[crowded] / 2
+    slots = torch.arange(len(codebook), device=codebook.device)
+    is_dead = move & (slots == dead)
+    is_crowded = move & (slots == crowded)
+    new_codebook = torch.where(is_dead, value, codebook)
+    new_counts = torch.where(is_dead | is_crowded, half, counts)
+    new_sums = torch.where(is_dead, half * value, torch.where(is_crowded, sums / 2, sums))
+    return new_codebook, new_counts, new_sums
+
+
+class AdqWeightQuantizer(WeightQuantizer):
+    """Adaptive codebook quantization of one layer's weights.
+
+    After each optimizer step the codebook follows the weights, N_k ← γ N_k + (1 - γ) n_k,
+    S_k ← γ S_k + (1 - γ) s_k, c_k ← S_k / N_k, with n_k and s_k the count and sum of the weights
+    nearest to level k. At fixed weights this ends at the Lloyd–Max codebook.
+
+    Args:
+        bit_width: b, 2 … 8.
+        initialization: ``quantile`` (the paper's), ``uniform``, ``kmeans`` or ``random``.
+        level_set: ``symmetric`` (the paper's), ``full`` or ``no_zero``; see :func:`side_sizes`.
+        granularity: ``layer`` (the paper's), or ``channel``: weights are divided by the mean
+            magnitude of their output channel before the shared codebook.
+        adaptation: What the EMA tracks: the ``centroid`` of each cell, the ``quantile`` that
+            initialises each level, or ``none`` for a codebook that stays as initialised.
+        decay: γ, in [0, 1).
+        interval: Optimizer steps between two adaptations.
+        dead_threshold: A level whose EMA count is smaller is moved; 0 never moves one.
+        clip_gradient: Whether weights beyond the outermost levels get no gradient.
+        commitment: β ≥ 0; adds β (W - Ŵ) to each weight's gradient.
+    """
+
+    codebook: Tensor
+    counts: Tensor
+    sums: Tensor
+    pinned: Tensor
+    scale: Tensor
+
+    def __init__(
+        self,
+        bit_width: int,
+        *,
+        initialization: str = "quantile",
+        level_set: str = "symmetric",
+        granularity: str = "layer",
+        adaptation: str = "centroid",
+        decay: float = 0.99,
+        interval: int = 1,
+        dead_threshold: float = 0.5,
+        clip_gradient: bool = False,
+        commitment: float = 0.0,
+    ) -> None:
+        super().__init__(bit_width)
+        if bit_width < 2:
+            raise ValueError(f"bit_width must lie in 2 … 8, got {bit_width}")
+        check_choice("initialization", initialization, INITIALIZATIONS)
+        check_choice("level_set", level_set, LEVEL_SETS)
+        check_choice("granularity", granularity, GRANULARITIES)
+        check_choice("adaptation", adaptation, ADAPTATIONS)
+        if not 0 <= decay < 1:
+            raise ValueError(f"decay must be at least 0 and less than 1, got {decay}")
+        if interval < 1:
+            raise ValueError(f"interval must be at least 1, got {interval}")
+        if dead_threshold < 0:
+            raise ValueError(f"dead_threshold must be at least 0, got {dead_threshold}")
+        if commitment < 0:
+            raise ValueError(f"commitment must be at least 0, got {commitment}")
+        self.initialization = initialization
+        self.level_set = level_set
+        self.granularity = granularity
+        self.adaptation = adaptation
+        self.decay = decay
+        self.interval = interval
+        self.dead_threshold = dead_threshold
+        self.clip_gradient = clip_gradient
+        self.commitment = commitment
+        num_levels = sum(side_sizes(bit_width, level_set)) + (level_set != "no_zero")
+        self.register_buffer("codebook", torch.zeros(num_levels))
+        self.register_buffer("counts", torch.zeros(num_levels))
+        self.register_buffer("sums", torch.zeros(num_levels))
+        self.register_buffer("pinned", torch.zeros(num_levels, dtype=torch.bool))
+        self.register_buffer("scale", torch.ones(1))
+
+    @torch.no_grad()
+    def calibrate(self, values: Tensor, seed: int = 0) -> None:
+        """Initialises the codebook from a weight tensor (C_out, …).
+
+        Raises:
+            ValueError: A weight is NaN or infinite.
+        """
+        if not torch.isfinite(values).all():
+            raise ValueError("the weights hold NaN or infinite values")
+        self.scale = self._channel_scale(values)
+        weights = self._scaled(values)
+        if self.initialization == "uniform":
+            codebook = uniform_codebook(weights, self.bit_width, self.level_set)
+        elif self.initialization == "random":
+            codebook = random_codebook(weights, self.bit_width, self.level_set, seed)
+        else:
+            codebook = quantile_codebook(weights, self.bit_width, self.level_set)
+        pinned = torch.zeros_like(self.pinned, device=codebook.device)
+        if self.level_set != "no_zero":
+            # The zero level is the first one among equals that is not negative.
+            pinned[(codebook < 0).sum()] = True
+        if self.initialization == "kmeans":
+            codebook = lloyd_max(weights, codebook, pinned)
+        self.codebook, self.pinned = codebook, pinned
+        self.counts = cell_statistics(weights, assign(weights, codebook), len(codebook))[0]
+        # S = N c, not the true sums: adaptation then starts from the initial codebook.
+        self.sums = self.counts * codebook
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Maps a weight tensor to the levels nearest to it, times the channel scale."""
+        if self.granularity == "layer":
+            quantized: Tensor = CodebookSTE.apply(x, self.codebook, self.clip_gradient)
+            return quantized
+        scaled: Tensor = CodebookSTE.apply(x / self.scale, self.codebook, self.clip_gradient)
+        return scaled * self.scale
+
+    def quantize(self, x: Tensor) -> Tensor:
+        """Indices into the codebook, uint8, of the shape of ``x``."""
+        return assign(x / self.scale, self.codebook).to(torch.uint8)
+
+    def levels(self) -> Tensor:
+        """The codebook (K,), of the weights divided by their channel's scale."""
+        return self.codebook
+
+    @torch.no_grad()
+    def adapt(self, weight: Tensor, step: int) -> None:
+        """One EMA update of the codebook towards the weights as they are now."""
+        if self.adaptation == "none" or step % self.interval:
+            return
+        self.scale = self._channel_scale(weight)
+        weights = self._scaled(weight)
+        if self.adaptation == "quantile":
+            target = quantile_codebook(weights, self.bit_width, self.level_set)
+            self.codebook = torch.lerp(target, self.codebook, self.decay)
+            return
+        indices = assign(weights, self.codebook)
+        counts, sums = cell_statistics(weights, indices, len(self.codebook))
+        counts = torch.lerp(counts, self.counts, self.decay)
+        sums = torch.lerp(sums, self.sums, self.decay)
+        # Below the smallest normal number the quotient is noise; such a level stays.
+        keep = self.pinned | (counts < torch.finfo(counts.dtype).tiny)
+        codebook = torch.where(keep, self.codebook, sums / counts)
+        reach = weights.min(), weights.max()
+        codebook, counts, sums = revive_dead_level(
+            codebook, counts, sums, self.pinned, reach, self.dead_threshold
+        )
+        # A revived level stands elsewhere in the order; its state and the zero move with it.
+        order = codebook.argsort(stable=True)
+        self.codebook, self.counts = codebook[order], counts[order]
+        self.sums, self.pinned = sums[order], self.pinned[order]
+
+    @torch.no_grad()
+    def regularize(self, weight: torch.nn.Parameter) -> None:
+        """Adds the gradient β (W - Ŵ) of the commitment term (β/2) ‖W - sg[Ŵ]‖²."""
+        if self.commitment and weight.grad is not None:
+            weight.grad.add_(weight - self(weight), alpha=self.commitment)
+
+    def _channel_scale(self, weight: Tensor) -> Tensor:
+        """Mean magnitude per output channel, (C_out, 1, …); ones where a channel is all zero."""
+        if self.granularity == "layer":
+            return torch.ones(1, device=weight.device)
+        scale = weight.detach().float().abs().mean(dim=tuple(range(1, weight.dim())), keepdim=True)
+        return torch.where(scale > 0, scale, 1.0)
+
+    def _scaled(self, weight: Tensor) -> Tensor:
+        return (weight.detach().float() / self.scale).flatten()

@@ -1,0 +1,220 @@
+"""The arithmetic of quantization as pure functions of tensors.
+
+Levels are always sorted; a value belongs to the level whose index is the number of midpoints
+below it, so assignment is a search over K - 1 midpoints and never a K × numel tensor.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def midpoints(codebook: Tensor) -> Tensor:
+    """The K - 1 borders between the cells of a sorted codebook (K,)."""
+    return (codebook[1:] + codebook[:-1]) / 2
+
+
+def assign(values: Tensor, codebook: Tensor) -> Tensor:
+    """Index of the nearest level for each value, int64; ties go to the lower level.
+
+    Args:
+        values: Any shape, float.
+        codebook: (K,), sorted.
+
+    Returns:
+        The shape of ``values``, in ``0 … K - 1``.
+    """
+    return torch.bucketize(values, midpoints(codebook))
+
+
+def quantiles(ordered: Tensor, fractions: Tensor) -> Tensor:
+    """Quantiles with linear interpolation, as ``torch.quantile``, without its limit on the size.
+
+    Args:
+        ordered: (n,) sorted values, n ≥ 1.
+        fractions: (m,) in 0 … 1.
+
+    Returns:
+        (m,) values of the dtype of ``ordered``.
+    """
+    # float64: a float32 position is off by whole elements beyond 2^24 values.
+    position = fractions.double() * (len(ordered) - 1)
+    below = position.floor().long().clamp(0, len(ordered) - 1)
+    above = (below + 1).clamp_max(len(ordered) - 1)
+    return torch.lerp(ordered[below], ordered[above], (position - below).to(ordered.dtype))
+
+
+def cell_statistics(values: Tensor, indices: Tensor, num_levels: int) -> tuple[Tensor, Tensor]:
+    """How many values each level got, and their sum.
+
+    Args:
+        values: (n,) float.
+        indices: (n,) level of each value.
+        num_levels: K.
+
+    Returns:
+        Counts (K,) and sums (K,), both in the dtype of ``values``.
+    """
+    counts = torch.bincount(indices, minlength=num_levels).to(values.dtype)
+    sums = torch.bincount(indices, weights=values, minlength=num_levels).to(values.dtype)
+    return counts, sums
+
+
+def lloyd_max(
+    values: Tensor, codebook: Tensor, pinned: Tensor, max_iterations: int = 10_000
+) -> Tensor:
+    """Lloyd–Max iteration (one-dimensional k-means) to its fixed point.
+
+    Each level moves to the mean of its cell until no cell changes; pinned levels and levels of
+    empty cells stay. Sorted values and their prefix sums make an iteration O(K log n).
+
+    Args:
+        values: (n,) float.
+        codebook: (K,) sorted start.
+        pinned: (K,) bool, levels that must not move.
+        max_iterations: A bound that real weights do not reach.
+
+    Returns:
+        (K,) sorted levels.
+    """
+    ordered = values.double().sort().values
+    prefix = torch.cat([ordered.new_zeros(1), ordered.cumsum(0)])
+    levels = codebook.double()
+    edges = None
+    for _ in range(max_iterations):
+        inner = torch.searchsorted(ordered, midpoints(levels), right=True)
+        new_edges = torch.cat([inner.new_zeros(1), inner, inner.new_full((1,), len(ordered))])
+        if edges is not None and torch.equal(edges, new_edges):
+            break
+        edges = new_edges
+        counts = edges.diff()
+        means = prefix[edges].diff() / counts.clamp_min(1)
+        levels = torch.where(pinned | (counts == 0), levels, means).sort().values
+    return levels.to(codebook.dtype)
+
+
+class CodebookSTE(torch.autograd.Function):
+    """Replaces each weight by its nearest level; gradients pass straight through.
+
+    Bengio et al. 2013 (arXiv 1308.3432); with ``clip`` the gradient is zero for weights beyond
+    the outermost levels.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, codebook: Tensor, clip: bool) -> Tensor:
+        """Maps a weight of any shape and levels (K,) to quantized weights of the same shape."""
+        if clip:
+            ctx.save_for_backward((weight >= codebook[0]) & (weight <= codebook[-1]))
+        return codebook[assign(weight, codebook)]
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        """The incoming gradient, masked where ``clip`` asks for it."""
+        saved = ctx.saved_tensors
+        return (grads[0] * saved[0] if saved else grads[0]), None, None
+
+
+class GeneralizedSTE(torch.autograd.Function):
+    """N2UQ's non-uniform-to-uniform step function with its generalised straight-through gradient.
+
+    Liu et al. 2022 (arXiv 2111.14826). With N intervals, edges e_0 = start and
+    e_i = e_(i-1) + widths_i, and thresholds T_i = (e_(i-1) + e_i) / 2, the forward pass is
+
+        y = step · (#{i : x > T_i} − zero_point),
+
+    and the backward pass differentiates the continuous function that rises by ``step`` linearly
+    over each [e_(i-1), e_i]. For x in interval j that gives
+
+        ∂y/∂x = step / a_j,        ∂y/∂a_j = −step (x − e_(j-1)) / a_j²,
+        ∂y/∂a_i = −step / a_j for i < j,        ∂y/∂start = −step / a_j,
+
+    so the parameters need two sums per interval, Σ g and Σ g (x − e_(j-1)). The derivative to
+    ``step`` is exact, since the forward pass is linear in it.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, start: Tensor, widths: Tensor, step: Tensor, zero_point: Tensor
+    ) -> Tensor:
+        """Maps ``x`` to uniform levels.
+
+        Args:
+            ctx: Autograd's context.
+            x: Any shape.
+            start: () left edge of the first interval.
+            widths: (N,) positive.
+            step: () distance between output levels.
+            zero_point: () code whose output is 0.
+        """
+        edges = interval_edges(start, widths)
+        codes = torch.bucketize(x, midpoints(edges), out_int32=True)
+        ctx.save_for_backward(x, edges, widths, step, zero_point)
+        return ((torch.arange(len(edges), device=x.device) - zero_point) * step)[codes]
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        """Gradients to x, start, widths and step, in one pass over x and its gradient."""
+        (grad,) = grads
+        x, edges, widths, step, zero_point = ctx.saved_tensors
+        num_levels = len(edges)
+        # 0: left of all intervals, j: inside interval j, N + 1: right of all.
+        interval = torch.bucketize(x, edges).flatten()
+        slopes = torch.cat([step.new_zeros(1), step / widths, step.new_zeros(1)])
+        grad_x = (grad.flatten() * slopes[interval]).view_as(x)
+
+        sizes = {"minlength": num_levels + 1}
+        flat = grad.flatten()
+        sums = torch.bincount(interval, weights=flat, **sizes)[1:-1]
+        moments = torch.bincount(interval, weights=flat * x.flatten(), **sizes)[1:-1]
+        moments = (moments - edges[:-1] * sums).to(x.dtype)
+        pull = (sums / widths).to(x.dtype) * step  # −∂L/∂start of each interval
+        # Widening interval i shifts every interval after it, as moving the start does.
+        later = pull.sum() - pull.cumsum(0)
+        grad_widths = -step * moments / widths.square() - later
+
+        codes = torch.bucketize(x, midpoints(edges)).flatten()
+        by_code = torch.bincount(codes, weights=flat, minlength=num_levels).to(x.dtype)
+        grad_step = (by_code * (torch.arange(num_levels, device=x.device) - zero_point)).sum()
+        return grad_x, -pull.sum(), grad_widths, grad_step, None
+
+
+def interval_edges(start: Tensor, widths: Tensor) -> Tensor:
+    """Edges e_0 … e_N (N + 1,) of N intervals with the given start () and widths (N,)."""
+    return torch.cat([start.view(1), start + widths.cumsum(0)])
+
+
+def round_ste(x: Tensor) -> Tensor:
+    """Rounds to the nearest integer; the gradient passes as if it had not."""
+    return x + (x.round() - x).detach()
+
+
+def scale_gradient(x: Tensor, factor: float) -> Tensor:
+    """The value of ``x``; its gradient is multiplied by ``factor``."""
+    scaled = x * factor
+    return scaled + (x - scaled).detach()
+
+
+def best_clip(values: Tensor, low_codes: int, high_codes: int, candidates: int = 100) -> Tensor:
+    """The step of a uniform quantizer that makes the squared error smallest.
+
+    Args:
+        values: (n,) sample.
+        low_codes: Codes below zero (0 for an unsigned range).
+        high_codes: Codes above zero.
+        candidates: Steps tried, evenly spaced up to the one that clips nothing.
+
+    Returns:
+        () positive step, in the dtype of ``values``; 1 / high_codes where all values are zero.
+    """
+    reach = torch.maximum(values.max() / high_codes, -values.min() / max(low_codes, 1))
+    if reach <= 0:
+        return values.new_tensor(1 / high_codes)
+    steps = reach * torch.arange(1, candidates + 1, device=values.device) / candidates
+    errors = torch.stack(
+        [((values / s).round().clamp(-low_codes, high_codes) * s - values).square().mean()
+         for s in steps]
+    )  # fmt: skip
+    return steps[errors.argmin()].to(values.dtype)

@@ -1,0 +1,147 @@
+"""N2UQ activations: learned thresholds, uniform output levels (Liu et al. 2022, arXiv 2111.14826)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from adq_train.quantization.base import ActivationQuantizer, check_choice
+from adq_train.quantization.functional import (
+    GeneralizedSTE,
+    best_clip,
+    interval_edges,
+    midpoints,
+    quantiles,
+    scale_gradient,
+)
+
+INITIALIZATIONS = ("mse", "quantile")
+# Widths stay this much wider than nothing, as a share of the mean width, when data repeats values.
+SMALLEST_WIDTH = 1e-2
+
+
+def uniform_range(sample: Tensor, num_steps: int) -> tuple[Tensor, Tensor, int]:
+    """Evenly spaced intervals over the range whose clipping makes the squared error smallest.
+
+    Args:
+        sample: (n,) values; negative ones ask for a signed range.
+        num_steps: N, the number of intervals.
+
+    Returns:
+        Start (), width of each interval (), and the code that stands for 0 (none below it for
+        values that are never negative).
+    """
+    low, high = sample.min().clamp_max(0), sample.max().clamp_min(0)
+    zero_point = 0
+    if low < 0:
+        zero_point = min(max(round(float(-low / (high - low)) * num_steps), 1), num_steps - 1)
+    step = best_clip(sample, zero_point, num_steps - zero_point)
+    return -zero_point * step, step, zero_point
+
+
+def quantile_intervals(sample: Tensor, num_steps: int) -> tuple[Tensor, Tensor]:
+    """Intervals that hold equal shares of the values that are not zero.
+
+    Args:
+        sample: (n,) values. Zeros are left out: after a ReLU they would fill half of the range.
+        num_steps: N, the number of intervals.
+
+    Returns:
+        Start () and widths (N,), positive.
+    """
+    ordered = sample[sample != 0].sort().values
+    if len(ordered) == 0:
+        return sample.new_zeros(()), sample.new_full((num_steps,), 1 / num_steps)
+    fractions = torch.arange(num_steps + 1, device=sample.device) / num_steps
+    edges = quantiles(ordered, fractions)
+    if ordered[0] > 0:
+        edges[0] = 0
+    mean_width = (edges[-1] - edges[0]).clamp_min(torch.finfo(edges.dtype).tiny) / num_steps
+    return edges[0], edges.diff().clamp_min(SMALLEST_WIDTH * mean_width)
+
+
+class N2uqActivationQuantizer(ActivationQuantizer):
+    """Non-uniform-to-uniform quantization of a layer's input.
+
+    Learned: the start, the interval widths and the output step (widths and step as logarithms,
+    which keeps them positive and makes their updates relative), and optionally an input scale.
+    The gradients of these parameters are multiplied by 1 / sqrt(features · N), LSQ's balance
+    between parameters that sum over a whole tensor and weights that do not.
+
+    Args:
+        bit_width: n; there are N = 2^n - 1 thresholds.
+        initialization: ``mse``: evenly spaced thresholds over the range whose clipping makes the
+            squared error smallest; ``quantile``: thresholds with equal mass between them.
+        learn_input_scale: Whether a factor on the input is learned too, as in N2UQ; thresholds
+            can express it already, so it changes the dynamics of training alone.
+    """
+
+    zero_point: Tensor
+
+    def __init__(
+        self, bit_width: int, *, initialization: str = "mse", learn_input_scale: bool = False
+    ) -> None:
+        super().__init__(bit_width)
+        check_choice("initialization", initialization, INITIALIZATIONS)
+        self.initialization = initialization
+        num_steps = 2**bit_width - 1
+        self.start = nn.Parameter(torch.zeros(()))
+        self.log_widths = nn.Parameter(torch.zeros(num_steps))
+        self.log_step = nn.Parameter(torch.zeros(()))
+        self.log_input_scale = nn.Parameter(torch.zeros(()), requires_grad=learn_input_scale)
+        self.register_buffer("zero_point", torch.zeros(()))
+
+    @torch.no_grad()
+    def calibrate(self, values: Tensor, seed: int = 0) -> None:
+        """Initialises thresholds and step from a sample of inputs.
+
+        A sample with negative values gets a signed range: the code ``zero_point`` stands for 0.
+
+        Raises:
+            ValueError: A value is NaN or infinite.
+        """
+        if not torch.isfinite(values).all():
+            raise ValueError("the inputs hold NaN or infinite values")
+        sample = values.detach().float().flatten()
+        num_steps = len(self.log_widths)
+        start, step, zero_point = uniform_range(sample, num_steps)
+        widths = step.expand(num_steps)
+        if self.initialization == "quantile":
+            start, widths = quantile_intervals(sample, num_steps)
+            zero_point = int((midpoints(interval_edges(start, widths)) < 0).sum())
+        self.start.copy_(start)
+        self.log_widths.copy_(widths.log())
+        self.log_input_scale.zero_()
+        self.zero_point.fill_(zero_point)
+        if self.initialization == "quantile":
+            # The step that fits the values best, given the codes that the thresholds assign.
+            codes = self.quantize(sample).float() - zero_point
+            fitted = (codes * sample).sum() / codes.square().sum().clamp_min(1)
+            step = torch.where(fitted > 0, fitted, step)
+        self.log_step.copy_(step.log())
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Maps an input of shape (N, …) to ``step · (code - zero_point)``."""
+        features = x[0].numel() if x.dim() > 1 else x.numel()
+        factor = (features * len(self.log_widths)) ** -0.5
+        start = scale_gradient(self.start, factor)
+        widths = scale_gradient(self.log_widths, factor).exp()
+        step = scale_gradient(self.log_step, factor).exp()
+        if self.log_input_scale.requires_grad:
+            x = x * scale_gradient(self.log_input_scale, factor).exp()
+        quantized: Tensor = GeneralizedSTE.apply(x, start, widths, step, self.zero_point)
+        return quantized
+
+    def quantize(self, x: Tensor) -> Tensor:
+        """Codes in ``0 … 2^n - 1``, uint8, of the shape of ``x``."""
+        scaled = x * self.log_input_scale.exp()
+        return torch.bucketize(scaled, self.thresholds()).to(torch.uint8)
+
+    def levels(self) -> Tensor:
+        """The uniform output levels (2^n,)."""
+        codes = torch.arange(len(self.log_widths) + 1, device=self.zero_point.device)
+        return (codes - self.zero_point) * self.log_step.exp().detach()
+
+    def thresholds(self) -> Tensor:
+        """The N thresholds T_i, sorted, on the scaled input."""
+        return midpoints(interval_edges(self.start, self.log_widths.exp())).detach()

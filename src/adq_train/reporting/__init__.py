@@ -1,0 +1,1 @@
+"""Reports: progress, TensorBoard, pictures and the summary of a run."""

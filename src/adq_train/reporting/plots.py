@@ -1,0 +1,164 @@
+"""Pictures of a run, as matplotlib figures that belong to no window."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.colors import LogNorm
+from matplotlib.figure import Figure
+from torch import nn
+
+from adq_train.artifacts import BitAllocation, RunResult, SensitivityTable
+from adq_train.quantization.layers import QuantLayer
+from adq_train.quantization.prepare import quantized_layers
+
+BLUE, ORANGE, GREY, RED = "#2b6cb0", "#dd6b20", "#a0aec0", "#c53030"
+MOST_PANELS = 24
+
+
+def _tidy(axes: Axes) -> None:
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def draw_sensitivity(axes: Axes, table: SensitivityTable) -> None:
+    """A heat map, layers by bit-widths, on a logarithmic colour scale."""
+    values = np.array([[x.sensitivity[b] for b in table.bit_widths] for x in table.layers])
+    positive = values[values > 0]
+    norm = LogNorm(positive.min(), positive.max()) if len(positive) else None
+    # Zero and negative values have no logarithm: they stay white and keep their number.
+    shown = np.ma.masked_less_equal(values.T, 0)
+    image = axes.imshow(shown, aspect="auto", cmap="YlOrRd", norm=norm)
+    axes.set_yticks(range(len(table.bit_widths)), [f"{b} bits" for b in table.bit_widths])
+    axes.set_xticks(range(len(table.layers)), [x.name for x in table.layers], rotation=90)
+    axes.tick_params(labelsize=8)
+    if len(table.layers) <= MOST_PANELS:
+        middle = np.sqrt(positive.min() * positive.max()) if len(positive) else 0
+        for (row, column), value in np.ndenumerate(values.T):
+            color = "white" if value > middle * 3 else "black"
+            axes.text(column, row, f"{value:.2g}", ha="center", va="center", fontsize=6,
+                      color=color)  # fmt: skip
+    axes.figure.colorbar(image, ax=axes, fraction=0.03, pad=0.01)
+    axes.set_title(f"Sensitivity ({table.metric})", loc="left", fontsize=10)
+
+
+def draw_allocation(axes: Axes, allocation: BitAllocation) -> None:
+    """Bars: the bits of each layer's weights, with the average as a line."""
+    bits = [x.weight_bits for x in allocation.layers]
+    axes.bar(range(len(bits)), bits, color=BLUE, width=0.75)
+    for position, value in enumerate(bits):
+        axes.text(position, value + 0.1, str(value), ha="center", fontsize=7)
+    axes.axhline(allocation.average_weight_bits, color=ORANGE, linewidth=1.2, linestyle="--")
+    axes.set_xticks(range(len(bits)), [x.name for x in allocation.layers], rotation=90)
+    axes.set_ylim(0, max(bits) + 1)
+    axes.set_ylabel("bits")
+    axes.tick_params(labelsize=8)
+    axes.set_title(
+        f"Allocation ({allocation.allocator}): average {allocation.average_weight_bits:.2f} bits",
+        loc="left",
+        fontsize=10,
+    )
+    _tidy(axes)
+
+
+def draw_layer(axes: Axes, name: str, layer: QuantLayer) -> None:
+    """A histogram of one layer's weights with its levels drawn on it."""
+    weight = layer.weight.detach().float()
+    scale = getattr(layer.weight_quantizer, "scale", None)
+    if scale is not None:
+        weight = weight / scale
+    axes.hist(weight.flatten().cpu().numpy(), bins=60, color=GREY)
+    levels = layer.weight_quantizer.levels().detach().cpu().tolist()
+    for level in levels:
+        axes.axvline(level, color=RED, linewidth=0.9 if len(levels) <= 16 else 0.15)
+    axes.set_title(f"{name}  {layer.weight_quantizer.bit_width} bits", fontsize=7)
+    axes.tick_params(labelsize=6)
+    axes.set_yticks([])
+    _tidy(axes)
+
+
+def draw_training(axes: Axes, records: Sequence[dict[str, Any]], result: RunResult) -> None:
+    """Validation accuracy of float training and QAT, epoch after epoch, with the test figures."""
+    first = 1
+    for stage, color, label in (("pretrain", GREY, "float training"), ("qat", BLUE, "QAT")):
+        values = [x["validation_top1_percent"] for x in records if x["stage"] == stage]
+        if values:
+            epochs = range(first, first + len(values))
+            axes.plot(epochs, values, color=color, label=f"{label} (validation)")
+            first += len(values)
+    for value, color, label in (
+        (result.fp_top1_percent, GREY, "float"),
+        (result.ptq_top1_percent, RED, "after calibration"),
+        (result.qat_top1_percent, BLUE, "after QAT"),
+    ):
+        axes.axhline(value, color=color, linestyle=":", label=f"{label} (test): {value:.2f} %")
+    axes.set_xlabel("epoch")
+    axes.set_ylabel("top-1, %")
+    axes.legend(fontsize=7, frameon=False, loc="lower right")
+    axes.set_title("Accuracy", loc="left", fontsize=10)
+    _tidy(axes)
+
+
+def sensitivity(table: SensitivityTable) -> Figure:
+    """The heat map alone."""
+    figure = Figure(figsize=(max(6, 0.45 * len(table.layers) + 2), 3.2), layout="constrained")
+    draw_sensitivity(figure.subplots(), table)
+    return figure
+
+
+def allocation(bits: BitAllocation) -> Figure:
+    """The bars alone."""
+    figure = Figure(figsize=(max(6, 0.45 * len(bits.layers) + 1), 3.2), layout="constrained")
+    draw_allocation(figure.subplots(), bits)
+    return figure
+
+
+def weights_and_levels(model: nn.Module) -> Figure:
+    """Every layer's weights with its levels (evenly chosen layers where there are many)."""
+    layers = list(quantized_layers(model).items())
+    if len(layers) > MOST_PANELS:
+        chosen = np.linspace(0, len(layers) - 1, MOST_PANELS).round().astype(int)
+        layers = [layers[i] for i in chosen]
+    columns = 4
+    rows = -(-len(layers) // columns)
+    figure = Figure(figsize=(10, 1.6 * rows), layout="constrained")
+    grid = figure.subplots(rows, columns, squeeze=False).flatten()
+    for axes, (name, layer) in zip(grid, layers, strict=False):
+        draw_layer(axes, name, layer)
+    for axes in grid[len(layers) :]:
+        axes.set_axis_off()
+    return figure
+
+
+def training(records: Sequence[dict[str, Any]], result: RunResult) -> Figure:
+    """The accuracy curves alone."""
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    draw_training(figure.subplots(), records, result)
+    return figure
+
+
+def summary(
+    table: SensitivityTable,
+    bits: BitAllocation,
+    records: Sequence[dict[str, Any]],
+    result: RunResult,
+    model: nn.Module,
+) -> Figure:
+    """One picture of the whole line: sensitivity, allocation, accuracy, and two layers' levels."""
+    figure = Figure(figsize=(11, 6.4), layout="constrained")
+    upper, lower = figure.subfigures(2, 1, height_ratios=(1, 1.15))
+    left, right = upper.subplots(1, 2)
+    draw_sensitivity(left, table)
+    draw_allocation(right, bits)
+    below_left, below_right = lower.subfigures(1, 2, width_ratios=(1.1, 1))
+    draw_training(below_left.subplots(), records, result)
+    layers = quantized_layers(model)
+    by_bits = sorted(layers.items(), key=lambda item: item[1].weight_quantizer.bit_width)
+    # The layers with the fewest bits and, before the 8-bit ends, with the most.
+    mixed = [x for x in by_bits if x[1].weight_quantizer.bit_width < 8] or by_bits
+    grid = below_right.subplots(2, 1)
+    for axes, (name, layer) in zip(grid, (mixed[0], mixed[-1]), strict=True):
+        draw_layer(axes, f"{name}: weights and their levels,", layer)
+    return figure

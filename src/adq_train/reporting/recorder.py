@@ -1,0 +1,100 @@
+"""Records of training: ``metrics.jsonl`` and TensorBoard, which agree after a resume."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+
+from torch import nn
+from torch.utils.tensorboard import SummaryWriter
+
+from adq_train.files import write_text
+from adq_train.quantization.prepare import quantized_layers
+from adq_train.reporting import plots
+from adq_train.training.loop import EpochReport
+
+# A curve per level is readable up to here; the 8-bit layers have 255 levels.
+MOST_CURVES = 16
+# How often weights and levels are drawn, over all of a stage.
+PICTURES = 10
+
+
+class Recorder:
+    """Writes what a stage reports, after every epoch.
+
+    Args:
+        folder: The run's folder (or the shared one of a float model).
+        stage: ``pretrain`` or ``qat``; TensorBoard shows each as a run of its own.
+        epochs: Of the whole stage.
+    """
+
+    def __init__(self, folder: Path, stage: str, epochs: int) -> None:
+        self.metrics = folder / "metrics.jsonl"
+        self.stage = stage
+        self.epochs = epochs
+        self.tensorboard = folder / "tensorboard" / stage
+        self.writer: SummaryWriter | None = None
+
+    def start(self, done: int) -> None:
+        """Drops what an interrupted run recorded after its last checkpoint, and goes on.
+
+        Args:
+            done: Epochs that are done and checkpointed.
+        """
+        keep = [
+            line
+            for line in read_metrics(self.metrics)
+            if line["stage"] != self.stage or line["epoch"] <= done
+        ]
+        write_text(self.metrics, "".join(json.dumps(line) + "\n" for line in keep))
+        self.writer = SummaryWriter(str(self.tensorboard), purge_step=done + 1)
+
+    def epoch(self, report: EpochReport, model: nn.Module) -> None:
+        """Records one epoch.
+
+        Args:
+            report: Its figures.
+            model: Float or prepared; codebooks and weights are recorded of a prepared one.
+        """
+        assert self.writer is not None
+        values = asdict(report)
+        with self.metrics.open("a", encoding="utf-8") as file:
+            file.write(json.dumps({"stage": self.stage, **values}) + "\n")
+        for tag, name in (
+            ("loss/train", "train_loss"),
+            ("loss/validation", "validation_loss"),
+            ("accuracy/validation_top1_percent", "validation_top1_percent"),
+            ("learning_rate", "lr"),
+        ):
+            self.writer.add_scalar(tag, values[name], report.epoch)
+        layers = quantized_layers(model)
+        for name, layer in layers.items():
+            levels = layer.weight_quantizer.levels().tolist()
+            for index, level in enumerate(levels if len(levels) <= MOST_CURVES else ()):
+                self.writer.add_scalar(f"codebook/{name}/{index}", level, report.epoch)
+        if layers and (report.epoch == self.epochs or report.epoch % -(-self.epochs // PICTURES) == 0):
+            for name, layer in layers.items():
+                self.writer.add_histogram(f"weights/{name}", layer.weight, report.epoch)
+            self.writer.add_figure(
+                "weights_and_levels", plots.weights_and_levels(model), report.epoch
+            )
+        self.writer.flush()
+
+    def close(self) -> None:
+        """Finishes the event file."""
+        if self.writer is not None:
+            self.writer.close()
+
+
+def read_metrics(path: Path) -> list[dict[str, float | int | str]]:
+    """The records of ``metrics.jsonl``; a last line cut off by a kill is left out."""
+    if not path.exists():
+        return []
+    records = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            records.append(json.loads(line))
+        except ValueError:
+            continue
+    return records

@@ -1,0 +1,131 @@
+"""The end of a run: pictures, TensorBoard's last pages, and the summary."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from matplotlib.figure import Figure
+from omegaconf import OmegaConf
+from torch import nn
+from torch.utils.tensorboard import SummaryWriter
+from torch.utils.tensorboard.summary import hparams
+
+from adq_train.artifacts import BitAllocation, LayerInfo, RunResult, SensitivityTable
+from adq_train.errors import UserError
+from adq_train.files import written_whole
+from adq_train.reporting import plots, summary
+from adq_train.reporting.recorder import read_metrics
+from adq_train.run_folder import RunFolder, read_manifest
+
+
+def num_float_values(model: nn.Module, layers: Sequence[LayerInfo]) -> int:
+    """Parameters and float statistics of a float model outside the weights to be quantized."""
+    state = model.state_dict().values()
+    return sum(x.numel() for x in state if x.is_floating_point()) - sum(
+        layer.num_weights for layer in layers
+    )
+
+
+def write(
+    folder: RunFolder,
+    table: SensitivityTable,
+    allocation: BitAllocation,
+    result: RunResult,
+    model: nn.Module,
+) -> None:
+    """Draws the pictures into ``plots/`` and TensorBoard, and writes the HParams session.
+
+    Args:
+        folder: The run's folder.
+        table: Sensitivities.
+        allocation: Bits.
+        result: Figures on the test split.
+        model: The model after QAT.
+    """
+    records = read_metrics(folder.path / "metrics.jsonl")
+    figures = {
+        "sensitivity": plots.sensitivity(table),
+        "allocation": plots.allocation(allocation),
+        "weights_and_levels": plots.weights_and_levels(model),
+        "accuracy": plots.training(records, result),
+        "summary": plots.summary(table, allocation, records, result, model),
+    }
+    (folder.path / "plots").mkdir(exist_ok=True)
+    with SummaryWriter(str(folder.path / "tensorboard" / "result")) as writer:
+        for name, figure in figures.items():
+            save(figure, folder.path / "plots" / f"{name}.png")
+            writer.add_figure(name, figure, close=False)
+        yaml = OmegaConf.to_yaml(folder.config)
+        writer.add_text("config", "```yaml\n" + yaml + "```")
+        metrics = {
+            "result/fp_top1_percent": result.fp_top1_percent,
+            "result/ptq_top1_percent": result.ptq_top1_percent,
+            "result/qat_top1_percent": result.qat_top1_percent,
+            "result/average_weight_bits": allocation.average_weight_bits,
+            "result/model_size_bytes": float(allocation.model_size_bytes),
+        }
+        # The session's summaries alone: an experiment summary of each run would contradict the
+        # others' in a sweep, and TensorBoard then shows those of the first.
+        _, start, end = hparams(hyperparameters(folder.config), metrics)
+        assert writer.file_writer is not None
+        writer.file_writer.add_summary(start)
+        writer.file_writer.add_summary(end)
+        for name, value in metrics.items():
+            writer.add_scalar(name, value)
+
+
+def save(figure: Figure, path: Path) -> None:
+    """Writes a picture as PNG, whole or not at all."""
+    with written_whole(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=110)
+
+
+def hyperparameters(config: dict[str, Any]) -> dict[str, bool | int | float | str]:
+    """The settings that tell runs of a sweep apart, for TensorBoard's HParams page."""
+
+    def short(node: dict[str, Any]) -> str:
+        return str(node["_target_"]).rsplit(".", 1)[-1]
+
+    weights, activations = config["weight_quantizer"], config["activation_quantizer"]
+    values: dict[str, Any] = {
+        "seed": config["seed"],
+        "data": short(config["data"]),
+        "model": short(config["model"]),
+        "weight_quantizer": short(weights),
+        "activation_quantizer": short(activations),
+        "sensitivity": short(config["sensitivity"]),
+        "allocator": short(config["allocator"]),
+        "candidates": str(config["bits"]["candidates"]),
+        "epochs": config["trainer"]["epochs"],
+        "batch_size": config["trainer"]["batch_size"],
+        "lr": config["optimizer"]["lr"],
+        **{name: weights[name] for name in ("initialization", "adaptation", "decay", "level_set")
+           if name in weights},
+        **{name: value for name, value in config["budget"].items() if value is not None},
+    }  # fmt: skip
+    return values
+
+
+def show(path: Path) -> None:
+    """Prints the summary of a finished run.
+
+    Args:
+        path: The run's folder.
+
+    Raises:
+        UserError: An artifact is missing.
+    """
+    kinds = {
+        "sensitivity.json": SensitivityTable,
+        "allocation.json": BitAllocation,
+        "result.json": RunResult,
+    }
+    loaded: list[Any] = []
+    for name, kind in kinds.items():
+        if not (path / name).exists():
+            raise UserError(f"{path / name} is missing; delete the folder to run it anew")
+        loaded.append(kind.from_json((path / name).read_text(encoding="utf-8")))
+    values = read_manifest(path)["model"]["num_float_values"]
+    summary.show(summary.render(loaded[0], loaded[1], loaded[2], values, path))

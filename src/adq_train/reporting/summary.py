@@ -1,0 +1,145 @@
+"""The summary at the end of a run, for a terminal and for a log file."""
+
+from __future__ import annotations
+
+import io
+import logging
+import math
+import sys
+from pathlib import Path
+
+from rich.console import Console, Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from adq_train.allocation.budget import packed_bytes
+from adq_train.artifacts import BitAllocation, RunResult, SensitivityTable
+
+log = logging.getLogger(__name__)
+
+FLOAT_BYTES = 4
+
+
+def kilobytes(count: float) -> str:
+    """A size in kB or MB (10^3 and 10^6 bytes)."""
+    return f"{count / 1e6:.2f} MB" if count >= 1e6 else f"{count / 1e3:.1f} kB"
+
+
+def total_bytes(allocation: BitAllocation, num_float_values: int) -> int:
+    """Everything that inference needs: packed weights, their levels, thresholds, float values.
+
+    Args:
+        allocation: The bits; weights are packed, and 2^b levels and thresholds stay in float32.
+        num_float_values: Parameters and statistics outside the quantized weights.
+    """
+    tables = sum(2**x.weight_bits + 2**x.activation_bits for x in allocation.layers)
+    return allocation.model_size_bytes + FLOAT_BYTES * (tables + num_float_values)
+
+
+def render(
+    table: SensitivityTable,
+    allocation: BitAllocation,
+    result: RunResult,
+    num_float_values: int,
+    folder: Path,
+) -> RenderableType:
+    """Layers, accuracies, sizes and places.
+
+    Args:
+        table: Sensitivities.
+        allocation: Bits.
+        result: Accuracies and times.
+        num_float_values: Parameters and statistics outside the quantized weights.
+        folder: Where everything was written.
+    """
+    layers = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    layers.add_column("layer", style="bold")
+    layers.add_column("weights", justify="right")
+    for bits in table.bit_widths:
+        layers.add_column(f"Ω({bits} bits)", justify="right")
+    layers.add_column("bits W/A", justify="right")
+    layers.add_column("")
+    layers.add_column("packed", justify="right")
+    chosen = allocation.bits()
+    for layer in table.layers:
+        bits = chosen[layer.name]
+        layers.add_row(
+            layer.name,
+            f"{layer.num_weights:,}",
+            *(f"{layer.sensitivity[b]:.2e}" for b in table.bit_widths),
+            f"{bits.weight_bits}/{bits.activation_bits}",
+            Text("■" * bits.weight_bits, style="blue"),
+            kilobytes(packed_bytes(layer.num_weights, bits.weight_bits)),
+        )
+
+    # Two digits mean something only where the test set can tell them apart.
+    error = 100 * math.sqrt(
+        max(result.qat_top1_percent, 1e-9) / 100 * (1 - min(result.qat_top1_percent, 100) / 100)
+        / result.num_test_images
+    )  # fmt: skip
+    accuracy = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), show_header=False)
+    for label, value, note in (
+        ("float", result.fp_top1_percent, ""),
+        ("after calibration", result.ptq_top1_percent, "no training yet"),
+        (
+            "after QAT",
+            result.qat_top1_percent,
+            f"{result.qat_top1_percent - result.fp_top1_percent:+.2f} points to float; "
+            f"standard error ±{error:.2f} on {result.num_test_images:,} test images",
+        ),
+    ):
+        accuracy.add_row(label, Text(f"{value:.2f} %", style="bold"), note)
+
+    num_weights = sum(x.num_weights for x in table.layers)
+    whole = total_bytes(allocation, num_float_values)
+    float_whole = FLOAT_BYTES * (num_weights + num_float_values)
+    sizes = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), show_header=False)
+    sizes.add_row(
+        "average bits",
+        f"{allocation.average_weight_bits:.2f} weights, "
+        f"{allocation.average_activation_bits:.2f} activations "
+        f"({allocation.average_weight_bits_all_layers:.2f} over all weights, with the first and "
+        "last layer)",
+    )
+    sizes.add_row(
+        "packed weights",
+        f"{kilobytes(allocation.model_size_bytes)}, "
+        f"{FLOAT_BYTES * num_weights / allocation.model_size_bytes:.1f} times smaller than the "
+        f"{kilobytes(FLOAT_BYTES * num_weights)} of float32",
+    )
+    sizes.add_row(
+        "whole model",
+        f"{kilobytes(whole)} with levels, thresholds and the parts that stay float, "
+        f"{float_whole / whole:.1f} times smaller than {kilobytes(float_whole)}",
+    )
+    sizes.add_row("bit operations", f"{allocation.bops:.3g} per image")
+    sizes.add_row("time", ", ".join(f"{k} {v:.1f} s" for k, v in result.seconds.items()))
+
+    places = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), show_header=False)
+    places.add_row("written to", str(folder))
+    places.add_row("picture", str(folder / "plots" / "summary.png"))
+    places.add_row("look at it", f"tensorboard --logdir {folder}")
+    blank = Text()
+    solved = "proven optimal" if allocation.optimal else "not proven optimal"
+    return Group(
+        blank,
+        Text(f"Layers ({table.metric}; {allocation.allocator}, {solved})", style="bold blue"),
+        layers,
+        blank,
+        Text("Top-1 accuracy on the test set", style="bold blue"),
+        accuracy,
+        blank,
+        Text("Size", style="bold blue"),
+        sizes,
+        blank,
+        places,
+    )
+
+
+def show(content: RenderableType) -> None:
+    """Prints to standard output, in colour on a terminal, and as plain text into the log."""
+    # A pipe has no width; 80 columns would fold the table.
+    Console(width=None if sys.stdout.isatty() else 120, soft_wrap=True).print(content)
+    text = io.StringIO()
+    Console(file=text, width=120, soft_wrap=True).print(content)
+    log.debug("%s", text.getvalue())

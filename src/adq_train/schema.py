@@ -1,0 +1,159 @@
+"""The fixed sections of the configuration: every field with its type, meaning and range.
+
+Imported by ``--help`` and by shell completion, so nothing here may import torch.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field, fields
+from typing import Any, Optional
+
+from hydra.core.config_store import ConfigStore
+from omegaconf import MISSING
+
+
+@dataclass(frozen=True)
+class Range:
+    """The values that a number may take; ``above`` and ``below`` are exclusive bounds."""
+
+    minimum: float | None = None
+    maximum: float | None = None
+    above: float | None = None
+    below: float | None = None
+
+    def problem(self, value: float) -> str | None:
+        """What is wrong with ``value``, or None when it lies in the range."""
+        inside = (
+            not math.isnan(value)
+            and (self.minimum is None or value >= self.minimum)
+            and (self.maximum is None or value <= self.maximum)
+            and (self.above is None or value > self.above)
+            and (self.below is None or value < self.below)
+        )
+        return None if inside else f"must be {self}, got {value}"
+
+    def __str__(self) -> str:
+        parts = [
+            f"{word} {bound:g}"
+            for word, bound in (
+                ("at least", self.minimum),
+                ("more than", self.above),
+                ("at most", self.maximum),
+                ("less than", self.below),
+            )
+            if bound is not None
+        ]
+        return " and ".join(parts)
+
+
+def number(default: Any, **bounds: float) -> Any:
+    """A numeric field (or list of numbers) whose values must lie in ``Range(**bounds)``."""
+    metadata = {"range": Range(**bounds)}
+    if isinstance(default, list):
+        return field(default_factory=lambda: list(default), metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+def choice(default: str, *others: str) -> Any:
+    """A text field that takes one of a few words."""
+    return field(default=default, metadata={"choices": (default, *others)})
+
+
+# OmegaConf resolves these annotations on Python 3.10, where it knows Optional[X] but not "X | None".
+@dataclass
+class BudgetConfig:
+    """What the quantized model may cost; any number of limits together, null for none."""
+
+    # Mean bits of a weight over the layers whose bits are chosen (first and last stay outside).
+    average_weight_bits: Optional[float] = number(None, minimum=1, maximum=8)  # noqa: UP045
+    # Packed weights of all quantized layers, in bytes.
+    model_size_bytes: Optional[float] = number(None, above=0)  # noqa: UP045
+    # Bit operations of one image: sum of MACs x weight bits x activation bits.
+    bops: Optional[float] = number(None, above=0)  # noqa: UP045
+
+
+@dataclass
+class BitsConfig:
+    """Which bit-widths a layer may get."""
+
+    # Candidates of the allocation; a layer's weights and its input get the same width.
+    candidates: list[int] = number([2, 3, 4], minimum=2, maximum=8)
+    # The first and the last layer keep this many bits, outside the average; null: like the rest.
+    first_last: Optional[int] = number(8, minimum=2, maximum=8)  # noqa: UP045
+
+
+@dataclass
+class PretrainConfig:
+    """The float model that quantization starts from."""
+
+    # A state dict (.pt, .pth or .safetensors) to start from instead of training one.
+    checkpoint: Optional[str] = None  # noqa: UP045
+    # Epochs of float training; 0 takes the initial (say, torchvision's pretrained) weights.
+    epochs: int = number(60, minimum=0)
+    lr: float = number(0.1, above=0)
+    weight_decay: float = number(5e-4, minimum=0)
+
+
+@dataclass
+class TrainerConfig:
+    """Quantization-aware training (QAT), and what float training shares with it."""
+
+    # QAT epochs; 0 stops after calibration.
+    epochs: int = number(60, minimum=0)
+    batch_size: int = number(128, minimum=1)
+    eval_batch_size: int = number(500, minimum=1)
+    # auto: CUDA where there is one, else the CPU; or cpu, cuda, cuda:1, mps.
+    device: str = "auto"
+    # Learning rate of quantizer parameters (thresholds, scales), as a multiple of optimizer.lr.
+    quantizer_lr_factor: float = number(0.1, minimum=0)
+    label_smoothing: float = number(0.0, minimum=0, below=1)
+    # Largest L2 norm of the gradients; null leaves them as they are.
+    gradient_clip_norm: Optional[float] = number(None, above=0)  # noqa: UP045
+    # The model that is tested: the last one, or the best on the validation split.
+    select: str = choice("last", "best")
+
+
+@dataclass
+class Config:
+    """The whole configuration of one run; the groups below are filled from ``configs/``."""
+
+    seed: int = number(0, minimum=0, maximum=2**31 - 1)
+    # The run's folder; null derives it: <output_root>/<experiment>/<overrides>-<hash>.
+    run_dir: Optional[str] = None  # noqa: UP045
+    output_root: str = "outputs"
+    # Compose, validate, build everything, take two steps of each stage, leave no trace.
+    dry_run: bool = False
+    # Show the traceback of an error.
+    debug: bool = False
+    # Packages of your own that a _target_ may name, besides the built-in list.
+    trusted_packages: list[str] = field(default_factory=list)
+
+    budget: BudgetConfig = field(default_factory=BudgetConfig)
+    bits: BitsConfig = field(default_factory=BitsConfig)
+    pretrain: PretrainConfig = field(default_factory=PretrainConfig)
+    trainer: TrainerConfig = field(default_factory=TrainerConfig)
+
+    model: Any = MISSING
+    data: Any = MISSING
+    weight_quantizer: Any = MISSING
+    activation_quantizer: Any = MISSING
+    sensitivity: Any = MISSING
+    allocator: Any = MISSING
+    optimizer: Any = MISSING
+    scheduler: Any = MISSING
+
+
+SECTIONS = {
+    "": Config,
+    "budget": BudgetConfig,
+    "bits": BitsConfig,
+    "pretrain": PretrainConfig,
+    "trainer": TrainerConfig,
+}
+GROUPS = tuple(f.name for f in fields(Config) if f.default is MISSING)
+
+
+def register() -> None:
+    """Make the schema known to Hydra, as ``schema`` in the defaults list of config.yaml."""
+    ConfigStore.instance().store(name="schema", node=Config)

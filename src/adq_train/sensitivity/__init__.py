@@ -1,0 +1,1 @@
+"""Sensitivity metrics: what quantizing one layer costs. One file per metric."""

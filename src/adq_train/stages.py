@@ -1,0 +1,255 @@
+"""The stages of a run; each takes what the stage before it made, and keeps its own value."""
+
+from __future__ import annotations
+
+import copy
+import json
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load_model, save_model
+from torch import nn
+
+from adq_train.allocation.budget import Problem, allocate
+from adq_train.artifacts import (
+    BitAllocation,
+    LayerInfo,
+    RunResult,
+    SensitivityTable,
+    require_finite,
+)
+from adq_train.data.base import ImageData
+from adq_train.errors import UserError
+from adq_train.files import write_text, written_whole
+from adq_train.quantization.prepare import collect_inputs, prepare
+from adq_train.reporting.progress import Progress
+from adq_train.reporting.recorder import Recorder, read_metrics
+from adq_train.run_folder import RunFolder, digest, exclusive, identity
+from adq_train.training.checkpoint import CheckpointFolder
+from adq_train.training.evaluate import evaluate
+from adq_train.training.loop import fit, parameter_groups
+from adq_train.validate import Parts
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Context:
+    """What every stage of a run needs."""
+
+    config: dict[str, Any]
+    parts: Parts
+    data: ImageData
+    folder: RunFolder
+
+    @property
+    def seed(self) -> int:
+        """The run's seed."""
+        seed: int = self.config["seed"]
+        return seed
+
+
+def pretrain(run: Context, model: nn.Module) -> None:
+    """Trains the float model, or takes the one that a run with the same float part has trained.
+
+    Raises:
+        UserError: The kept model is damaged.
+    """
+    settings = run.config["pretrain"]
+    if settings["checkpoint"] or not settings["epochs"]:
+        log.info("pretrain: float weights as given")
+        return
+    shared_with = ("seed", "pretrain", "model", "optimizer", "scheduler")
+    depends_on = {
+        **{name: run.config[name] for name in shared_with},
+        "data": {k: v for k, v in run.config["data"].items() if k not in ("root", "num_workers")},
+        "fingerprint": run.data.fingerprint,
+        **{
+            name: run.config["trainer"][name]
+            for name in ("batch_size", "label_smoothing", "gradient_clip_norm")
+        },
+    }
+    key = digest(depends_on)
+    shared = Path(run.config["output_root"], "shared", f"pretrain-{key[:12]}")
+    weights = shared / "model.safetensors"
+    with exclusive(shared):
+        if not weights.exists():
+            write_text(shared / "depends_on.json", json.dumps(depends_on, indent=2) + "\n")
+            _fit(run, model, shared, key, "pretrain")
+            with written_whole(weights) as temporary:
+                save_model(model, str(temporary))
+        else:
+            log.info("pretrain: float model from %s", shared)
+        try:
+            load_model(model, str(weights))
+        except (SafetensorError, RuntimeError, OSError) as error:
+            raise UserError(f"{weights} is damaged ({error}); delete it to train anew") from error
+        _copy_metrics(shared, run.folder.path)
+    watched = evaluate(model, run.data.validation)
+    log.info("pretrain: validation top-1 %.2f %%", watched.top1_percent)
+
+
+def _copy_metrics(source: Path, target: Path) -> None:
+    """Gives a run the records of the float training that it shares."""
+    own = [x for x in read_metrics(target / "metrics.jsonl") if x["stage"] != "pretrain"]
+    records = [*read_metrics(source / "metrics.jsonl"), *own]
+    write_text(target / "metrics.jsonl", "".join(json.dumps(x) + "\n" for x in records))
+
+
+def profile(run: Context, model: nn.Module, layers: Sequence[LayerInfo]) -> SensitivityTable:
+    """Measures what quantizing each layer costs.
+
+    Raises:
+        UserError: A sensitivity is not finite, or the kept table is of another model.
+    """
+    table = run.folder.load("sensitivity.json", SensitivityTable)
+    if table is None:
+        metric, bit_widths = run.parts.sensitivity, run.config["bits"]["candidates"]
+        batches = list(run.data.calibration.epoch(0))
+        log.info("profile: %d layers at %s bits", len(layers), bit_widths)
+        rows = []
+        with Progress("profile", total=len(layers)) as progress:
+            for row in metric.measure(
+                model,
+                layers,
+                bit_widths,
+                batches,
+                run.parts.make_weight_quantizer,
+                run.parts.make_activation_quantizer,
+                run.seed,
+            ):
+                rows.append(row)
+                progress.advance(row.name)
+        table = SensitivityTable(metric.name, tuple(bit_widths), tuple(rows))
+        require_finite(table)
+        run.folder.save("sensitivity.json", table)
+    _require_layers("sensitivity.json", run, [x.name for x in table.layers], layers)
+    return table
+
+
+def allocate_bits(run: Context, problem: Problem, table: SensitivityTable) -> BitAllocation:
+    """Chooses bits within the budget.
+
+    Raises:
+        UserError: The budget cannot be met, or the kept allocation is of another model.
+    """
+    allocation = run.folder.load("allocation.json", BitAllocation)
+    if allocation is None:
+        allocation = allocate(run.parts.allocator, problem, table)
+        run.folder.save("allocation.json", allocation)
+    _require_layers("allocation.json", run, [x.name for x in allocation.layers], problem.layers)
+    log.info(
+        "allocate: %s, average %.2f bits", allocation.allocator, allocation.average_weight_bits
+    )
+    return allocation
+
+
+def _require_layers(
+    file: str, run: Context, names: Sequence[str], layers: Sequence[LayerInfo]
+) -> None:
+    """Refuses a kept value whose layers are not the model's."""
+    odd = sorted({x.name for x in layers} ^ set(names))
+    if odd:
+        raise UserError(
+            f"{run.folder.path / file} and the model differ in the layers {', '.join(odd[:3])}; "
+            "delete the file to make it anew"
+        )
+
+
+def prepare_and_calibrate(run: Context, model: nn.Module, allocation: BitAllocation) -> nn.Module:
+    """A quantized copy of the float model, initialised from the calibration images."""
+    inputs = collect_inputs(
+        model,
+        [x.name for x in allocation.layers],
+        (images for images, _ in run.data.calibration.epoch(0)),
+        run.seed,
+    )
+    quantized = copy.deepcopy(model)
+    prepare(
+        quantized,
+        allocation,
+        run.parts.make_weight_quantizer,
+        run.parts.make_activation_quantizer,
+        inputs,
+        run.seed,
+    )
+    watched = evaluate(quantized, run.data.validation)
+    log.info("calibrate: validation top-1 %.2f %%", watched.top1_percent)
+    return quantized
+
+
+def train_quantized(run: Context, model: nn.Module, allocation: BitAllocation) -> None:
+    """Quantization-aware training, in place; ends with the model that ``trainer.select`` names."""
+    if not run.config["trainer"]["epochs"]:
+        return
+    key = digest([identity(run.config), allocation.to_json()])
+    checkpoints = _fit(run, model, run.folder.path, key, "qat")
+    if run.config["trainer"]["select"] == "best":
+        state = checkpoints.load(key, names=("best",))
+        if state is None:
+            raise UserError(f"{checkpoints.folder}/best.pt is missing or damaged")
+        model.load_state_dict(state["model"])
+    watched = evaluate(model, run.data.validation)
+    log.info("qat: validation top-1 %.2f %%", watched.top1_percent)
+
+
+def _fit(run: Context, model: nn.Module, folder: Path, key: str, stage: str) -> CheckpointFolder:
+    """Float training (``pretrain``) or QAT (``qat``), recorded and checkpointed in ``folder``."""
+    trainer, pretrain = run.config["trainer"], run.config["pretrain"]
+    optimizer_defaults = run.config["optimizer"]
+    is_float = stage == "pretrain"
+    lr = pretrain["lr"] if is_float else optimizer_defaults["lr"]
+    decay = pretrain["weight_decay"] if is_float else optimizer_defaults["weight_decay"]
+    epochs = pretrain["epochs"] if is_float else trainer["epochs"]
+    groups = parameter_groups(model, lr, decay, trainer["quantizer_lr_factor"])
+    checkpoints = CheckpointFolder(folder / "checkpoints")
+    recorder = Recorder(folder, stage, epochs)
+    log.info("%s: %d epochs of %d steps", stage, epochs, len(run.data.train))
+    try:
+        fit(
+            model,
+            run.data,
+            run.parts.make_optimizer(groups),
+            run.parts.scheduler,
+            epochs=epochs,
+            stage=stage,
+            checkpoints=checkpoints,
+            key=key,
+            on_start=recorder.start,
+            on_epoch=recorder.epoch,
+            label_smoothing=trainer["label_smoothing"],
+            gradient_clip_norm=trainer["gradient_clip_norm"],
+        )
+    finally:
+        recorder.close()
+    return checkpoints
+
+
+def evaluate_models(
+    run: Context, model: nn.Module, calibrated: nn.Module, quantized: nn.Module
+) -> RunResult:
+    """Reads the test split, once for each of the three models.
+
+    Args:
+        run: The run.
+        model: The float model.
+        calibrated: Prepared and calibrated, before any QAT step.
+        quantized: After QAT.
+    """
+    before = evaluate(model, run.data.test)
+    after_calibration = evaluate(calibrated, run.data.test)
+    after = evaluate(quantized, run.data.test)
+    result = RunResult(
+        fp_top1_percent=before.top1_percent,
+        ptq_top1_percent=after_calibration.top1_percent,
+        qat_top1_percent=after.top1_percent,
+        qat_top5_percent=after.top5_percent,
+        num_test_images=after.num_images,
+        seconds=dict(run.folder.seconds),
+    )
+    run.folder.save("result.json", result)
+    return result

@@ -1,0 +1,1 @@
+"""Training: the loop, the schedules, evaluation and checkpoints."""

@@ -1,0 +1,102 @@
+"""Checkpoints that survive a kill at any moment, and that cannot run code when they are read."""
+
+from __future__ import annotations
+
+import logging
+import os
+import pickle
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from adq_train.files import sha256, sync_folder, write_text, written_whole
+
+log = logging.getLogger(__name__)
+
+
+class CheckpointFolder:
+    """``last.pt``, the one before it, and ``best.pt``, with their SHA-256 in ``SHA256SUMS``.
+
+    ``SHA256SUMS`` lists a new file before that file takes its name, so that at every moment at
+    least one checkpoint is both in place and listed.
+
+    Args:
+        folder: Made when the first checkpoint is saved.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def save(self, state: dict[str, Any], best: bool = False) -> None:
+        """Writes ``last.pt`` and keeps its predecessor as ``previous.pt``.
+
+        Args:
+            state: Tensors and plain types.
+            best: Whether to keep a copy as ``best.pt``.
+
+        Raises:
+            UserError: The disk is full; the checkpoints that were there still are.
+        """
+        self.folder.mkdir(parents=True, exist_ok=True)
+        last = self.folder / "last.pt"
+        known = self._sums()
+        with written_whole(last) as temporary:
+            torch.save(state, temporary)
+            digest = sha256(temporary)
+            self._write_sums([*known, (digest, "last.pt"), *((d, "previous.pt") for d, n in known
+                                                             if n == "last.pt")])  # fmt: skip
+            if last.exists():
+                last.replace(self.folder / "previous.pt")
+        if best:
+            self._write_sums([*self._sums(), (digest, "best.pt")])
+            copy = self.folder / ".best.pt.tmp"
+            copy.unlink(missing_ok=True)
+            os.link(last, copy)
+            copy.replace(self.folder / "best.pt")
+            sync_folder(self.folder)
+        self._write_sums([x for x in self._sums() if x == (self._digest(x[1]), x[1])])
+
+    def load(self, key: str, names: tuple[str, ...] = ("last", "previous")) -> Any | None:
+        """The newest intact checkpoint of the run that ``key`` stands for, or None.
+
+        Args:
+            key: What the run depends on; a checkpoint with another key is left alone.
+            names: Which files to try, in order.
+
+        Returns:
+            The saved state, with tensors on the CPU.
+        """
+        listed = {digest for digest, _ in self._sums()}
+        for name in names:
+            path = self.folder / f"{name}.pt"
+            if not path.exists():
+                continue
+            if sha256(path) not in listed:
+                log.warning("%s is damaged (its SHA-256 is not in SHA256SUMS); not used", path)
+                continue
+            try:
+                state = torch.load(path, map_location="cpu", weights_only=True)
+            except (RuntimeError, pickle.UnpicklingError, EOFError) as error:
+                log.warning("%s cannot be read (%s); not used", path, error)
+                continue
+            if not isinstance(state, dict) or state.get("key") != key:
+                log.warning("%s belongs to a run with other settings; not used", path)
+                continue
+            return state
+        return None
+
+    def _sums(self) -> list[tuple[str, str]]:
+        """The (digest, name) lines of ``SHA256SUMS``."""
+        path = self.folder / "SHA256SUMS"
+        lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+        pairs = [line.split(maxsplit=1) for line in lines]
+        return [(pair[0], pair[1]) for pair in pairs if len(pair) == 2]
+
+    def _write_sums(self, sums: list[tuple[str, str]]) -> None:
+        lines = dict.fromkeys(f"{digest}  {name}\n" for digest, name in sums)
+        write_text(self.folder / "SHA256SUMS", "".join(lines))
+
+    def _digest(self, name: str) -> str | None:
+        path = self.folder / name
+        return sha256(path) if path.exists() else None

@@ -1,0 +1,52 @@
+"""Evaluation: exact counts over every image once."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from adq_train.data.base import Batches
+from adq_train.errors import UserError
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Mean cross-entropy in nats and accuracies in percent, over ``num_images`` images."""
+
+    loss: float
+    top1_percent: float
+    top5_percent: float
+    num_images: int
+
+
+@torch.no_grad()
+def evaluate(model: nn.Module, batches: Batches) -> Evaluation:
+    """Evaluates a model in evaluation mode and leaves it in the mode that it was in.
+
+    Args:
+        model: Maps images (N, C, H, W) to logits (N, num_classes).
+        batches: What to evaluate on.
+
+    Raises:
+        UserError: There are no images.
+    """
+    was_training = model.training
+    model.eval()
+    # Sums stay on the device until the end: reading them would stall a GPU at every batch.
+    totals: torch.Tensor | None = None
+    count = 0
+    for images, targets in batches.epoch(0):
+        logits = model(images)
+        loss = F.cross_entropy(logits, targets, reduction="sum").double()
+        ranked = logits.topk(min(5, logits.shape[1])).indices == targets[:, None]
+        sums = torch.stack([loss, ranked[:, 0].sum().double(), ranked.sum().double()])
+        totals = sums if totals is None else totals + sums
+        count += len(targets)
+    model.train(was_training)
+    if totals is None:
+        raise UserError("data: there are no images to evaluate on; hold out at least one")
+    total_loss, top1, top5 = totals.tolist()
+    return Evaluation(total_loss / count, 100 * top1 / count, 100 * top5 / count, count)

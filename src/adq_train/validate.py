@@ -1,0 +1,249 @@
+"""Every error of a configuration at once, before any data is touched.
+
+Values are checked in two steps that share one list of problems: the fixed sections against their
+schema, and each group's ``_target_`` by binding its arguments to the signature and building it.
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+import types
+import typing
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, fields
+from functools import partial
+from typing import Any, Protocol
+
+import torch
+from hydra.utils import get_object
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import InterpolationResolutionError, OmegaConfBaseException
+from torch import nn
+
+from adq_train.allocation.budget import Allocator
+from adq_train.data.base import ImageData, Loading
+from adq_train.errors import ConfigError, UserError, did_you_mean
+from adq_train.quantization.base import MakeActivationQuantizer, MakeWeightQuantizer
+from adq_train.schema import GROUPS, SECTIONS, Range
+from adq_train.sensitivity.perturbation import Perturbation
+from adq_train.training.loop import MakeOptimizer
+from adq_train.training.schedule import Schedule
+
+TRUSTED_PREFIXES = ("adq_train.", "torch.optim.", "torchvision.models.")
+
+
+class DataSource(Protocol):
+    """A data set's knobs."""
+
+    def load(self, loading: Loading) -> ImageData:
+        """Reads the data set."""
+        ...
+
+
+class ModelSource(Protocol):
+    """A model's knobs."""
+
+    def build(self, num_classes: int, in_channels: int) -> nn.Module:
+        """Builds the model."""
+        ...
+
+
+@dataclass(frozen=True)
+class Parts:
+    """The configured pieces of a run, one per config group."""
+
+    data: DataSource
+    model: ModelSource
+    make_weight_quantizer: MakeWeightQuantizer
+    make_activation_quantizer: MakeActivationQuantizer
+    sensitivity: Perturbation
+    allocator: Allocator
+    make_optimizer: MakeOptimizer
+    scheduler: Schedule
+    device: torch.device
+
+
+def validate(cfg: DictConfig) -> tuple[dict[str, Any], Parts]:
+    """Checks a composed configuration and builds its parts.
+
+    Args:
+        cfg: The composed configuration.
+
+    Returns:
+        The configuration as plain dictionaries, resolved, and its parts.
+
+    Raises:
+        ConfigError: Lists every problem that was found.
+    """
+    missing = sorted(OmegaConf.missing_keys(cfg))
+    if missing:
+        raise ConfigError(f"{key}: a value is required; give {key}=…" for key in missing)
+    try:
+        config: Any = OmegaConf.to_container(cfg, resolve=True)
+    except (InterpolationResolutionError, OmegaConfBaseException) as error:
+        raise ConfigError([f"{error.full_key}: {str(error).splitlines()[0]}"]) from error
+    problems = [*_section_problems(config), *_untrusted(config)]
+    device = _device(config["trainer"]["device"], problems)
+    built = {}
+    if not any("_target_" in problem for problem in problems):
+        for group in GROUPS:
+            try:
+                built[group] = build(config[group], group, trial=_trial(group, config))
+            except ConfigError as error:
+                problems += error.problems
+    if problems:
+        raise ConfigError(dict.fromkeys(problems))
+    parts = Parts(
+        data=built["data"],
+        model=built["model"],
+        make_weight_quantizer=built["weight_quantizer"],
+        make_activation_quantizer=built["activation_quantizer"],
+        sensitivity=built["sensitivity"],
+        allocator=built["allocator"],
+        make_optimizer=built["optimizer"],
+        scheduler=built["scheduler"],
+        device=device,
+    )
+    return config, parts
+
+
+def _section_problems(config: dict[str, Any]) -> Iterator[str]:
+    """Ranges and choices of the fixed sections, and numbers that are none."""
+    for section, schema in SECTIONS.items():
+        values = config[section] if section else config
+        for field in fields(schema):
+            name = f"{section}.{field.name}".strip(".")
+            value = values[field.name]
+            allowed: Range | None = field.metadata.get("range")
+            for number in value if isinstance(value, list) else [value]:
+                if allowed and number is not None and (wrong := allowed.problem(number)):
+                    yield f"{name}: {wrong}"
+            choices = field.metadata.get("choices")
+            if choices and value not in choices:
+                yield f"{name}: must be one of {', '.join(choices)}, got {value!r}"
+    for key, value in leaves(config):
+        if isinstance(value, float) and not math.isfinite(value):
+            yield f"{key}: must be a finite number, got {value}"
+    candidates = config["bits"]["candidates"]
+    if not candidates or sorted(set(candidates)) != candidates:
+        yield f"bits.candidates: must be ascending and distinct, at least one, got {candidates}"
+    if not any(value is not None for value in config["budget"].values()):
+        names = ", ".join(f"budget.{name}" for name in config["budget"])
+        yield f"budget: at least one limit is required, of {names}"
+
+
+def leaves(node: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+    """The values of nested dictionaries and lists, with their dotted names."""
+    if isinstance(node, dict):
+        for key, value in node.items():
+            yield from leaves(value, f"{path}.{key}".strip("."))
+    elif isinstance(node, list):
+        for index, value in enumerate(node):
+            yield from leaves(value, f"{path}[{index}]")
+    else:
+        yield path, node
+
+
+def _untrusted(config: dict[str, Any]) -> Iterator[str]:
+    """Targets outside the trusted packages: importing one would run its code."""
+    trusted = (*TRUSTED_PREFIXES, *(f"{name}." for name in config["trusted_packages"]))
+    for key, value in leaves(config):
+        if key.endswith("_target_") and not str(value).startswith(trusted):
+            package = str(value).split(".")[0]
+            yield (
+                f"{key}: {value} is not from a trusted package ({', '.join(TRUSTED_PREFIXES)}); "
+                f"if you trust it, add trusted_packages=[{package}]"
+            )
+
+
+def _device(name: str, problems: list[str]) -> torch.device:
+    """The device that ``trainer.device`` names."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        problems.append(f"trainer.device: {name!r} cannot be used here ({reason}); try auto or cpu")
+        return torch.device("cpu")
+    return device
+
+
+def _trial(group: str, config: dict[str, Any]) -> Callable[[Any], Any]:
+    """How to try a part that is completed at run time, so that its errors show now."""
+    if group in ("weight_quantizer", "activation_quantizer"):
+        return lambda make: [make(bits) for bits in config["bits"]["candidates"] if bits in range(2, 9)]
+    if group == "optimizer":
+        return lambda make: make([{"params": [nn.Parameter(torch.zeros(1))]}])
+    return lambda part: part
+
+
+def build(node: Any, path: str, trial: Callable[[Any], Any]) -> Any:
+    """Builds what a config node describes: its ``_target_`` with its arguments.
+
+    Args:
+        node: ``_target_``, ``_partial_`` and arguments.
+        path: The node's name, for messages.
+        trial: Called with the result, for errors that only its use would show.
+
+    Raises:
+        ConfigError: The target cannot be imported, or does not take these arguments.
+    """
+    if not isinstance(node, dict) or "_target_" not in node:
+        raise ConfigError([f"{path}: needs a _target_; choose one of the group's files"])
+    arguments = {k: v for k, v in node.items() if k not in ("_target_", "_partial_")}
+    try:
+        target = get_object(node["_target_"])
+    except Exception as error:  # an import may fail in any way
+        raise ConfigError([f"{path}._target_: cannot import {node['_target_']} ({error})"]) from error
+    problems = list(_argument_problems(target, arguments, path, bool(node.get("_partial_"))))
+    if problems:
+        raise ConfigError(problems)
+    try:
+        part = partial(target, **arguments) if node.get("_partial_") else target(**arguments)
+        trial(part)
+    except (ValueError, TypeError, UserError) as error:
+        raise ConfigError([f"{path}.{error}"]) from error
+    return part
+
+
+def _argument_problems(
+    target: Callable[..., Any], arguments: dict[str, Any], path: str, is_partial: bool
+) -> Iterator[str]:
+    """Unknown, missing and wrongly typed arguments of a call."""
+    parameters = inspect.signature(target).parameters
+    source = target.__init__ if inspect.isclass(target) else target  # type: ignore[misc]
+    hints = typing.get_type_hints(source)
+    takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+    for name, value in arguments.items():
+        if name not in parameters and not takes_any:
+            hint = did_you_mean(name, parameters) or f"; it takes {', '.join(parameters)}"
+            yield f"{path}.{name}: {path} has no such setting{hint}"
+        elif name in hints and not fits(value, hints[name]):
+            wanted = getattr(hints[name], "__name__", None) or str(hints[name])
+            yield f"{path}.{name}: must be {wanted}, got {value!r}"
+    for name, parameter in parameters.items():
+        optional = parameter.default is not parameter.empty or parameter.kind in (
+            parameter.VAR_KEYWORD,
+            parameter.VAR_POSITIONAL,
+        )
+        if name not in arguments and not optional and not is_partial:
+            yield f"{path}.{name}: a value is required; give {path}.{name}=…"
+
+
+def fits(value: Any, hint: Any) -> bool:
+    """Whether a configuration value can stand for a type; types unknown here take anything."""
+    origin, inner = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (typing.Union, types.UnionType):
+        return any(fits(value, arm) for arm in inner)
+    if origin in (list, tuple):
+        return isinstance(value, list) and all(fits(item, inner[0]) for item in value)
+    if hint is float:
+        return isinstance(value, int | float) and not isinstance(value, bool)
+    if hint is int:
+        return isinstance(value, int) and not isinstance(value, bool)
+    if hint in (str, bool, type(None)):
+        return isinstance(value, hint)
+    return True
