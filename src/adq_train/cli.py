@@ -15,6 +15,7 @@ from typing import NoReturn
 import hydra
 from hydra._internal.utils import get_args_parser
 from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
 from omegaconf import DictConfig
 
 from adq_train.errors import ConfigError, UserError
@@ -32,22 +33,24 @@ def main() -> None:
         problems = problems_of(args.overrides, args.config_dir)
         if problems:
             fail(ConfigError(problems))
-    failed: list[str] = []
+    outcomes: dict[str, bool] = {}
 
     @hydra.main(config_path="pkg://adq_train.configs", config_name="config", version_base="1.3")
     def job(cfg: DictConfig) -> None:
-        name = ",".join(HydraConfig.get().overrides.task) or "the default configuration"
-        if not run_job(cfg):
-            failed.append(name)
+        name = " ".join(HydraConfig.get().overrides.task)
+        outcomes[name] = run_job(cfg)
 
     with tempfile.TemporaryDirectory() as scratch:
         # Hydra's own record of a sweep says less than the folders of its runs; it goes away.
-        extra = [] if any("hydra.sweep.dir" in a for a in argv) else [f"hydra.sweep.dir={scratch}"]
-        sys.argv[1:] = argv + (extra if args.multirun else [])
+        given = any(argument.startswith("hydra.sweep.dir=") for argument in argv)
+        sys.argv[1:] = argv if given else [*argv, f"hydra.sweep.dir={scratch}"]
         job()
+    failed = [name for name, went_well in outcomes.items() if not went_well]
+    if len(outcomes) > 1:
+        print(f"\n{len(outcomes) - len(failed)} of {len(outcomes)} runs are done", file=sys.stderr)
+        for name in failed:
+            print(f"failed: {name}", file=sys.stderr)
     if failed:
-        if len(failed) > 1 or args.multirun:
-            print(f"\n{len(failed)} failed: " + "; ".join(failed), file=sys.stderr)
         sys.exit(1)
 
 
@@ -55,10 +58,9 @@ def run_job(cfg: DictConfig) -> bool:
     """Runs one configuration and reports an error as a message; whether it went well."""
     hydra_config = HydraConfig.get()
     overrides = list(hydra_config.overrides.task)
-    number = hydra_config.job.get("num", None)
     configure_logging()
-    if number is not None and hydra_config.mode == hydra.types.RunMode.MULTIRUN:
-        print(f"\n═══ run {number + 1}: {' '.join(overrides)}", file=sys.stderr)
+    if hydra_config.mode == RunMode.MULTIRUN:
+        print(f"\n══ run {hydra_config.job.num + 1}: {' '.join(overrides)}", file=sys.stderr)
     try:
         from adq_train import pipeline
 

@@ -118,8 +118,7 @@ class TorchvisionModel:
         known = torchvision.models.list_models(module=torchvision.models)
         if self.name not in known:
             raise ValueError(
-                f"name: torchvision has no classifier {self.name!r}"
-                f"{did_you_mean(self.name, known)}"
+                f"name: torchvision has no classifier {self.name!r}{did_you_mean(self.name, known)}"
             )
         if self.weights is not None:
             choices = torchvision.models.get_model_weights(self.name).__members__

@@ -13,7 +13,7 @@ from hydra import compose, initialize_config_module
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override, Sweep
-from hydra.errors import HydraException, OverrideParseException
+from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
@@ -36,7 +36,7 @@ def problems_of(overrides: Sequence[str], search_path: str | None = None) -> lis
         for text in overrides:
             try:
                 parsed.append(OverridesParser.create().parse_override(text))
-            except OverrideParseException as error:
+            except HydraException as error:
                 reason = str(error).splitlines()[0]
                 problems.append(f"{text!r} is not of the form key=value ({reason})")
         groups = [""] + [g for g in loader.list_groups("") if not g.startswith("hydra")]
@@ -63,7 +63,7 @@ def problems_of(overrides: Sequence[str], search_path: str | None = None) -> lis
             cfg = compose("config", chosen)
         except HydraException as error:
             return [*problems, str(error).splitlines()[0]]
-        known = [name for name, _ in _keys(cfg)] + groups[1:]
+        known = [*_keys(cfg), *groups[1:]]
         for override in values:
             problems += _value_problems(cfg, override, known)
     return problems
@@ -77,11 +77,11 @@ def _choices(override: Override) -> list[Any]:
     return value if isinstance(value, list) and override.is_sweep_override() else [value]
 
 
-def _keys(node: DictConfig, path: str = "") -> Iterator[tuple[str, Any]]:
+def _keys(node: DictConfig, path: str = "") -> Iterator[str]:
     """All names of a configuration, sections included."""
     for key in node:
-        name = f"{path}.{key}".strip(".")
-        yield name, None
+        name = f"{path}.{key!s}".strip(".")
+        yield name
         child = node._get_node(key)
         if isinstance(child, DictConfig) and not (child._is_none() or child._is_missing()):
             yield from _keys(child, name)

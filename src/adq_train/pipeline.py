@@ -24,6 +24,7 @@ from adq_train.stages import (
     Context,
     allocate_bits,
     evaluate_models,
+    keep_result,
     prepare_and_calibrate,
     pretrain,
     profile,
@@ -113,12 +114,13 @@ def execute(config: dict[str, Any], parts: Parts, path: Path) -> RunResult:
         with folder.stage("allocate"):
             allocation = allocate_bits(run, problem, table)
         with folder.stage("prepare"):
-            quantized = prepare_and_calibrate(run, model, allocation)
-            calibrated = copy.deepcopy(quantized)
+            calibrated = prepare_and_calibrate(run, model, allocation)
+            quantized = copy.deepcopy(calibrated)
         with folder.stage("qat"):
             train_quantized(run, quantized, allocation)
         with folder.stage("evaluate"):
-            result = evaluate_models(run, model, calibrated, quantized)
+            figures = evaluate_models(run, model, calibrated, quantized)
+        result = keep_result(run, *figures)
         report.write(folder, table, allocation, result, quantized)
     return result
 
@@ -128,9 +130,8 @@ def run_dir(config: dict[str, Any], experiment: str | None, overrides: list[str]
     if config["run_dir"]:
         return Path(config["run_dir"])
     hidden = ("experiment", "output_root", "run_dir", "dry_run", "debug", "trainer.device")
-    pairs = (text.lstrip("+").split("=", 1) for text in overrides)
     readable = ",".join(
-        f"{pair[0].rsplit('.', 1)[-1]}={pair[-1]}" for pair in pairs if pair[0] not in hidden
+        text.lstrip("+") for text in overrides if text.lstrip("+").split("=")[0] not in hidden
     )
     safe = re.sub(r"[^\w.=,+-]+", "_", readable)[:100] or "default"
     name = f"{safe}-{digest(identity(config))[:8]}"

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field, fields
-from typing import Any, Optional
+from typing import Any
 
 from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING
@@ -60,17 +60,18 @@ def choice(default: str, *others: str) -> Any:
     return field(default=default, metadata={"choices": (default, *others)})
 
 
-# OmegaConf resolves these annotations on Python 3.10, where it knows Optional[X] but not "X | None".
 @dataclass
 class BudgetConfig:
     """What the quantized model may cost; any number of limits together, null for none."""
 
     # Mean bits of a weight over the layers whose bits are chosen (first and last stay outside).
-    average_weight_bits: Optional[float] = number(None, minimum=1, maximum=8)  # noqa: UP045
+    average_weight_bits: float | None = number(None, minimum=1, maximum=8)
+    # Mean bits of a layer's input element, over the same layers.
+    average_activation_bits: float | None = number(None, minimum=1, maximum=8)
     # Packed weights of all quantized layers, in bytes.
-    model_size_bytes: Optional[float] = number(None, above=0)  # noqa: UP045
+    model_size_bytes: float | None = number(None, above=0)
     # Bit operations of one image: sum of MACs x weight bits x activation bits.
-    bops: Optional[float] = number(None, above=0)  # noqa: UP045
+    bops: float | None = number(None, above=0)
 
 
 @dataclass
@@ -80,7 +81,7 @@ class BitsConfig:
     # Candidates of the allocation; a layer's weights and its input get the same width.
     candidates: list[int] = number([2, 3, 4], minimum=2, maximum=8)
     # The first and the last layer keep this many bits, outside the average; null: like the rest.
-    first_last: Optional[int] = number(8, minimum=2, maximum=8)  # noqa: UP045
+    first_last: int | None = number(8, minimum=2, maximum=8)
 
 
 @dataclass
@@ -88,7 +89,7 @@ class PretrainConfig:
     """The float model that quantization starts from."""
 
     # A state dict (.pt, .pth or .safetensors) to start from instead of training one.
-    checkpoint: Optional[str] = None  # noqa: UP045
+    checkpoint: str | None = None
     # Epochs of float training; 0 takes the initial (say, torchvision's pretrained) weights.
     epochs: int = number(60, minimum=0)
     lr: float = number(0.1, above=0)
@@ -109,7 +110,7 @@ class TrainerConfig:
     quantizer_lr_factor: float = number(0.1, minimum=0)
     label_smoothing: float = number(0.0, minimum=0, below=1)
     # Largest L2 norm of the gradients; null leaves them as they are.
-    gradient_clip_norm: Optional[float] = number(None, above=0)  # noqa: UP045
+    gradient_clip_norm: float | None = number(None, above=0)
     # The model that is tested: the last one, or the best on the validation split.
     select: str = choice("last", "best")
 
@@ -120,7 +121,7 @@ class Config:
 
     seed: int = number(0, minimum=0, maximum=2**31 - 1)
     # The run's folder; null derives it: <output_root>/<experiment>/<overrides>-<hash>.
-    run_dir: Optional[str] = None  # noqa: UP045
+    run_dir: str | None = None
     output_root: str = "outputs"
     # Compose, validate, build everything, take two steps of each stage, leave no trace.
     dry_run: bool = False

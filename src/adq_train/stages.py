@@ -30,7 +30,7 @@ from adq_train.reporting.progress import Progress
 from adq_train.reporting.recorder import Recorder, read_metrics
 from adq_train.run_folder import RunFolder, digest, exclusive, identity
 from adq_train.training.checkpoint import CheckpointFolder
-from adq_train.training.evaluate import evaluate
+from adq_train.training.evaluate import Evaluation, evaluate
 from adq_train.training.loop import fit, parameter_groups
 from adq_train.validate import Parts
 
@@ -209,6 +209,12 @@ def _fit(run: Context, model: nn.Module, folder: Path, key: str, stage: str) -> 
     checkpoints = CheckpointFolder(folder / "checkpoints")
     recorder = Recorder(folder, stage, epochs)
     log.info("%s: %d epochs of %d steps", stage, epochs, len(run.data.train))
+
+    def on_start(done: int, seconds: float) -> None:
+        recorder.start(done)
+        if done:  # time that a killed process spent on epochs that need not be done again
+            run.folder.seconds[stage] = seconds
+
     try:
         fit(
             model,
@@ -219,7 +225,7 @@ def _fit(run: Context, model: nn.Module, folder: Path, key: str, stage: str) -> 
             stage=stage,
             checkpoints=checkpoints,
             key=key,
-            on_start=recorder.start,
+            on_start=on_start,
             on_epoch=recorder.epoch,
             label_smoothing=trainer["label_smoothing"],
             gradient_clip_norm=trainer["gradient_clip_norm"],
@@ -231,7 +237,7 @@ def _fit(run: Context, model: nn.Module, folder: Path, key: str, stage: str) -> 
 
 def evaluate_models(
     run: Context, model: nn.Module, calibrated: nn.Module, quantized: nn.Module
-) -> RunResult:
+) -> tuple[Evaluation, Evaluation, Evaluation]:
     """Reads the test split, once for each of the three models.
 
     Args:
@@ -240,12 +246,17 @@ def evaluate_models(
         calibrated: Prepared and calibrated, before any QAT step.
         quantized: After QAT.
     """
-    before = evaluate(model, run.data.test)
-    after_calibration = evaluate(calibrated, run.data.test)
-    after = evaluate(quantized, run.data.test)
+    test = run.data.test
+    return evaluate(model, test), evaluate(calibrated, test), evaluate(quantized, test)
+
+
+def keep_result(
+    run: Context, before: Evaluation, calibrated: Evaluation, after: Evaluation
+) -> RunResult:
+    """Writes the figures of the run, once the time of every stage is known."""
     result = RunResult(
         fp_top1_percent=before.top1_percent,
-        ptq_top1_percent=after_calibration.top1_percent,
+        ptq_top1_percent=calibrated.top1_percent,
         qat_top1_percent=after.top1_percent,
         qat_top5_percent=after.top5_percent,
         num_test_images=after.num_images,

@@ -17,8 +17,8 @@ from typing import Any, Protocol
 
 import torch
 from hydra.utils import get_object
-from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import InterpolationResolutionError, OmegaConfBaseException
+from omegaconf import MISSING, DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 from torch import nn
 
 from adq_train.allocation.budget import Allocator
@@ -76,12 +76,9 @@ def validate(cfg: DictConfig) -> tuple[dict[str, Any], Parts]:
     Raises:
         ConfigError: Lists every problem that was found.
     """
-    missing = sorted(OmegaConf.missing_keys(cfg))
-    if missing:
-        raise ConfigError(f"{key}: a value is required; give {key}=…" for key in missing)
     try:
-        config: Any = OmegaConf.to_container(cfg, resolve=True)
-    except (InterpolationResolutionError, OmegaConfBaseException) as error:
+        config: Any = without_missing(OmegaConf.to_container(cfg, resolve=True))
+    except OmegaConfBaseException as error:
         raise ConfigError([f"{error.full_key}: {str(error).splitlines()[0]}"]) from error
     problems = [*_section_problems(config), *_untrusted(config)]
     device = _device(config["trainer"]["device"], problems)
@@ -112,6 +109,10 @@ def _section_problems(config: dict[str, Any]) -> Iterator[str]:
     """Ranges and choices of the fixed sections, and numbers that are none."""
     for section, schema in SECTIONS.items():
         values = config[section] if section else config
+        known = {field.name for field in fields(schema)}
+        for name in values.keys() - known:
+            prefix = f"{section}.{name}".strip(".")
+            yield f"{prefix}: there is no such setting{did_you_mean(name, known)}"
         for field in fields(schema):
             name = f"{section}.{field.name}".strip(".")
             value = values[field.name]
@@ -131,6 +132,13 @@ def _section_problems(config: dict[str, Any]) -> Iterator[str]:
     if not any(value is not None for value in config["budget"].values()):
         names = ", ".join(f"budget.{name}" for name in config["budget"])
         yield f"budget: at least one limit is required, of {names}"
+
+
+def without_missing(node: Any) -> Any:
+    """Leaves out the values that still are ``???``; each part says then which it requires."""
+    if not isinstance(node, dict):
+        return node
+    return {key: without_missing(value) for key, value in node.items() if value != MISSING}
 
 
 def leaves(node: Any, path: str = "") -> Iterator[tuple[str, Any]]:
@@ -174,7 +182,9 @@ def _device(name: str, problems: list[str]) -> torch.device:
 def _trial(group: str, config: dict[str, Any]) -> Callable[[Any], Any]:
     """How to try a part that is completed at run time, so that its errors show now."""
     if group in ("weight_quantizer", "activation_quantizer"):
-        return lambda make: [make(bits) for bits in config["bits"]["candidates"] if bits in range(2, 9)]
+        return lambda make: [
+            make(bits) for bits in config["bits"]["candidates"] if bits in range(2, 9)
+        ]
     if group == "optimizer":
         return lambda make: make([{"params": [nn.Parameter(torch.zeros(1))]}])
     return lambda part: part
@@ -197,7 +207,9 @@ def build(node: Any, path: str, trial: Callable[[Any], Any]) -> Any:
     try:
         target = get_object(node["_target_"])
     except Exception as error:  # an import may fail in any way
-        raise ConfigError([f"{path}._target_: cannot import {node['_target_']} ({error})"]) from error
+        raise ConfigError(
+            [f"{path}._target_: cannot import {node['_target_']} ({error})"]
+        ) from error
     problems = list(_argument_problems(target, arguments, path, bool(node.get("_partial_"))))
     if problems:
         raise ConfigError(problems)
@@ -214,7 +226,7 @@ def _argument_problems(
 ) -> Iterator[str]:
     """Unknown, missing and wrongly typed arguments of a call."""
     parameters = inspect.signature(target).parameters
-    source = target.__init__ if inspect.isclass(target) else target  # type: ignore[misc]
+    source = target.__init__ if inspect.isclass(target) else target
     hints = typing.get_type_hints(source)
     takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
     for name, value in arguments.items():

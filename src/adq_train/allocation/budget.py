@@ -17,11 +17,13 @@ class Budget:
 
     Attributes:
         average_weight_bits: Mean bits per weight over the layers whose bits are chosen.
+        average_activation_bits: Mean bits per input element over the same layers.
         model_size_bytes: Packed weights of all quantized layers.
         bops: Bit operations of one image, over all quantized layers.
     """
 
     average_weight_bits: float | None = None
+    average_activation_bits: float | None = None
     model_size_bytes: float | None = None
     bops: float | None = None
 
@@ -81,13 +83,18 @@ class Problem:
 
     def limits(self) -> tuple[Limit, ...]:
         """The budget as inequalities over all layers."""
-        num_mixed = sum(x.num_weights for x in self.mixed)
+        num_weights = sum(x.num_weights for x in self.mixed)
+        num_inputs = sum(x.num_inputs for x in self.mixed)
 
         def weight_bits(layer: LayerInfo, bits: int) -> int:
             return 0 if layer.name in self.pinned else layer.num_weights * bits
 
+        def input_bits(layer: LayerInfo, bits: int) -> int:
+            return 0 if layer.name in self.pinned else layer.num_inputs * bits
+
         costs: dict[str, tuple[Callable[[LayerInfo, int], int], int]] = {
-            "average_weight_bits": (weight_bits, num_mixed),
+            "average_weight_bits": (weight_bits, num_weights),
+            "average_activation_bits": (input_bits, num_inputs),
             "model_size_bytes": (lambda x, b: packed_bytes(x.num_weights, b), 1),
             "bops": (lambda x, b: x.macs * b * b, 1),
         }

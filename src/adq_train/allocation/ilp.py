@@ -65,7 +65,7 @@ class IlpAllocator:
         slack = [0] * len(rows)
         for _ in range(20):
             limits = [
-                # Sums are whole numbers: half a unit more admits the same ones, whatever the rounding.
+                # Sums are whole: half a unit more admits the same ones, however they round.
                 LinearConstraint(costs.astype(float).ravel(), -np.inf, bound - extra + 0.5)
                 for (costs, bound), extra in zip(rows, slack, strict=True)
             ]

@@ -42,9 +42,7 @@ class UniformAllocator:
         allowed = problem.candidates if self.bit_width is None else (self.bit_width,)
         for bits in sorted(allowed, reverse=True):
             cost = {
-                limit: sum(
-                    limit.cost(x, problem.pinned.get(x.name, bits)) for x in problem.layers
-                )
+                limit: sum(limit.cost(x, problem.pinned.get(x.name, bits)) for x in problem.layers)
                 for limit in problem.limits()
             }
             if all(total <= limit.bound for limit, total in cost.items()):

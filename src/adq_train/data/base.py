@@ -53,7 +53,7 @@ class ImageData:
     test: Batches
 
     def for_dry_run(self) -> ImageData:
-        """Two training batches of full size (memory is what they try), and a few images elsewhere."""
+        """Two training batches of full size, to try the memory, and a few images elsewhere."""
         return replace(
             self,
             train=FirstBatches(self.train, 2),
@@ -130,10 +130,8 @@ class HeldOut:
                 "train on; hold out fewer"
             )
         order = torch.randperm(num_images, generator=torch.Generator().manual_seed(0))
-        validation, calibration, training = order.split(
-            [self.validation_images, self.calibration_images, rest]
-        )
-        return validation, calibration, training
+        end = self.validation_images + self.calibration_images
+        return order[: self.validation_images], order[self.validation_images : end], order[end:]
 
 
 def derived_seed(*parts: int | str) -> int:

@@ -77,7 +77,8 @@ class _Order:
             seed = derived_seed(self.shuffle_seed, self.epoch)
             generator = torch.Generator().manual_seed(seed)
             order = torch.randperm(self.num_images, generator=generator)
-        for part in order.split(self.batch_size):
+        for start in range(0, self.num_images, self.batch_size):
+            part = order[start : start + self.batch_size]
             yield [(self.epoch, index) for index in part.tolist()]
 
 
@@ -127,7 +128,7 @@ class FolderBatches:
 
 
 def list_images(folder: Path) -> ImageFolder:
-    """torchvision's listing of a folder of classes.
+    """Lists a folder of classes, as torchvision does.
 
     Raises:
         UserError: The folder is missing, or a class in it has no images.

@@ -30,7 +30,13 @@ class Augmentation:
 
 
 def crop_and_flip(
-    padded: Tensor, indices: Tensor, top: Tensor, left: Tensor, flip: Tensor, height: int, width: int
+    padded: Tensor,
+    indices: Tensor,
+    top: Tensor,
+    left: Tensor,
+    flip: Tensor,
+    height: int,
+    width: int,
 ) -> Tensor:
     """Crops a window out of each chosen image, mirrored where asked, in one gather.
 
@@ -74,7 +80,7 @@ class InMemoryBatches:
         mean: Tensor,
         std: Tensor,
         shuffle_seed: int | None = None,
-        augmentation: Augmentation = Augmentation(),  # noqa: B008 (frozen)
+        augmentation: Augmentation = Augmentation(),
     ) -> None:
         self.num_images = len(images)
         self.targets = targets
@@ -93,10 +99,9 @@ class InMemoryBatches:
         """The batches of one epoch; all its random numbers are drawn before the first one."""
         device = self.padded.device
         if self.shuffle_seed is None:
-            for images, targets in zip(
-                self.padded.split(self.batch_size), self.targets.split(self.batch_size), strict=True
-            ):
-                yield self._normalize(images), targets
+            for start in range(0, self.num_images, self.batch_size):
+                part = slice(start, start + self.batch_size)
+                yield self._normalize(self.padded[part]), self.targets[part]
             return
         # Drawn on the CPU, so that the order is the same on every device.
         generator = torch.Generator().manual_seed(derived_seed(self.shuffle_seed, epoch))
@@ -147,7 +152,7 @@ def split_in_memory(
     parts = held_out.split(len(images))
     fingerprint = hashlib.sha256()
     for tensor in (*train, *test):
-        fingerprint.update(tensor.contiguous().numpy())
+        fingerprint.update(tensor.contiguous().numpy().data)
 
     pixels = images[parts[2]].float().transpose(0, 1).flatten(1)
     # An image set of one colour has no spread to divide by.

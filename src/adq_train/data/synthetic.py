@@ -1,4 +1,4 @@
-"""Generated images in the shape of any data set, to try speed and memory before the data is there."""
+"""Generated images in the shape of any data set, to try speed and memory without the data."""
 
 from __future__ import annotations
 
@@ -43,7 +43,8 @@ def generate(num_images: int, shape: Shape, seed: int) -> tuple[Tensor, Tensor]:
         shape.num_classes, channels, 4, 4, generator=torch.Generator().manual_seed(0)
     )
     images = torch.empty(num_images, channels, height, width, dtype=torch.uint8)
-    for part in torch.arange(num_images).split(256):
+    for start in range(0, num_images, 256):
+        part = slice(start, start + 256)
         pattern = F.interpolate(patterns[targets[part]], (height, width), mode="bilinear")
         noise = torch.randn(pattern.shape, generator=generator)
         images[part] = (128 + 40 * (pattern + noise)).clamp_(0, 255).to(torch.uint8)

@@ -325,7 +325,7 @@ class AdqWeightQuantizer(WeightQuantizer):
         self.sums, self.pinned = sums[order], self.pinned[order]
 
     @torch.no_grad()
-    def regularize(self, weight: torch.nn.Parameter) -> None:
+    def regularize(self, weight: Tensor) -> None:
         """Adds the gradient β (W - Ŵ) of the commitment term (β/2) ‖W - sg[Ŵ]‖²."""
         if self.commitment and weight.grad is not None:
             weight.grad.add_(weight - self(weight), alpha=self.commitment)

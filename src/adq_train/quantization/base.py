@@ -56,7 +56,7 @@ class WeightQuantizer(Quantizer):
         """Called after optimizer step number ``step`` (from 1); learned quantizers do nothing."""
 
     @torch.no_grad()
-    def regularize(self, weight: nn.Parameter) -> None:
+    def regularize(self, weight: Tensor) -> None:
         """Called before each optimizer step; may add to ``weight.grad``."""
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 
 import torch
@@ -69,7 +69,7 @@ def describe_layers(model: nn.Module, image: Tensor) -> tuple[LayerInfo, ...]:
 
 
 def run_with_hooks(
-    model: nn.Module, images: Tensor, hooks: dict[str, Callable[..., None]]
+    model: nn.Module, images: Tensor, hooks: Mapping[str, Callable[..., None]]
 ) -> Tensor:
     """Runs ``images`` in evaluation mode with forward hooks on some modules; undoes both."""
     was_training = model.training

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
-from typing import TypeVar
+from typing import Any
 
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from adq_train.quantization.base import ActivationQuantizer, WeightQuantizer
 
-Conv = TypeVar("Conv", nn.Conv1d, nn.Conv2d, nn.Conv3d)
+
+def _convolve(layer: QuantConv1d | QuantConv2d | QuantConv3d, x: Tensor) -> Tensor:
+    """The float layer's own convolution, between quantized tensors."""
+    weight = layer.weight_quantizer(layer.weight)
+    output: Tensor = layer._conv_forward(layer.input_quantizer(x), weight, layer.bias)
+    return output
 
 
 class QuantConv1d(nn.Conv1d):
@@ -20,8 +25,7 @@ class QuantConv1d(nn.Conv1d):
 
     def forward(self, input: Tensor) -> Tensor:
         """Maps (N, C_in, L) to (N, C_out, L_out)."""
-        weight = self.weight_quantizer(self.weight)
-        return self._conv_forward(self.input_quantizer(input), weight, self.bias)
+        return _convolve(self, input)
 
 
 class QuantConv2d(nn.Conv2d):
@@ -32,8 +36,7 @@ class QuantConv2d(nn.Conv2d):
 
     def forward(self, input: Tensor) -> Tensor:
         """Maps (N, C_in, H, W) to (N, C_out, H_out, W_out)."""
-        weight = self.weight_quantizer(self.weight)
-        return self._conv_forward(self.input_quantizer(input), weight, self.bias)
+        return _convolve(self, input)
 
 
 class QuantConv3d(nn.Conv3d):
@@ -44,8 +47,7 @@ class QuantConv3d(nn.Conv3d):
 
     def forward(self, input: Tensor) -> Tensor:
         """Maps (N, C_in, D, H, W) to (N, C_out, D_out, H_out, W_out)."""
-        weight = self.weight_quantizer(self.weight)
-        return self._conv_forward(self.input_quantizer(input), weight, self.bias)
+        return _convolve(self, input)
 
 
 class QuantLinear(nn.Linear):
@@ -62,20 +64,11 @@ class QuantLinear(nn.Linear):
 QuantLayer = QuantConv1d | QuantConv2d | QuantConv3d | QuantLinear
 
 
-def _like_conv(kind: type[Conv], layer: Conv) -> Conv:
-    """A convolution of another class with the settings of ``layer`` and no memory of its own."""
-    return kind(
-        layer.in_channels,
-        layer.out_channels,
-        layer.kernel_size,  # type: ignore[arg-type]
-        layer.stride,  # type: ignore[arg-type]
-        layer.padding,  # type: ignore[arg-type]
-        layer.dilation,  # type: ignore[arg-type]
-        layer.groups,
-        layer.bias is not None,
-        layer.padding_mode,
-        device="meta",
-    )
+QUANTIZED: dict[type[nn.Module], Any] = {
+    nn.Conv1d: QuantConv1d,
+    nn.Conv2d: QuantConv2d,
+    nn.Conv3d: QuantConv3d,
+}
 
 
 def quantized(
@@ -92,15 +85,23 @@ def quantized(
         TypeError: Another kind of layer.
     """
     new: QuantLayer
-    if type(layer) is nn.Conv2d:
-        new = _like_conv(QuantConv2d, layer)
-    elif type(layer) is nn.Conv1d:
-        new = _like_conv(QuantConv1d, layer)
-    elif type(layer) is nn.Conv3d:
-        new = _like_conv(QuantConv3d, layer)
-    elif type(layer) is nn.Linear:
+    # On the meta device the new layer has no memory of its own: its parameters are replaced.
+    if type(layer) is nn.Linear:
         has_bias = layer.bias is not None
         new = QuantLinear(layer.in_features, layer.out_features, has_bias, device="meta")
+    elif isinstance(layer, nn.Conv1d | nn.Conv2d | nn.Conv3d) and type(layer) in QUANTIZED:
+        new = QUANTIZED[type(layer)](
+            layer.in_channels,
+            layer.out_channels,
+            layer.kernel_size,
+            layer.stride,
+            layer.padding,
+            layer.dilation,
+            layer.groups,
+            layer.bias is not None,
+            layer.padding_mode,
+            device="meta",
+        )
     else:
         raise TypeError(f"cannot quantize a {type(layer).__name__}")
     new.weight, new.bias = layer.weight, layer.bias

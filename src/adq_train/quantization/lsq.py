@@ -1,6 +1,8 @@
-"""LSQ: learned step size quantization of weights and activations (Esser et al. 2020, arXiv 1902.08153)."""
+"""LSQ: weights and activations with a learned step (Esser et al. 2020, arXiv 1902.08153)."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -65,7 +67,8 @@ class LsqWeightQuantizer(WeightQuantizer):
 
     def levels(self) -> Tensor:
         """The 2^b uniform levels."""
-        return torch.arange(self.low, self.high + 1, device=self.step.device) * self.step.detach()
+        codes = torch.arange(self.low, self.high + 1, device=self.step.device)
+        return codes * self.step.detach()
 
 
 class LsqActivationQuantizer(ActivationQuantizer):
@@ -108,8 +111,9 @@ class LsqActivationQuantizer(ActivationQuantizer):
 
     def levels(self) -> Tensor:
         """The 2^b uniform levels."""
-        return torch.arange(self.low, self.high + 1, device=self.step.device) * self.step.detach()
+        codes = torch.arange(self.low, self.high + 1, device=self.step.device)
+        return codes * self.step.detach()
 
-    def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *rest: object) -> None:
-        super()._load_from_state_dict(state_dict, prefix, *rest)  # type: ignore[arg-type]
+    def _load_from_state_dict(self, *arguments: Any) -> None:
+        super()._load_from_state_dict(*arguments)
         self._set_signed(bool(self.zero_point > 0))

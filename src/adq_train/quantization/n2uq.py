@@ -1,4 +1,4 @@
-"""N2UQ activations: learned thresholds, uniform output levels (Liu et al. 2022, arXiv 2111.14826)."""
+"""N2UQ activations: learned thresholds, uniform levels (Liu et al. 2022, arXiv 2111.14826)."""
 
 from __future__ import annotations
 

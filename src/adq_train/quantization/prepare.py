@@ -42,9 +42,7 @@ def collect_inputs(
     def record(name: str, layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
         values = inputs[0].detach().float().flatten()
         if len(values) > values_per_batch:
-            generator = torch.Generator().manual_seed(
-                derived_seed(seed, name, len(samples[name]))
-            )
+            generator = torch.Generator().manual_seed(derived_seed(seed, name, len(samples[name])))
             chosen = torch.randint(len(values), (values_per_batch,), generator=generator)
             values = values[chosen.to(values.device)]
         samples[name].append(values)

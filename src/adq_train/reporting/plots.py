@@ -50,13 +50,14 @@ def draw_allocation(axes: Axes, allocation: BitAllocation) -> None:
     axes.bar(range(len(bits)), bits, color=BLUE, width=0.75)
     for position, value in enumerate(bits):
         axes.text(position, value + 0.1, str(value), ha="center", fontsize=7)
-    axes.axhline(allocation.average_weight_bits, color=ORANGE, linewidth=1.2, linestyle="--")
+    average = allocation.average_weight_bits
+    axes.axhline(average, color=ORANGE, linewidth=1.2, linestyle="--")
     axes.set_xticks(range(len(bits)), [x.name for x in allocation.layers], rotation=90)
     axes.set_ylim(0, max(bits) + 1)
     axes.set_ylabel("bits")
     axes.tick_params(labelsize=8)
     axes.set_title(
-        f"Allocation ({allocation.allocator}): average {allocation.average_weight_bits:.2f} bits",
+        f"Bits ({allocation.allocator}): {average:.2f} on average, without the pinned ends",
         loc="left",
         fontsize=10,
     )
@@ -69,11 +70,14 @@ def draw_layer(axes: Axes, name: str, layer: QuantLayer) -> None:
     scale = getattr(layer.weight_quantizer, "scale", None)
     if scale is not None:
         weight = weight / scale
-    axes.hist(weight.flatten().cpu().numpy(), bins=60, color=GREY)
-    levels = layer.weight_quantizer.levels().detach().cpu().tolist()
-    for level in levels:
-        axes.axvline(level, color=RED, linewidth=0.9 if len(levels) <= 16 else 0.15)
-    axes.set_title(f"{name}  {layer.weight_quantizer.bit_width} bits", fontsize=7)
+    counts, edges = np.histogram(weight.flatten().cpu().numpy(), bins=60)
+    axes.stairs(counts, edges, fill=True, color=GREY)
+    levels = layer.weight_quantizer.levels().detach().cpu().numpy()
+    # One artist for all levels: a line each would take seconds for the 255 of eight bits.
+    across = axes.get_xaxis_transform()
+    width = 0.9 if len(levels) <= 16 else 0.15
+    axes.vlines(levels, 0, 1, color=RED, linewidth=width, transform=across)
+    axes.set_title(f"{name}, {layer.weight_quantizer.bit_width} bits", fontsize=7)
     axes.tick_params(labelsize=6)
     axes.set_yticks([])
     _tidy(axes)
@@ -96,9 +100,23 @@ def draw_training(axes: Axes, records: Sequence[dict[str, Any]], result: RunResu
         axes.axhline(value, color=color, linestyle=":", label=f"{label} (test): {value:.2f} %")
     axes.set_xlabel("epoch")
     axes.set_ylabel("top-1, %")
-    axes.legend(fontsize=7, frameon=False, loc="lower right")
+    axes.legend(fontsize=7, frameon=False, loc="center right")
     axes.set_title("Accuracy", loc="left", fontsize=10)
     _tidy(axes)
+
+
+def codebooks(records: Sequence[dict[str, Any]]) -> Figure:
+    """Every layer's levels, epoch after epoch of QAT (layers with many levels are not recorded)."""
+    history = [x for x in records if x.get("codebooks")]
+    names = list(history[0]["codebooks"]) if history else []
+    epochs = [x["epoch"] for x in history]
+    figure, panels = _panels(names)
+    for axes, name in zip(panels, names, strict=False):
+        axes.plot(epochs, [x["codebooks"][name] for x in history], color=BLUE, linewidth=0.9)
+        axes.set_title(name, fontsize=7)
+        axes.tick_params(labelsize=6)
+        _tidy(axes)
+    return figure
 
 
 def sensitivity(table: SensitivityTable) -> Figure:
@@ -117,19 +135,26 @@ def allocation(bits: BitAllocation) -> Figure:
 
 def weights_and_levels(model: nn.Module) -> Figure:
     """Every layer's weights with its levels (evenly chosen layers where there are many)."""
-    layers = list(quantized_layers(model).items())
-    if len(layers) > MOST_PANELS:
-        chosen = np.linspace(0, len(layers) - 1, MOST_PANELS).round().astype(int)
-        layers = [layers[i] for i in chosen]
-    columns = 4
-    rows = -(-len(layers) // columns)
-    figure = Figure(figsize=(10, 1.6 * rows), layout="constrained")
-    grid = figure.subplots(rows, columns, squeeze=False).flatten()
-    for axes, (name, layer) in zip(grid, layers, strict=False):
-        draw_layer(axes, name, layer)
-    for axes in grid[len(layers) :]:
-        axes.set_axis_off()
+    layers = quantized_layers(model)
+    names = list(layers)
+    if len(names) > MOST_PANELS:
+        chosen = np.linspace(0, len(names) - 1, MOST_PANELS).round().astype(int)
+        names = [names[i] for i in chosen]
+    figure, panels = _panels(names)
+    for axes, name in zip(panels, names, strict=False):
+        draw_layer(axes, name, layers[name])
     return figure
+
+
+def _panels(names: Sequence[str]) -> tuple[Figure, list[Axes]]:
+    """A figure with a small panel for each name, four in a row."""
+    columns = 4
+    rows = max(1, -(-len(names) // columns))
+    figure = Figure(figsize=(10, 1.6 * rows), layout="constrained")
+    panels = list(figure.subplots(rows, columns, squeeze=False).flatten())
+    for axes in panels[len(names) :]:
+        axes.set_axis_off()
+    return figure, panels
 
 
 def training(records: Sequence[dict[str, Any]], result: RunResult) -> Figure:
@@ -148,8 +173,9 @@ def summary(
 ) -> Figure:
     """One picture of the whole line: sensitivity, allocation, accuracy, and two layers' levels."""
     figure = Figure(figsize=(11, 6.4), layout="constrained")
-    upper, lower = figure.subfigures(2, 1, height_ratios=(1, 1.15))
-    left, right = upper.subplots(1, 2)
+    halves: Any = figure.subfigures(2, 1, height_ratios=(1, 1.15))
+    upper, lower = halves
+    left, right = upper.add_subplot(1, 2, 1), upper.add_subplot(1, 2, 2)
     draw_sensitivity(left, table)
     draw_allocation(right, bits)
     below_left, below_right = lower.subfigures(1, 2, width_ratios=(1.1, 1))
@@ -160,5 +186,5 @@ def summary(
     mixed = [x for x in by_bits if x[1].weight_quantizer.bit_width < 8] or by_bits
     grid = below_right.subplots(2, 1)
     for axes, (name, layer) in zip(grid, (mixed[0], mixed[-1]), strict=True):
-        draw_layer(axes, f"{name}: weights and their levels,", layer)
+        draw_layer(axes, f"Weights and levels of {name}", layer)
     return figure

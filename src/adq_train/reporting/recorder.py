@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from torch import nn
 from torch.utils.tensorboard import SummaryWriter
@@ -17,7 +19,7 @@ from adq_train.training.loop import EpochReport
 # A curve per level is readable up to here; the 8-bit layers have 255 levels.
 MOST_CURVES = 16
 # How often weights and levels are drawn, over all of a stage.
-PICTURES = 10
+PICTURES = 4
 
 
 class Recorder:
@@ -59,8 +61,12 @@ class Recorder:
         """
         assert self.writer is not None
         values = asdict(report)
+        layers = quantized_layers(model)
+        levels = {name: layer.weight_quantizer.levels().tolist() for name, layer in layers.items()}
+        codebooks = {name: found for name, found in levels.items() if len(found) <= MOST_CURVES}
+        record = {"stage": self.stage, **values, **({"codebooks": codebooks} if layers else {})}
         with self.metrics.open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"stage": self.stage, **values}) + "\n")
+            file.write(json.dumps(record) + "\n")
         for tag, name in (
             ("loss/train", "train_loss"),
             ("loss/validation", "validation_loss"),
@@ -68,12 +74,15 @@ class Recorder:
             ("learning_rate", "lr"),
         ):
             self.writer.add_scalar(tag, values[name], report.epoch)
-        layers = quantized_layers(model)
-        for name, layer in layers.items():
-            levels = layer.weight_quantizer.levels().tolist()
-            for index, level in enumerate(levels if len(levels) <= MOST_CURVES else ()):
+        for name, found in codebooks.items():
+            for index, level in enumerate(found):
                 self.writer.add_scalar(f"codebook/{name}/{index}", level, report.epoch)
-        if layers and (report.epoch == self.epochs or report.epoch % -(-self.epochs // PICTURES) == 0):
+        if codebooks and report.epoch == 1:
+            # One chart per layer on the Custom Scalars page, instead of one per level.
+            charts = {x: ["Multiline", [f"codebook/{re.escape(x)}/.*"]] for x in codebooks}
+            self.writer.add_custom_scalars({"codebooks": charts})
+        due = report.epoch % -(-self.epochs // PICTURES) == 0 or report.epoch == self.epochs
+        if layers and due:
             for name, layer in layers.items():
                 self.writer.add_histogram(f"weights/{name}", layer.weight, report.epoch)
             self.writer.add_figure(
@@ -87,7 +96,7 @@ class Recorder:
             self.writer.close()
 
 
-def read_metrics(path: Path) -> list[dict[str, float | int | str]]:
+def read_metrics(path: Path) -> list[dict[str, Any]]:
     """The records of ``metrics.jsonl``; a last line cut off by a kill is left out."""
     if not path.exists():
         return []

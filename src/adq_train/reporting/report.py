@@ -23,9 +23,8 @@ from adq_train.run_folder import RunFolder, read_manifest
 def num_float_values(model: nn.Module, layers: Sequence[LayerInfo]) -> int:
     """Parameters and float statistics of a float model outside the weights to be quantized."""
     state = model.state_dict().values()
-    return sum(x.numel() for x in state if x.is_floating_point()) - sum(
-        layer.num_weights for layer in layers
-    )
+    floats: int = sum(x.numel() for x in state if x.is_floating_point())
+    return floats - sum(layer.num_weights for layer in layers)
 
 
 def write(
@@ -49,6 +48,7 @@ def write(
         "sensitivity": plots.sensitivity(table),
         "allocation": plots.allocation(allocation),
         "weights_and_levels": plots.weights_and_levels(model),
+        "codebooks": plots.codebooks(records),
         "accuracy": plots.training(records, result),
         "summary": plots.summary(table, allocation, records, result, model),
     }
@@ -68,7 +68,8 @@ def write(
         }
         # The session's summaries alone: an experiment summary of each run would contradict the
         # others' in a sweep, and TensorBoard then shows those of the first.
-        _, start, end = hparams(hyperparameters(folder.config), metrics)
+        session: Any = hparams
+        _, start, end = session(hyperparameters(folder.config), metrics)
         assert writer.file_writer is not None
         writer.file_writer.add_summary(start)
         writer.file_writer.add_summary(end)
@@ -117,7 +118,7 @@ def show(path: Path) -> None:
     Raises:
         UserError: An artifact is missing.
     """
-    kinds = {
+    kinds: dict[str, Any] = {
         "sensitivity.json": SensitivityTable,
         "allocation.json": BitAllocation,
         "result.json": RunResult,

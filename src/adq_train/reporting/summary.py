@@ -32,7 +32,7 @@ def total_bytes(allocation: BitAllocation, num_float_values: int) -> int:
         allocation: The bits; weights are packed, and 2^b levels and thresholds stay in float32.
         num_float_values: Parameters and statistics outside the quantized weights.
     """
-    tables = sum(2**x.weight_bits + 2**x.activation_bits for x in allocation.layers)
+    tables: int = sum(2**x.weight_bits + 2**x.activation_bits for x in allocation.layers)
     return allocation.model_size_bytes + FLOAT_BYTES * (tables + num_float_values)
 
 
@@ -55,8 +55,8 @@ def render(
     layers = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
     layers.add_column("layer", style="bold")
     layers.add_column("weights", justify="right")
-    for bits in table.bit_widths:
-        layers.add_column(f"Ω({bits} bits)", justify="right")
+    for width in table.bit_widths:
+        layers.add_column(f"Ω({width} bits)", justify="right")
     layers.add_column("bits W/A", justify="right")
     layers.add_column("")
     layers.add_column("packed", justify="right")

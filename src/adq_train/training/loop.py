@@ -127,11 +127,11 @@ def fit(
     stage: str,
     checkpoints: CheckpointFolder,
     key: str,
-    on_start: Callable[[int], None],
+    on_start: Callable[[int, float], None],
     on_epoch: Callable[[EpochReport, nn.Module], None],
     label_smoothing: float = 0.0,
     gradient_clip_norm: float | None = None,
-) -> float:
+) -> None:
     """Trains to the last epoch, from the newest checkpoint where there is one.
 
     Order, augmentation and learning rate are functions of the epoch and the step, so a run that
@@ -146,13 +146,10 @@ def fit(
         stage: Shown in the progress.
         checkpoints: One checkpoint after every epoch.
         key: Everything that the outcome depends on; other checkpoints are not used.
-        on_start: Called with the number of epochs that are done already.
+        on_start: Called with the epochs that are done already and the seconds that they took.
         on_epoch: Called after every epoch, before its checkpoint.
         label_smoothing: See :func:`train_epoch`.
         gradient_clip_norm: See :func:`train_epoch`.
-
-    Returns:
-        Seconds spent on training, summed over interruptions.
 
     Raises:
         UserError: The loss is no longer finite; the last good checkpoint is kept.
@@ -167,7 +164,7 @@ def fit(
         _set_rng_states(state["rng"])
         done, best, seconds = state["epoch"], state["best_top1_percent"], state["seconds"]
         log.info("%s: continuing after epoch %d of %d", stage, done, epochs)
-    on_start(done)
+    on_start(done, seconds)
 
     total_steps = epochs * len(data.train)
     with Progress(stage, total=epochs, done=done) as progress:
@@ -215,7 +212,6 @@ def fit(
                 best=is_best,
             )
             progress.advance(f"loss {train_loss:.3f}, validation {watched.top1_percent:.1f} %")
-    return seconds
 
 
 def _rng_states() -> list[torch.Tensor]:
