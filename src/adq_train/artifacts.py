@@ -183,11 +183,13 @@ def _dump(content: Mapping[str, Any]) -> str:
 def _parse(text: str, what: str) -> dict[str, Any]:
     """A JSON object without NaN or infinity, which strict JSON does not have."""
 
-    def refuse(constant: str) -> float:
-        raise ValueError(f"{constant} is not a number")
+    def finite(number: str) -> float:
+        if not math.isfinite(float(number)):
+            raise ValueError(f"{number} is not a finite number")
+        return float(number)
 
     try:
-        content = json.loads(text, parse_constant=refuse)
+        content = json.loads(text, parse_float=finite, parse_constant=finite)
     except ValueError as error:
         raise UserError(f"not {what}: {error}") from error
     if not isinstance(content, dict):

@@ -17,6 +17,7 @@ from hydra._internal.utils import get_args_parser
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig
+from tqdm import tqdm
 
 from adq_train.errors import ConfigError, UserError
 from adq_train.overrides import problems_of
@@ -85,10 +86,15 @@ def configure_logging() -> None:
     logger.setLevel(logging.DEBUG)
     logger.propagate = False
     if not logger.handlers:
-        console = logging.StreamHandler()
-        console.setLevel(logging.INFO)
-        console.setFormatter(logging.Formatter("%(message)s"))
-        logger.addHandler(console)
+        logger.addHandler(Console(logging.INFO))
+
+
+class Console(logging.Handler):
+    """Writes messages to standard error, above a progress bar where there is one."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Writes one message."""
+        tqdm.write(self.format(record), file=sys.stderr)
 
 
 def show_error(error: UserError, debug: bool) -> None:

@@ -7,6 +7,7 @@ nothing heavy.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 from hydra import compose, initialize_config_module
@@ -40,7 +41,7 @@ def problems_of(overrides: Sequence[str], search_path: str | None = None) -> lis
                 reason = str(error).splitlines()[0]
                 problems.append(f"{text!r} is not of the form key=value ({reason})")
         groups = [""] + [g for g in loader.list_groups("") if not g.startswith("hydra")]
-        chosen = [f"hydra.searchpath=[file://{search_path}]"] if search_path else []
+        chosen = [f"hydra.searchpath=[file://{Path(search_path).resolve()}]"] if search_path else []
         values: list[Override] = []
         for override in parsed:
             key = override.key_or_group

@@ -133,6 +133,6 @@ def run_dir(config: dict[str, Any], experiment: str | None, overrides: list[str]
     readable = ",".join(
         text.lstrip("+") for text in overrides if text.lstrip("+").split("=")[0] not in hidden
     )
-    safe = re.sub(r"[^\w.=,+-]+", "_", readable)[:100] or "default"
+    safe = re.sub(r"[^\w.=,+-]+", "_", readable)[:180] or "default"
     name = f"{safe}-{digest(identity(config))[:8]}"
     return Path(config["output_root"], experiment or "custom", name)

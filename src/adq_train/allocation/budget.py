@@ -100,7 +100,8 @@ class Problem:
         }
         return tuple(
             # The tiny slack keeps 2.81 × n from losing a unit to the binary form of 2.81.
-            Limit(name, costs[name][0], math.floor(bound * costs[name][1] * (1 + 1e-12)),
+            Limit(name, costs[name][0],
+                  math.floor(bound * costs[name][1] * (1 + 1e-12) if costs[name][1] > 1 else bound),
                   costs[name][1])
             for name, bound in self.budget.limits().items()
         )  # fmt: skip

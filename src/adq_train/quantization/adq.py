@@ -95,7 +95,8 @@ def uniform_codebook(weights: Tensor, bit_width: int, level_set: str) -> Tensor:
         (K,) sorted levels.
     """
     *_, low, high = _fit_sides(weights, bit_width, level_set)
-    sample = weights[:: max(1, len(weights) // 2**16)]
+    # Sorted first: a stride through a filter bank can meet one corner of the kernels alone.
+    sample = weights.sort().values[:: max(1, len(weights) // 2**16)]
     if level_set != "no_zero":
         step = best_clip(sample, low, high) if high else best_clip(-sample, 0, low)
         return torch.arange(-low, high + 1, device=weights.device, dtype=weights.dtype) * step
@@ -103,12 +104,13 @@ def uniform_codebook(weights: Tensor, bit_width: int, level_set: str) -> Tensor:
     reach = sample.abs().max() / max(low, high)
     if reach == 0:
         return halves / max(low, high)
-    steps = reach * torch.arange(1, 101, device=weights.device) / 100
+    relative = sample / reach
+    steps = torch.arange(1, 101, device=weights.device) / 100
     errors = torch.stack(
-        [(levels[assign(sample, levels)] - sample).square().mean()
+        [(levels[assign(relative, levels)] - relative).square().mean()
          for levels in steps[:, None] * halves]
     )  # fmt: skip
-    return halves * steps[errors.argmin()]
+    return halves * (steps[errors.argmin()] * reach)
 
 
 def random_codebook(weights: Tensor, bit_width: int, level_set: str, seed: int) -> Tensor:
@@ -168,8 +170,8 @@ def revive_dead_level(
     below, above = borders[crowded], borders[crowded + 1]
     value = (level + torch.where(above - level >= level - below, above, level + below - level)) / 2
 
-    # A cell with a single weight has nothing to share.
-    move = (counts[dead] < threshold) & (counts[crowded] >= 2)
+    # A cell with a single weight has nothing to share, and no half may be dead at once.
+    move = (counts[dead] < threshold) & (counts[crowded] >= max(2, 2 * threshold))
     half = counts[crowded] / 2
     slots = torch.arange(len(codebook), device=codebook.device)
     is_dead = move & (slots == dead)
@@ -223,8 +225,6 @@ class AdqWeightQuantizer(WeightQuantizer):
         commitment: float = 0.0,
     ) -> None:
         super().__init__(bit_width)
-        if bit_width < 2:
-            raise ValueError(f"bit_width must lie in 2 … 8, got {bit_width}")
         check_choice("initialization", initialization, INITIALIZATIONS)
         check_choice("level_set", level_set, LEVEL_SETS)
         check_choice("granularity", granularity, GRANULARITIES)
@@ -270,10 +270,7 @@ class AdqWeightQuantizer(WeightQuantizer):
             codebook = random_codebook(weights, self.bit_width, self.level_set, seed)
         else:
             codebook = quantile_codebook(weights, self.bit_width, self.level_set)
-        pinned = torch.zeros_like(self.pinned, device=codebook.device)
-        if self.level_set != "no_zero":
-            # The zero level is the first one among equals that is not negative.
-            pinned[(codebook < 0).sum()] = True
+        pinned = self._zero_level(codebook)
         if self.initialization == "kmeans":
             codebook = lloyd_max(weights, codebook, pinned)
         self.codebook, self.pinned = codebook, pinned
@@ -306,7 +303,11 @@ class AdqWeightQuantizer(WeightQuantizer):
         weights = self._scaled(weight)
         if self.adaptation == "quantile":
             target = quantile_codebook(weights, self.bit_width, self.level_set)
-            self.codebook = torch.lerp(target, self.codebook, self.decay)
+            # Apart from the zero, which stands elsewhere once all weights have one sign.
+            free, zero = target[~self._zero_level(target)], self.codebook[self.pinned]
+            free = torch.lerp(free, self.codebook[~self.pinned], self.decay)
+            self.codebook = torch.cat([zero, free]).sort().values
+            self.pinned = self._zero_level(self.codebook)
             return
         indices = assign(weights, self.codebook)
         counts, sums = cell_statistics(weights, indices, len(self.codebook))
@@ -336,6 +337,11 @@ class AdqWeightQuantizer(WeightQuantizer):
             return torch.ones(1, device=weight.device)
         scale = weight.detach().float().abs().mean(dim=tuple(range(1, weight.dim())), keepdim=True)
         return torch.where(scale > 0, scale, 1.0)
+
+    def _zero_level(self, codebook: Tensor) -> Tensor:
+        """Which level is the zero, (K,) bool: the first among equals that is not negative."""
+        slots = torch.arange(len(codebook), device=codebook.device)
+        return (slots == (codebook < 0).sum()) & (self.level_set != "no_zero")
 
     def _scaled(self, weight: Tensor) -> Tensor:
         return (weight.detach().float() / self.scale).flatten()

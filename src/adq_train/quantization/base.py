@@ -18,8 +18,8 @@ class Quantizer(nn.Module, ABC):
 
     def __init__(self, bit_width: int) -> None:
         super().__init__()
-        if not 1 <= bit_width <= 8:
-            raise ValueError(f"bit_width must lie in 1 … 8, got {bit_width}")
+        if not 2 <= bit_width <= 8:
+            raise ValueError(f"bit_width must lie in 2 … 8, got {bit_width}")
         self.bit_width = bit_width
 
     @abstractmethod

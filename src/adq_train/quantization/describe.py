@@ -72,7 +72,7 @@ def run_with_hooks(
     model: nn.Module, images: Tensor, hooks: Mapping[str, Callable[..., None]]
 ) -> Tensor:
     """Runs ``images`` in evaluation mode with forward hooks on some modules; undoes both."""
-    was_training = model.training
+    modes = {module: module.training for module in model.modules()}
     modules = dict(model.named_modules())
     handles = [modules[name].register_forward_hook(hook) for name, hook in hooks.items()]
     model.eval()
@@ -80,6 +80,7 @@ def run_with_hooks(
         output: Tensor = model(images)
         return output
     finally:
-        model.train(was_training)
+        for module, mode in modes.items():
+            module.training = mode
         for handle in handles:
             handle.remove()

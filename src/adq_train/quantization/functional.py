@@ -177,7 +177,7 @@ class GeneralizedSTE(torch.autograd.Function):
         pull = step * in_interval / widths  # −∂L/∂start of each interval
         # Widening an interval shifts every interval after it, as moving the start does.
         later = pull.sum() - pull.cumsum(0)
-        grad_widths = -step * moment / widths.square() - later
+        grad_widths = -(step / widths) * (moment / widths) - later
         return grad_x, -pull.sum(), grad_widths, (sums * codes).sum(), None
 
 
@@ -194,7 +194,7 @@ def round_ste(x: Tensor) -> Tensor:
 def scale_gradient(x: Tensor, factor: float) -> Tensor:
     """The value of ``x``; its gradient is multiplied by ``factor``."""
     scaled = x * factor
-    return scaled + (x - scaled).detach()
+    return x.detach() + (scaled - scaled.detach())  # adds an exact zero
 
 
 def best_clip(values: Tensor, low_codes: int, high_codes: int, candidates: int = 100) -> Tensor:
@@ -212,9 +212,11 @@ def best_clip(values: Tensor, low_codes: int, high_codes: int, candidates: int =
     reach = torch.maximum(values.max() / high_codes, -values.min() / max(low_codes, 1))
     if reach <= 0:
         return values.new_tensor(1 / high_codes)
-    steps = reach * torch.arange(1, candidates + 1, device=values.device) / candidates
+    # Relative to the reach, so that no square overflows or vanishes.
+    relative = values / reach
+    steps = torch.arange(1, candidates + 1, device=values.device) / candidates
     errors = torch.stack(
-        [((values / s).round().clamp(-low_codes, high_codes) * s - values).square().mean()
+        [((relative / s).round().clamp(-low_codes, high_codes) * s - relative).square().mean()
          for s in steps]
     )  # fmt: skip
-    return steps[errors.argmin()].to(values.dtype)
+    return (steps[errors.argmin()] * reach).to(values.dtype)

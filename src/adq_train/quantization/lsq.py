@@ -46,7 +46,8 @@ class LsqWeightQuantizer(WeightQuantizer):
 
     def __init__(self, bit_width: int) -> None:
         super().__init__(bit_width)
-        self.low, self.high = -(2 ** (bit_width - 1)), 2 ** (bit_width - 1) - 1
+        self.low: int = -(2 ** (bit_width - 1))
+        self.high: int = 2 ** (bit_width - 1) - 1
         self.step = nn.Parameter(torch.ones(()))
 
     @torch.no_grad()
@@ -84,7 +85,8 @@ class LsqActivationQuantizer(ActivationQuantizer):
         super().__init__(bit_width)
         self.step = nn.Parameter(torch.ones(()))
         self.register_buffer("zero_point", torch.zeros(()))
-        self.low, self.high = 0, 2**bit_width - 1
+        self.low: int = 0
+        self.high: int = 2**bit_width - 1
 
     @torch.no_grad()
     def calibrate(self, values: Tensor, seed: int = 0) -> None:

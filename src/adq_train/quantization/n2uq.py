@@ -54,8 +54,11 @@ def quantile_intervals(sample: Tensor, num_steps: int) -> tuple[Tensor, Tensor]:
         return sample.new_zeros(()), sample.new_full((num_steps,), 1 / num_steps)
     fractions = torch.arange(num_steps + 1, device=sample.device) / num_steps
     edges = quantiles(ordered, fractions)
+    # Zero belongs to the range: it bounds values of one sign.
     if ordered[0] > 0:
         edges[0] = 0
+    if ordered[-1] < 0:
+        edges[-1] = 0
     mean_width = (edges[-1] - edges[0]).clamp_min(torch.finfo(edges.dtype).tiny) / num_steps
     return edges[0], edges.diff().clamp_min(SMALLEST_WIDTH * mean_width)
 
@@ -108,10 +111,12 @@ class N2uqActivationQuantizer(ActivationQuantizer):
         widths = step.expand(num_steps)
         if self.initialization == "quantile":
             start, widths = quantile_intervals(sample, num_steps)
-            zero_point = int((midpoints(interval_edges(start, widths)) < 0).sum())
         self.start.copy_(start)
         self.log_widths.copy_(widths.log())
         self.log_input_scale.zero_()
+        if self.initialization == "quantile":
+            # From the thresholds in use: the logarithms may have moved one across zero.
+            zero_point = int((self.thresholds() < 0).sum())
         self.zero_point.fill_(zero_point)
         if self.initialization == "quantile":
             # The step that fits the values best, given the codes that the thresholds assign.

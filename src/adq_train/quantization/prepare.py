@@ -119,18 +119,25 @@ def prepare(
             inputs[bits.name],
             seed,
         )
-        model.set_submodule(bits.name, layer)
+        _swap(model, modules[bits.name], layer)
+
+
+def _swap(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
+    """Puts ``new`` wherever ``old`` stands: a shared layer has more than one name."""
+    for name, module in list(model.named_modules(remove_duplicate=False)):
+        if module is old:
+            model.set_submodule(name, new)
 
 
 @contextmanager
 def replaced(model: nn.Module, name: str, layer: nn.Module) -> Iterator[None]:
     """Puts ``layer`` in the place of the module ``name`` for the duration of a with block."""
     original = model.get_submodule(name)
-    model.set_submodule(name, layer)
+    _swap(model, original, layer)
     try:
         yield
     finally:
-        model.set_submodule(name, original)
+        _swap(model, layer, original)
 
 
 def quantized_layers(model: nn.Module) -> dict[str, QuantLayer]:

@@ -6,8 +6,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from matplotlib.figure import Figure
+import numpy as np
 from omegaconf import OmegaConf
+from PIL import Image
 from torch import nn
 from torch.utils.tensorboard import SummaryWriter
 from torch.utils.tensorboard.summary import hparams
@@ -55,8 +56,12 @@ def write(
     (folder.path / "plots").mkdir(exist_ok=True)
     with SummaryWriter(str(folder.path / "tensorboard" / "result")) as writer:
         for name, figure in figures.items():
-            save(figure, folder.path / "plots" / f"{name}.png")
-            writer.add_figure(name, figure, close=False)
+            path = folder.path / "plots" / f"{name}.png"
+            with written_whole(path) as temporary:
+                figure.savefig(temporary, format="png", dpi=110)
+            # Drawing takes longer than anything else here, so TensorBoard gets the same pixels.
+            with Image.open(path) as image:
+                writer.add_image(name, np.asarray(image), dataformats="HWC")
         yaml = OmegaConf.to_yaml(folder.config)
         writer.add_text("config", "```yaml\n" + yaml + "```")
         metrics = {
@@ -75,12 +80,6 @@ def write(
         writer.file_writer.add_summary(end)
         for name, value in metrics.items():
             writer.add_scalar(name, value)
-
-
-def save(figure: Figure, path: Path) -> None:
-    """Writes a picture as PNG, whole or not at all."""
-    with written_whole(path) as temporary:
-        figure.savefig(temporary, format="png", dpi=110)
 
 
 def hyperparameters(config: dict[str, Any]) -> dict[str, bool | int | float | str]:

@@ -115,15 +115,18 @@ def render(
     sizes.add_row("bit operations", f"{allocation.bops:.3g} per image")
     sizes.add_row("time", ", ".join(f"{k} {v:.1f} s" for k, v in result.seconds.items()))
 
-    places = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), show_header=False)
-    places.add_row("written to", str(folder))
-    places.add_row("picture", str(folder / "plots" / "summary.png"))
-    places.add_row("look at it", f"tensorboard --logdir {folder}")
+    places = Text(
+        f"written to  {folder}\n"
+        f"picture     {folder / 'plots' / 'summary.png'}\n"
+        f"look at it  tensorboard --logdir {folder}",
+        no_wrap=True,
+        overflow="ignore",  # a path that is cut short cannot be copied
+    )
     blank = Text()
-    solved = "proven optimal" if allocation.optimal else "not proven optimal"
+    solved = f"{allocation.allocator}{', proven optimal' if allocation.optimal else ''}"
     return Group(
         blank,
-        Text(f"Layers ({table.metric}; {allocation.allocator}, {solved})", style="bold blue"),
+        Text(f"Layers (Ω: {table.metric}; bits: {solved})", style="bold blue"),
         layers,
         blank,
         Text("Top-1 accuracy on the test set", style="bold blue"),

@@ -1,0 +1,59 @@
+"""What every test may use: the command line, run inside this process."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from hydra.core.global_hydra import GlobalHydra
+
+from adq_train.cli import main
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """Exit code and outputs of one command."""
+
+    code: int
+    out: str
+    err: str
+
+
+Cli = Callable[..., Outcome]
+
+# A run of a few seconds that takes every stage.
+QUICK = (
+    "experiment=quickstart",
+    "data=synthetic",
+    "data.like=digits",
+    "data.train_images=320",
+    "data.test_images=64",
+    "data.validation_images=32",
+    "data.calibration_images=32",
+    "model.width=4",
+    "pretrain.epochs=1",
+    "trainer.epochs=1",
+)
+
+
+@pytest.fixture
+def cli(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> Cli:
+    """Runs ``adq-train`` with the given arguments in an empty folder of its own."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(*arguments: str) -> Outcome:
+        GlobalHydra.instance().clear()
+        monkeypatch.setattr(sys, "argv", ["adq-train", *arguments])
+        capsys.readouterr()
+        try:
+            main()
+            code = 0
+        except SystemExit as stop:
+            code = int(stop.code or 0)
+        captured = capsys.readouterr()
+        return Outcome(code, captured.out, captured.err)
+
+    return run
