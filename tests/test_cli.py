@@ -105,6 +105,7 @@ ERRORS = {
         ["weight_quantizer.dekay=0.9"],
         "weight_quantizer.dekay: there is no such setting (did you mean 'weight_quantizer.decay'?)",
     ),
+    "no choice": (["ablation=null"], "ablation=None: there is no such choice"),
     "no override at all": (["trainer.epochs"], "'trainer.epochs' is not of the form key=value"),
     "an added key": (["+foo=1"], "foo: there is no such setting"),
     "an added key in a section": (["+budget.bits=1"], "budget.bits: there is no such setting"),
@@ -228,7 +229,7 @@ def test_dry_run_leaves_no_trace(cli, tmp_path):
 
 
 def test_a_sweep_goes_on_after_a_failure_and_says_which(cli, tmp_path):
-    outcome = cli("-m", *QUICK, "budget.average_weight_bits=1.5,2.5", "hydra.sweep.dir=sweep")
+    outcome = cli("-m", *QUICK, "budget.average_weight_bits=1.5,2.5")
     assert outcome.code == 1
     assert "1 of 2 runs are done" in outcome.err
     (failed,) = [line for line in outcome.err.splitlines() if line.startswith("failed: ")]
@@ -236,7 +237,8 @@ def test_a_sweep_goes_on_after_a_failure_and_says_which(cli, tmp_path):
     assert outcome.out.count("Top-1 accuracy") == 1
     runs = list((tmp_path / "outputs" / "quickstart").iterdir())
     assert len(runs) == 1
-    assert "budget.average_weight_bits=2.5" in runs[0].name
+    config = yaml.safe_load((runs[0] / "config.yaml").read_text())
+    assert config["budget"]["average_weight_bits"] == 2.5
 
 
 def test_a_sweep_again_does_only_what_is_unfinished(cli):

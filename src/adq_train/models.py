@@ -160,7 +160,7 @@ class TorchvisionModel:
 
 
 def _adapt_ends(model: nn.Module, num_classes: int, in_channels: int) -> None:
-    """Replaces the first convolution or the last linear layer where the data asks for another."""
+    """Replaces the first convolution or the last layer where the data asks for another."""
     layers = [(n, m) for n, m in model.named_modules() if isinstance(m, nn.Conv2d | nn.Linear)]
     first_name, first = layers[0]
     if isinstance(first, nn.Conv2d) and first.in_channels != in_channels:
@@ -177,10 +177,14 @@ def _adapt_ends(model: nn.Module, num_classes: int, in_channels: int) -> None:
         if first.bias is not None and new.bias is not None:
             new.bias.data.copy_(first.bias.data)
         model.set_submodule(first_name, new)
+        if hasattr(model, "transform_input"):  # GoogLeNet and Inception rescale three channels
+            model.transform_input = False  # type: ignore[assignment]
     last_name, last = layers[-1]
     if isinstance(last, nn.Linear) and last.out_features != num_classes:
         new_head = nn.Linear(last.in_features, num_classes, bias=last.bias is not None)
         model.set_submodule(last_name, new_head)
+    elif isinstance(last, nn.Conv2d) and last.out_channels != num_classes:  # SqueezeNet's
+        model.set_submodule(last_name, nn.Conv2d(last.in_channels, num_classes, 1))
 
 
 def read_state_dict(path: Path) -> dict[str, Tensor]:

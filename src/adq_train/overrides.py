@@ -48,18 +48,19 @@ def problems_of(overrides: Sequence[str], search_path: str | None = None) -> lis
             if key.startswith("hydra"):
                 continue
             options = loader.get_group_options(key) if key in groups and key else []
+            if options and search_path:
+                options += [file.stem for file in Path(search_path, key).glob("*.yaml")]
             if not options:
                 values.append(override)
                 continue
-            wrong = [str(v) for v in _choices(override) if v is not None and str(v) not in options]
+            wrong = [str(v) for v in _choices(override) if str(v) not in options]
             problems += [
                 f"{key}={value}: there is no such choice{did_you_mean(value, options)}; "
                 f"choose from {', '.join(sorted(options))}"
                 for value in wrong
             ]
-            if not wrong and override.value() is not None:
-                first = next(iter(_choices(override)))
-                chosen.append(f"{key}={'null' if first is None else first}")
+            if not wrong:
+                chosen.append(f"{key}={_choices(override)[0]}")
         try:
             cfg = compose("config", chosen)
         except HydraException as error:

@@ -133,6 +133,7 @@ def run_dir(config: dict[str, Any], experiment: str | None, overrides: list[str]
     readable = ",".join(
         text.lstrip("+") for text in overrides if text.lstrip("+").split("=")[0] not in hidden
     )
-    safe = re.sub(r"[^\w.=,+-]+", "_", readable)[:180] or "default"
+    # 255 bytes is the longest name that file systems take.
+    safe = re.sub(r"[^\w.=,+-]+", "_", readable, flags=re.ASCII)[:200] or "default"
     name = f"{safe}-{digest(identity(config))[:8]}"
     return Path(config["output_root"], experiment or "custom", name)

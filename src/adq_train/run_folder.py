@@ -116,16 +116,18 @@ class RunFolder:
         return self
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        if error is None:
-            self._write_status("done")
-        else:
-            reason = str(error) or type(error).__name__
-            log.debug("stopped in stage %s: %s", self.stage_name, reason, exc_info=error)
-            with contextlib.suppress(UserError):  # a full disk must not hide the first error
-                self._write_status("failed", reason)
-        logging.getLogger("adq_train").removeHandler(self.log_file)
-        self.log_file.close()
-        os.close(self._lock)
+        try:
+            if error is None:
+                self._write_status("done")
+            else:
+                reason = str(error) or type(error).__name__
+                log.debug("stopped in stage %s: %s", self.stage_name, reason, exc_info=error)
+                with contextlib.suppress(UserError):  # a full disk must not hide the first error
+                    self._write_status("failed", reason)
+        finally:
+            logging.getLogger("adq_train").removeHandler(self.log_file)
+            self.log_file.close()
+            os.close(self._lock)
 
     @contextlib.contextmanager
     def stage(self, name: str) -> Iterator[None]:
@@ -211,13 +213,21 @@ def check_same_run(path: Path, config: dict[str, Any]) -> None:
     if path.exists() and not path.is_dir():
         raise UserError(f"run_dir: {path} is a file; choose another run_dir")
     if not (path / "config.yaml").exists():
-        if path.exists() and any(path.iterdir()):
+        # A kill during the very first write leaves that one file.
+        if path.exists() and any(x.name != ".config.yaml.tmp" for x in path.iterdir()):
             raise UserError(
                 f"run_dir: {path} is not empty and holds no run; choose another run_dir"
             )
         return
-    old: Any = OmegaConf.to_container(OmegaConf.load(path / "config.yaml"))
-    changed = list(differences(identity(old), identity(config)))
+    try:
+        content: Any = OmegaConf.to_container(OmegaConf.load(path / "config.yaml"))
+        old = identity(content)
+    except Exception as error:  # YAML, OmegaConf and a missing section have errors of their own
+        raise UserError(
+            f"run_dir: {path} holds a config.yaml that is not one of a run ({error!r}); choose "
+            "another run_dir"
+        ) from error
+    changed = list(differences(old, identity(config)))
     if changed:
         more = f" and {len(changed) - 3} more" if len(changed) > 3 else ""
         raise UserError(

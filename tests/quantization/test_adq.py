@@ -121,7 +121,7 @@ def test_degenerate_weights_give_a_valid_codebook(initialization, level_set, gra
             level_set=level_set,
             granularity=granularity,
         )
-        for step in range(3):
+        for step in range(2):
             codebook = quantizer.levels()
             assert (
                 len(codebook)

@@ -163,7 +163,7 @@ def random_case(seed, bits, size):
     widths = 0.1 + draw(2**bits - 1)
     start, step = draw(()) * 4 - 3, 0.1 + draw(())
     x = start + widths.sum() * (draw(size) * 1.4 - 0.2)
-    zero_point = torch.tensor(float(2 ** (bits - 1) - 1))
+    zero_point = torch.tensor(2.0 ** (bits - 1) - 1, dtype=torch.float64)
     return x, start, widths, step, zero_point, draw(size) - 0.5
 
 
@@ -199,7 +199,7 @@ def test_generalized_ste_differentiates_the_piecewise_linear_function(seed, bits
 @given(*CASES)
 def test_generalized_ste_has_the_exact_gradient_of_the_step(seed, bits, size):
     *inputs, incoming = random_case(seed, bits, size)
-    x, start, widths, step, zero_point = inputs
+    x, start, widths, _, zero_point = inputs
     codes = torch.tensor([code_by_counting(v, start.item(), widths.tolist()) for v in x.tolist()])
     grad_step = gradients(GeneralizedSTE.apply, inputs, incoming)[3]
     torch.testing.assert_close(grad_step, (incoming * (codes - zero_point)).sum())
@@ -251,7 +251,7 @@ def test_zero_point_shifts_the_output_and_the_gradient_of_the_step_alone():
     *inputs, _, incoming = random_case(7, 3, 30)
     outputs, grads = [], []
     for zero_point in (0.0, 4.0):
-        shifted = [*inputs, torch.tensor(zero_point)]
+        shifted = [*inputs, torch.tensor(zero_point, dtype=torch.float64)]
         outputs.append(GeneralizedSTE.apply(*shifted))
         grads.append(gradients(GeneralizedSTE.apply, shifted, incoming))
     torch.testing.assert_close(outputs[0] - outputs[1], torch.full_like(outputs[0], 4 * inputs[3]))

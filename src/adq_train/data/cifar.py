@@ -2,7 +2,7 @@
 
 The binary version is read, and downloaded where nothing is there. The folder that torchvision
 leaves behind (the "python version") is read too; its files are pickles, so they go through an
-unpickler that can build numpy arrays and nothing else.
+unpickler that takes down numpy arrays and can build nothing else.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import pickle
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -95,26 +95,61 @@ def read_binary(path: Path, label_bytes: int) -> tuple[Tensor, Tensor]:
     return records[:, label_bytes:].reshape(-1, 3, 32, 32).contiguous(), targets
 
 
-class _ArrayUnpickler(pickle.Unpickler):
-    """Builds numpy arrays of plain numbers; every other name in the file is refused."""
+class _Dtype:
+    """Takes down the arguments of a pickled ``numpy.dtype``."""
 
-    ALLOWED = frozenset(
-        {
-            ("numpy", "ndarray"),
-            ("numpy", "dtype"),
-            ("_codecs", "encode"),
-            *(
-                (f"numpy.{core}.{module}", name)
-                for core in ("core", "_core")
-                for module, name in (("multiarray", "_reconstruct"), ("numeric", "_frombuffer"))
-            ),
-        }
-    )
+    def __init__(self, code: str, *_: object) -> None:
+        self.code = code
+
+    def __setstate__(self, state: object) -> None:
+        """Byte order and the like; bytes have none."""
+
+
+class _Array:
+    """Takes down a pickled array: numpy's own way back trusts the file, and crashes on damage."""
+
+    def __init__(self, raw: bytes, dtype: _Dtype, shape: tuple[int, ...], order: Any) -> None:
+        self.raw, self.dtype, self.shape, self.order = raw, dtype, shape, order
+
+    @classmethod
+    def empty(cls, *_: object) -> _Array:
+        """What ``_reconstruct`` gives before its state is set."""
+        return cls(b"", _Dtype("u1"), (0,), "C")
+
+    def __setstate__(self, state: tuple[Any, ...]) -> None:
+        _, self.shape, self.dtype, is_fortran, raw = state
+        self.raw = raw.encode("latin1") if isinstance(raw, str) else raw
+        self.order = "F" if is_fortran else "C"
+
+    def pixels(self) -> np.ndarray[Any, Any]:
+        """The array, which must hold bytes."""
+        if self.dtype.code not in ("u1", "|u1"):
+            raise ValueError(f"its pixels are {self.dtype.code}, not bytes")
+        values = np.frombuffer(self.raw, np.uint8)
+        return values.reshape(self.shape, order=self.order).reshape(-1, 3, 32, 32)
+
+
+class _ArrayUnpickler(pickle.Unpickler):
+    """Takes down numpy arrays; every other name in the file is refused."""
+
+    STAND_INS: ClassVar[dict[tuple[str, str], Any]] = {
+        ("numpy", "ndarray"): "ndarray",  # only ever an argument of _reconstruct
+        ("numpy", "dtype"): _Dtype,
+        ("_codecs", "encode"): lambda text, _: text.encode("latin1"),
+        **{
+            (f"numpy.{core}.{module}", name): stand_in
+            for core in ("core", "_core")
+            for module, name, stand_in in (
+                ("multiarray", "_reconstruct", _Array.empty),
+                ("numeric", "_frombuffer", _Array),
+            )
+        },
+    }
 
     def find_class(self, module: str, name: str) -> Any:
-        if (module, name) not in self.ALLOWED:
+        if (module, name) not in self.STAND_INS:
             raise pickle.UnpicklingError(f"it names {module}.{name}, which no image file needs")
-        return super().find_class(module, name)
+        return self.STAND_INS[module, name]
 
 
 def read_pickled(path: Path, label_key: str) -> tuple[Tensor, Tensor]:
@@ -128,14 +163,15 @@ def read_pickled(path: Path, label_key: str) -> tuple[Tensor, Tensor]:
             content = _ArrayUnpickler(file, encoding="latin1").load()
         # Python 2 wrote text keys, Python 3 may have written bytes.
         fields = {k.decode() if isinstance(k, bytes) else k: v for k, v in content.items()}
-        pixels = torch.from_numpy(np.asarray(fields["data"], np.uint8).reshape(-1, 3, 32, 32))
+        pixels = torch.tensor(fields["data"].pixels())
         targets = torch.tensor(fields[label_key], dtype=torch.int64)
-    except (pickle.UnpicklingError, EOFError, OSError, KeyError, ValueError, TypeError,
-            AttributeError) as error:  # fmt: skip
+        if not 0 < len(pixels) == len(targets):
+            raise ValueError(f"it holds {len(pixels)} images and {len(targets)} labels")
+    except Exception as error:  # a damaged pickle can raise almost anything
         raise UserError(
             f"data.root: {path} is not an intact CIFAR file ({error}); fetch the file again"
         ) from error
-    return pixels.contiguous(), targets
+    return pixels, targets
 
 
 def find_reader(

@@ -118,10 +118,11 @@ class FashionMnist(HeldOut):
         """
         tensors = [read_idx(path) for path in locate(self.root)]
         for images, targets in (tensors[:2], tensors[2:]):
-            if images.dim() != 3 or len(images) != len(targets):
+            if images.dim() != 3 or targets.shape != images.shape[:1] or (targets > 9).any():
                 raise UserError(
-                    f"data.root: images of shape {tuple(images.shape)} and {len(targets)} labels "
-                    "do not belong together; fetch the files again"
+                    f"data.root: images of shape {tuple(images.shape)} and labels of shape "
+                    f"{tuple(targets.shape)} do not belong together, or a label is beyond 9; "
+                    "fetch the files again"
                 )
         return split_in_memory(
             "fashion_mnist",

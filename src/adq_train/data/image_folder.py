@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from torchvision.datasets import ImageFolder
@@ -40,11 +40,12 @@ class _Images(Dataset[tuple[Tensor, int] | str]):
         try:
             with Image.open(path) as file:
                 image = file.convert("RGB")
-        except (OSError, UnidentifiedImageError, SyntaxError) as error:
+        except Exception as error:  # each of Pillow's formats has errors of its own
             return f"data.root: cannot read the image {path} ({error}); replace or remove it"
         # fork_rng: without workers this runs in the main process, whose stream must not move.
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(derived_seed(self.seed, epoch, index))
+            # The CPU's alone: torch.manual_seed would restart a GPU's dropout with every image.
+            torch.default_generator.manual_seed(derived_seed(self.seed, epoch, index))
             return self.transform(image), target
 
 
@@ -105,6 +106,9 @@ class FolderBatches:
             collate_fn=_collate,
             num_workers=num_workers,
             persistent_workers=num_workers > 0 and shuffle,
+            # Of its own: the loader draws a seed whenever it starts, and dropout's stream must
+            # not depend on how often that is.
+            generator=torch.Generator(),
             pin_memory=device.type == "cuda",
         )
         self.mean = torch.tensor(MEAN, device=device).mul(255).view(1, 3, 1, 1)

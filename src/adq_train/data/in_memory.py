@@ -88,7 +88,8 @@ class InMemoryBatches:
         self.shuffle_seed = shuffle_seed
         self.augmentation = augmentation
         self.size = images.shape[-2], images.shape[-1]
-        self.padded = torch.nn.functional.pad(images, [augmentation.crop_padding] * 4)
+        padding = 0 if shuffle_seed is None else augmentation.crop_padding
+        self.padded = torch.nn.functional.pad(images, [padding] * 4)
         self.scale = (1 / std).view(1, -1, 1, 1)
         self.shift = (-mean / std).view(1, -1, 1, 1)
 

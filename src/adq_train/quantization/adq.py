@@ -165,7 +165,9 @@ def revive_dead_level(
     """
     dead = torch.where(pinned, torch.inf, counts).argmin()
     crowded = counts.argmax()
-    borders = torch.cat([reach[0].view(1), midpoints(codebook), reach[1].view(1)])
+    # No weight lies between the reach and a dead level beyond it.
+    inner = midpoints(codebook).clamp(*reach)
+    borders = torch.cat([reach[0].view(1), inner, reach[1].view(1)])
     level = codebook[crowded]
     below, above = borders[crowded], borders[crowded + 1]
     value = (level + torch.where(above - level >= level - below, above, level + below - level)) / 2

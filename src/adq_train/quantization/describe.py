@@ -64,7 +64,10 @@ def describe_layers(model: nn.Module, image: Tensor) -> tuple[LayerInfo, ...]:
         raise UserError("model: it has no convolution or linear layer that could be quantized")
     for name, module in model.named_modules():
         if isinstance(module, QUANTIZABLE) and name not in found:
-            log.warning("%s stays in full precision: its forward() is never called", name)
+            why = "its forward() is never called"
+            if type(module) not in QUANTIZABLE:
+                why = f"{type(module).__name__} is a kind of its own"
+            log.warning("%s stays in full precision: %s", name, why)
     return tuple(found.values())
 
 

@@ -152,6 +152,7 @@ class GeneralizedSTE(torch.autograd.Function):
             step: () distance between output levels.
             zero_point: () code whose output is 0.
         """
+        x = x.contiguous()  # elementwise work in memory order; a strided search would copy it
         edges = interval_edges(start, widths)
         borders = torch.empty(2 * len(widths) + 1, device=x.device, dtype=edges.dtype)
         borders[::2], borders[1::2] = edges, midpoints(edges)

@@ -93,18 +93,15 @@ def hyperparameters(config: dict[str, Any]) -> dict[str, bool | int | float | st
         "seed": config["seed"],
         "data": short(config["data"]),
         "model": short(config["model"]),
-        "weight_quantizer": short(weights),
-        "activation_quantizer": short(activations),
-        "sensitivity": short(config["sensitivity"]),
+        "weights": short(weights),
+        "activations": short(activations),
         "allocator": short(config["allocator"]),
         "candidates": str(config["bits"]["candidates"]),
         "epochs": config["trainer"]["epochs"],
-        "batch_size": config["trainer"]["batch_size"],
         "lr": config["optimizer"]["lr"],
-        **{name: weights[name] for name in ("initialization", "adaptation", "decay", "level_set")
-           if name in weights},
-        **{name: value for name, value in config["budget"].items() if value is not None},
-    }  # fmt: skip
+        **{name: weights[name] for name in ("initialization", "adaptation") if name in weights},
+        **{f"budget/{k}": v for k, v in config["budget"].items() if v is not None},
+    }
     return values
 
 

@@ -5,12 +5,14 @@ from __future__ import annotations
 import logging
 import os
 import pickle
+import shutil
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from adq_train.files import sha256, sync_folder, write_text, written_whole
+from adq_train.errors import UserError
+from adq_train.files import sha256, write_text, written_whole
 
 log = logging.getLogger(__name__)
 
@@ -38,23 +40,24 @@ class CheckpointFolder:
         Raises:
             UserError: The disk is full; the checkpoints that were there still are.
         """
-        self.folder.mkdir(parents=True, exist_ok=True)
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"cannot make {self.folder}: {error.strerror}") from error
         last = self.folder / "last.pt"
         known = self._sums()
+        before = (self._digest("last.pt"), "last.pt")
         with written_whole(last) as temporary:
-            torch.save(state, temporary)
+            _write(state, temporary)
             digest = sha256(temporary)
-            self._write_sums([*known, (digest, "last.pt"), *((d, "previous.pt") for d, n in known
-                                                             if n == "last.pt")])  # fmt: skip
-            if last.exists():
+            moving = [(d, "previous.pt") for d, name in known if name == "last.pt"]
+            self._write_sums([*known, (digest, "last.pt"), (digest, "best.pt"), *moving])
+            if best:
+                # Before last.pt: its state says that this was the best, and a resume believes it.
+                with written_whole(self.folder / "best.pt") as copy:
+                    _link(temporary, copy)
+            if before in known:  # a damaged one must not take the place of an intact previous.pt
                 last.replace(self.folder / "previous.pt")
-        if best:
-            self._write_sums([*self._sums(), (digest, "best.pt")])
-            copy = self.folder / ".best.pt.tmp"
-            copy.unlink(missing_ok=True)
-            os.link(last, copy)
-            copy.replace(self.folder / "best.pt")
-            sync_folder(self.folder)
         self._write_sums([x for x in self._sums() if x == (self._digest(x[1]), x[1])])
 
     def load(self, key: str, names: tuple[str, ...] = ("last", "previous")) -> Any | None:
@@ -89,7 +92,8 @@ class CheckpointFolder:
     def _sums(self) -> list[tuple[str, str]]:
         """The (digest, name) lines of ``SHA256SUMS``."""
         path = self.folder / "SHA256SUMS"
-        lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+        text = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
+        lines = text.splitlines()
         pairs = [line.split(maxsplit=1) for line in lines]
         return [(pair[0], pair[1]) for pair in pairs if len(pair) == 2]
 
@@ -100,3 +104,27 @@ class CheckpointFolder:
     def _digest(self, name: str) -> str | None:
         path = self.folder / name
         return sha256(path) if path.exists() else None
+
+
+def _write(state: dict[str, Any], path: Path) -> None:
+    """Saves a state; where the disk refuses, its own error is raised, not that of the zip writer.
+
+    Raises:
+        OSError: What the disk said.
+    """
+    try:
+        with path.open("wb") as file:
+            torch.save(state, file)
+    except RuntimeError as error:
+        if isinstance(error.__context__, OSError):
+            raise error.__context__ from None
+        raise
+
+
+def _link(source: Path, target: Path) -> None:
+    """Gives a file a second name, or copies it where the file system has no links."""
+    target.unlink(missing_ok=True)
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copyfile(source, target)

@@ -179,13 +179,14 @@ def fit(
                 label_smoothing=label_smoothing,
                 gradient_clip_norm=gradient_clip_norm,
             )
-            if not math.isfinite(train_loss):
-                raise UserError(
-                    f"{stage}: the training loss is {train_loss} in epoch {epoch + 1}; the last "
-                    "good checkpoint is kept; try a lower learning rate or "
-                    "trainer.gradient_clip_norm=1"
-                )
             watched = evaluate(model, data.validation)
+            for what, loss in (("training", train_loss), ("validation", watched.loss)):
+                if not math.isfinite(loss):
+                    raise UserError(
+                        f"{stage}: the {what} loss is {loss} in epoch {epoch + 1}; the last good "
+                        "checkpoint is kept; try a lower learning rate or "
+                        "trainer.gradient_clip_norm=1"
+                    )
             seconds += time.perf_counter() - began
             report = EpochReport(
                 epoch=epoch + 1,

@@ -1,0 +1,207 @@
+from itertools import product
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from adq_train.allocation import ilp
+from adq_train.allocation.budget import Budget, Problem, allocate
+from adq_train.allocation.ilp import IlpAllocator
+from adq_train.artifacts import LayerInfo
+from adq_train.errors import UserError
+
+COSTS = {
+    "average_weight_bits": lambda x, b: x.num_weights * b,
+    "average_activation_bits": lambda x, b: x.num_inputs * b,
+    "model_size_bytes": lambda x, b: (x.num_weights * b + 7) // 8,
+    "bops": lambda x, b: x.macs * b**2,
+}
+
+
+def totals(problem, name):
+    """What a budget sums over: (layer, options) pairs, and what the figure is divided by."""
+    average = name.startswith("average")
+    layers = problem.mixed if average else problem.layers
+    size = {"average_weight_bits": "num_weights", "average_activation_bits": "num_inputs"}
+    unit = sum(getattr(x, size[name]) for x in layers) if average else 1
+    return layers, unit
+
+
+def cost(problem, name, bits):
+    layers, _ = totals(problem, name)
+    return sum(COSTS[name](x, bits[x.name]) for x in layers)
+
+
+def best_objective(problem, rows, bounds):
+    """The smallest objective of all allocations within the bounds, one by one."""
+    best = float("inf")
+    for choice in product(range(len(problem.candidates)), repeat=len(problem.mixed)):
+        chosen = {x.name: problem.candidates[i] for x, i in zip(problem.mixed, choice, strict=True)}
+        bits = {**chosen, **problem.pinned}
+        if all(cost(problem, name, bits) <= bound for name, bound in bounds.items()):
+            best = min(best, sum(row[i] for row, i in zip(rows, choice, strict=True)))
+    return best
+
+
+def with_budget(layers, pinned, candidates, shares):
+    """A problem whose bounds lie at given shares of the way from the least to the most."""
+    problem = Problem(layers, pinned, candidates, Budget())
+    bounds, budget = {}, {}
+    for name, share in shares.items():
+        _, unit = totals(problem, name)
+        ends = [
+            cost(problem, name, {x.name: pick(problem.options(x)) for x in layers})
+            for pick in (min, max)
+        ]
+        bounds[name] = ends[0] + int(share * (ends[1] - ends[0]))
+        budget[name] = bounds[name] / unit
+    return Problem(layers, pinned, candidates, Budget(**budget)), bounds
+
+
+ROWS = [(9.0, 5.0, 0.0), (0.3, 0.2, 0.1)]  # of the two layers of make_problem that are not pinned
+SIZES = st.integers(1, 1000)
+SENSITIVITIES = st.floats(-10, 10) | st.floats(0, 1e-3) | st.integers(0, 2).map(float)
+
+
+@st.composite
+def problems(draw):
+    count = draw(st.integers(1, 5))
+    step = draw(st.sampled_from([1, 16, 1000]))  # sizes with a common divisor, too
+    layers = tuple(
+        LayerInfo(f"layer{i}", step * draw(SIZES), step * draw(SIZES), step * draw(SIZES))
+        for i in range(count)
+    )
+    pinned = {"layer0": 8} if count > 1 and draw(st.booleans()) else {}
+    candidates = draw(st.lists(st.integers(2, 8), min_size=1, max_size=3, unique=True))
+    candidates = tuple(sorted(candidates))
+    names = draw(st.lists(st.sampled_from(sorted(COSTS)), min_size=1, max_size=4, unique=True))
+    problem, bounds = with_budget(
+        layers, pinned, candidates, {name: draw(st.floats(0, 1)) for name in names}
+    )
+    row = st.lists(SENSITIVITIES, min_size=len(candidates), max_size=len(candidates))
+    rows = [draw(row) for _ in problem.mixed]
+    return problem, bounds, rows
+
+
+def check_optimal(problem, bounds, rows, table):
+    best = best_objective(problem, rows, bounds)
+    assert best < float("inf")  # budgets that are in reach one by one are so together
+    allocation = allocate(IlpAllocator(), problem, table)
+    bits = {x.name: x.weight_bits for x in allocation.layers}
+    scale = max(abs(x) for row in rows for x in row)
+    assert allocation.objective == pytest.approx(best, rel=1e-9, abs=1e-9 * scale)
+    for name, bound in bounds.items():
+        assert cost(problem, name, bits) <= bound
+    assert allocation.optimal is True
+    assert all(bits[name] == pinned for name, pinned in problem.pinned.items())
+
+
+@settings(deadline=None, max_examples=60)
+@given(problem=problems())
+def test_as_good_as_the_best_of_all_allocations(make_table, problem):
+    problem, bounds, rows = problem
+    check_optimal(problem, bounds, rows, make_table(problem.mixed, rows, problem.candidates))
+
+
+@settings(deadline=None, max_examples=30)
+@given(
+    st.lists(st.integers(10**7, 3 * 10**7), min_size=5, max_size=5),
+    st.lists(st.lists(st.floats(0, 1), min_size=3, max_size=3), min_size=5, max_size=5),
+    st.floats(0, 1),
+)
+def test_large_layers_neither_break_the_limit_nor_lose_the_optimum(make_table, sizes, rows, share):
+    layers = tuple(LayerInfo(str(n), size, size, size) for n, size in enumerate(sizes))
+    problem, bounds = with_budget(layers, {}, (2, 3, 4), {"average_weight_bits": share})
+    check_optimal(problem, bounds, rows, make_table(layers, rows))
+
+
+@pytest.mark.parametrize(("limit", "bits"), [(1124.9, [3, 3]), (1125, [6, 3])])
+def test_a_limit_between_multiples_of_the_common_divisor(make_table, limit, bits):
+    layers = tuple(LayerInfo(name, 1000, 1, 1) for name in "ab")  # 250, 375 or 750 bytes each
+    problem = Problem(layers, {}, (2, 3, 6), Budget(model_size_bytes=limit))
+    table = make_table(layers, [(5, 3, 1.5), (5, 3, 2)], (2, 3, 6))
+    allocation = allocate(IlpAllocator(), problem, table)
+    assert [x.weight_bits for x in allocation.layers] == bits
+
+
+@pytest.mark.parametrize(("limit", "bits"), [(90, [8, 4, 2]), (89, [8, 3, 3])])
+def test_pinned_layers_use_up_their_share(make_problem, make_table, limit, bits):
+    # 27 bytes of the stem, then 50 + 13 bytes at 4 and 2 bits, or 38 + 20 at 3 and 3.
+    problem = make_problem(model_size_bytes=limit)
+    allocation = allocate(IlpAllocator(), problem, make_table(problem.mixed, ROWS))
+    assert [x.weight_bits for x in allocation.layers] == bits
+
+
+def test_without_differences_any_allocation_within_the_budget_will_do(make_problem, make_table):
+    problem = make_problem(average_weight_bits=2.5)
+    allocation = allocate(IlpAllocator(), problem, make_table(problem.mixed, [(0, 0, 0)] * 2))
+    assert allocation.objective == 0
+    assert allocation.average_weight_bits <= 2.5
+    assert allocation.optimal
+
+
+def test_a_budget_out_of_reach_tells_what_is_in_reach(make_problem, make_table):
+    problem = make_problem(average_weight_bits=1.5)
+    with pytest.raises(UserError, match=r"average_weight_bits: 1\.5 .*least is 2 .*most 4;"):
+        allocate(IlpAllocator(), problem, make_table(problem.mixed, [(1, 1, 1)] * 2))
+
+
+def answers_of_the_solver(monkeypatch, *answers):
+    """Lets the solver be wrong: each answer changes one solution; the rest pass as they are."""
+    milp, answers = ilp.milp, list(answers)
+
+    def answer(*args, **kwargs):
+        solution = milp(*args, **kwargs)
+        solution.update(answers.pop(0) if len(answers) > 1 else answers[0])
+        return solution
+
+    monkeypatch.setattr(ilp, "milp", answer)
+
+
+def test_an_allocation_found_in_time_but_not_proven(make_problem, make_table, monkeypatch):
+    answers_of_the_solver(monkeypatch, {"status": 1})
+    problem = make_problem(average_weight_bits=3)
+    assert not allocate(IlpAllocator(), problem, make_table(problem.mixed, ROWS)).optimal
+
+
+def test_no_allocation_found_in_time(make_problem, make_table, monkeypatch):
+    answers_of_the_solver(monkeypatch, {"x": None, "message": "Time limit reached."})
+    problem = make_problem(average_weight_bits=3)
+    with pytest.raises(UserError, match=r"Time limit reached\..*time_limit_seconds"):
+        allocate(IlpAllocator(), problem, make_table(problem.mixed, ROWS))
+
+
+def test_a_broken_limit_is_tightened(make_problem, make_table, monkeypatch):
+    four_each = np.array([0.0, 0, 1, 0, 0, 1])
+    answers_of_the_solver(monkeypatch, {"x": four_each}, {})
+    problem = make_problem(average_weight_bits=3)
+    allocation = allocate(IlpAllocator(), problem, make_table(problem.mixed, ROWS))
+    assert allocation.average_weight_bits <= 3
+    assert not allocation.optimal
+
+
+def test_a_limit_that_stays_broken(make_problem, make_table, monkeypatch):
+    answers_of_the_solver(monkeypatch, {"x": np.array([0.0, 0, 1, 0, 0, 1]), "status": 0})
+    problem = make_problem(average_weight_bits=3.9)
+    with pytest.raises(UserError, match="cannot meet the budget exactly"):
+        allocate(IlpAllocator(), problem, make_table(problem.mixed, ROWS))
+
+
+def test_the_time_limit_reaches_the_solver(make_problem, make_table, monkeypatch):
+    seen, milp = [], ilp.milp
+
+    def spy(*args, **kwargs):
+        seen.append(kwargs["options"]["time_limit"])
+        return milp(*args, **kwargs)
+
+    monkeypatch.setattr(ilp, "milp", spy)
+    problem = make_problem(average_weight_bits=3)
+    allocate(IlpAllocator(time_limit_seconds=7.0), problem, make_table(problem.mixed, ROWS))
+    assert seen == [7.0]
+
+
+@pytest.mark.parametrize("seconds", [0.0, -1.0, float("nan")])
+def test_time_limit_out_of_range(seconds):
+    with pytest.raises(ValueError, match="time_limit_seconds"):
+        IlpAllocator(seconds)

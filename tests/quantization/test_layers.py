@@ -1,0 +1,112 @@
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from adq_train.quantization.adq import AdqWeightQuantizer
+from adq_train.quantization.layers import (
+    QuantConv1d,
+    QuantConv2d,
+    QuantConv3d,
+    QuantLinear,
+    quantized,
+)
+from adq_train.quantization.n2uq import N2uqActivationQuantizer
+
+
+def quantize(layer, x):
+    """The quantized form of a layer, calibrated on its weight and on ``x``."""
+    weight_quantizer, input_quantizer = AdqWeightQuantizer(3), N2uqActivationQuantizer(4)
+    weight_quantizer.calibrate(layer.weight.detach())
+    input_quantizer.calibrate(x)
+    return quantized(layer, weight_quantizer, input_quantizer)
+
+
+CONVOLUTIONS = [
+    (nn.Conv1d, QuantConv1d, F.conv1d, (7,), {"stride": 2, "padding": 1}),
+    (nn.Conv1d, QuantConv1d, F.conv1d, (7,), {"bias": False}),
+    (nn.Conv2d, QuantConv2d, F.conv2d, (7, 6), {"groups": 2, "dilation": 2, "padding": (2, 1)}),
+    (nn.Conv2d, QuantConv2d, F.conv2d, (7, 6), {"stride": (2, 1), "groups": 4, "bias": False}),
+    (nn.Conv2d, QuantConv2d, F.conv2d, (7, 6), {"padding": "same"}),
+    (nn.Conv3d, QuantConv3d, F.conv3d, (5, 4, 6), {"stride": 2, "padding": 1, "dilation": 2}),
+]
+
+
+@pytest.mark.parametrize(
+    ("make", "kind", "convolve", "size", "options"), CONVOLUTIONS, ids=lambda x: str(x)
+)
+def test_convolutions_work_on_quantized_tensors(make, kind, convolve, size, options):
+    x = torch.randn(2, 4, *size)
+    layer = make(4, 8, 3, **options)
+    quantized_layer = quantize(layer, x)
+    assert type(quantized_layer) is kind
+    weight = quantized_layer.weight_quantizer(layer.weight)
+    x_quantized = quantized_layer.input_quantizer(x)
+    assert not torch.equal(weight, layer.weight)
+    assert not torch.equal(x_quantized, x)
+    functional = {k: v for k, v in options.items() if k != "bias"}
+    expected = convolve(x_quantized, weight, layer.bias, **functional)
+    torch.testing.assert_close(quantized_layer(x), expected)
+
+
+@pytest.mark.parametrize("mode", ["reflect", "replicate", "circular"])
+def test_padding_modes_pad_the_quantized_input(mode):
+    x = torch.randn(2, 4, 7, 6)
+    layer = nn.Conv2d(4, 8, 3, padding=(2, 1), padding_mode=mode)
+    quantized_layer = quantize(layer, x)
+    padded = F.pad(quantized_layer.input_quantizer(x), (1, 1, 2, 2), mode=mode)
+    expected = F.conv2d(padded, quantized_layer.weight_quantizer(layer.weight), layer.bias)
+    torch.testing.assert_close(quantized_layer(x), expected)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("shape", [(3, 5), (3, 2, 5)])
+def test_linear_works_on_quantized_tensors(shape, bias):
+    x = torch.randn(shape)
+    layer = nn.Linear(5, 7, bias=bias)
+    quantized_layer = quantize(layer, x)
+    assert type(quantized_layer) is QuantLinear
+    weight = quantized_layer.weight_quantizer(layer.weight)
+    expected = quantized_layer.input_quantizer(x) @ weight.T
+    torch.testing.assert_close(quantized_layer(x), expected + layer.bias if bias else expected)
+
+
+@pytest.mark.parametrize("make", [lambda: nn.Linear(4, 3), lambda: nn.Conv2d(4, 3, 1)])
+@pytest.mark.parametrize("training", [False, True])
+def test_parameters_are_shared_and_the_mode_is_kept(make, training):
+    layer = make().train(training)
+    quantized_layer = quantize(layer, torch.randn(8))
+    assert quantized_layer.weight is layer.weight
+    assert quantized_layer.bias is layer.bias
+    assert quantized_layer.training is training
+    assert {p.device.type for p in quantized_layer.parameters()} == {"cpu"}
+
+
+def test_gradients_reach_weight_bias_input_and_thresholds():
+    x = torch.randn(6, 4, 5, 5, requires_grad=True)
+    layer = nn.Conv2d(4, 3, 3)
+    quantize(layer, x.detach())(x).square().sum().backward()
+    assert (layer.weight.grad != 0).all()
+    assert (layer.bias.grad != 0).all()
+    assert (x.grad != 0).any()
+
+
+@pytest.mark.parametrize("make", [lambda: nn.Linear(4, 3), lambda: nn.Conv1d(4, 3, 1)])
+def test_state_dict_round_trip(make):
+    x = torch.randn(4, 4)
+    source, target = (quantize(make(), scale * x) for scale in (1, 3))
+    assert not torch.equal(source(x), target(x))
+    target.load_state_dict(source.state_dict())
+    assert torch.equal(source(x), target(x))
+
+
+class OwnLinear(nn.Linear):
+    pass
+
+
+@pytest.mark.parametrize(
+    "layer", [nn.ConvTranspose2d(2, 2, 3), OwnLinear(2, 2), nn.BatchNorm1d(2)], ids=repr
+)
+def test_other_layers_are_refused(layer):
+    with pytest.raises(TypeError, match=f"cannot quantize a {type(layer).__name__}"):
+        quantized(layer, AdqWeightQuantizer(3), N2uqActivationQuantizer(3))

@@ -1,0 +1,115 @@
+import copy
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from adq_train.artifacts import LayerInfo, LayerSensitivity
+from adq_train.errors import UserError
+from adq_train.quantization.adq import AdqWeightQuantizer
+from adq_train.quantization.lsq import LsqActivationQuantizer
+from adq_train.sensitivity.perturbation import Perturbation, table
+
+BIT_WIDTHS = (2, 4)
+LAYERS = (LayerInfo("0", 36, 576, 36), LayerInfo("4", 192, 192, 64))
+
+
+@pytest.fixture
+def model():
+    torch.manual_seed(0)
+    net = nn.Sequential(
+        nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(64, 3)
+    )
+    net[1].running_mean.normal_()
+    return net.train()
+
+
+@pytest.fixture
+def batches():
+    torch.manual_seed(1)
+    return [(torch.randn(n, 1, 6, 6), torch.randint(3, (n,))) for n in (5, 2)]
+
+
+def measure(model, batches, **options):
+    return list(
+        Perturbation(**options).measure(
+            model, LAYERS, BIT_WIDTHS, batches, AdqWeightQuantizer, LsqActivationQuantizer, seed=0
+        )
+    )
+
+
+def quantized_by_hand(model, name, bits, images, tensors):
+    """A copy of the model in evaluation mode with one layer quantized, without any surgery."""
+    net = copy.deepcopy(model).eval()
+    layer = net.get_submodule(name)
+    if tensors != "activations":
+        weight_quantizer = AdqWeightQuantizer(bits)
+        weight_quantizer.calibrate(layer.weight.detach())
+        layer.weight.data = weight_quantizer(layer.weight).detach()
+    if tensors != "weights":
+        seen = images if name == "0" else net[:4](images)
+        input_quantizer = LsqActivationQuantizer(bits)
+        input_quantizer.calibrate(seen.detach())
+        layer.register_forward_pre_hook(lambda _, inputs: input_quantizer(inputs[0]))
+    return net
+
+
+@pytest.mark.parametrize("tensors", ["both", "weights", "activations"])
+@pytest.mark.parametrize("criterion", ["kl", "loss"])
+def test_sensitivities_are_those_of_a_hand_made_copy(model, batches, criterion, tensors):
+    images, targets = (torch.cat(parts) for parts in zip(*batches, strict=True))
+    with torch.no_grad():
+        before = copy.deepcopy(model).eval()(images)
+        for row in measure(model, batches, criterion=criterion, tensors=tensors):
+            for bits in BIT_WIDTHS:
+                after = quantized_by_hand(model, row.name, bits, images, tensors)(images)
+                if criterion == "kl":
+                    expected = F.kl_div(
+                        after.log_softmax(1), before.softmax(1), reduction="batchmean"
+                    )
+                else:
+                    expected = F.cross_entropy(after, targets) - F.cross_entropy(before, targets)
+                assert row.sensitivity[bits] == pytest.approx(expected.item(), abs=1e-6)
+                assert abs(row.sensitivity[bits]) > 1e-5
+
+
+def test_rows_carry_the_layers_in_their_order(model, batches):
+    rows = measure(model, batches)
+    assert [(x.name, x.num_weights, x.macs) for x in rows] == [("0", 36, 576), ("4", 192, 192)]
+    assert all(tuple(x.sensitivity) == BIT_WIDTHS for x in rows)
+    assert all(x.sensitivity[2] > x.sensitivity[4] > 0 for x in rows)
+
+
+def test_the_model_is_left_as_it_was(model, batches):
+    state = {name: value.clone() for name, value in model.state_dict().items()}
+    modules = list(model.modules())
+    measure(model, batches)
+    assert list(model.modules()) == modules
+    assert all(m.training and not m._forward_hooks for m in modules)
+    assert model.state_dict().keys() == state.keys()
+    assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
+
+
+def test_damaged_weights_name_the_layer(model, batches):
+    model[4].weight.data[0, 0] = float("nan")
+    with pytest.raises(UserError, match="layer 4: the weights hold NaN"):
+        measure(model, batches)
+
+
+def test_the_name_tells_the_options():
+    assert Perturbation().name == "perturbation-kl-both"
+    assert Perturbation("loss", "weights").name == "perturbation-loss-weights"
+
+
+@pytest.mark.parametrize("options", [{"criterion": "mse"}, {"tensors": "inputs"}], ids=str)
+def test_options_out_of_range_are_named(options):
+    (name,) = options
+    with pytest.raises(ValueError, match=name):
+        Perturbation(**options)
+
+
+def test_table_collects_the_rows():
+    row = LayerSensitivity("a", 1, 2, {2: 0.5, 4: 0.1})
+    result = table("m", [2, 4], [row])
+    assert (result.metric, result.bit_widths, result.layers) == ("m", (2, 4), (row,))

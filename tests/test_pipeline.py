@@ -1,0 +1,205 @@
+"""One run as a whole: what it leaves, what it shares, what it refuses."""
+
+import json
+import re
+
+import pytest
+import torch
+import yaml
+from conftest import QUICK
+from safetensors.torch import load_file
+
+CONTRACT = {
+    "config.yaml",
+    "manifest.json",
+    "status.json",
+    "train.log",
+    "metrics.jsonl",
+    "tensorboard",
+    "plots",
+    "checkpoints",
+    "sensitivity.json",
+    "allocation.json",
+    "result.json",
+}
+
+
+@pytest.fixture
+def finished(cli, tmp_path):
+    outcome = cli(*QUICK, "run_dir=run")
+    assert outcome.code == 0, outcome.err
+    return outcome, tmp_path / "run"
+
+
+def read(path):
+    return json.loads(path.read_text())
+
+
+def test_a_run_leaves_what_the_contract_says(finished, tmp_path):
+    _, run = finished
+    assert {path.name for path in run.iterdir()} == CONTRACT
+    assert {path.name for path in tmp_path.iterdir()} == {"run", "outputs"}
+
+    manifest = read(run / "manifest.json")
+    assert {"command", "git", "versions", "device", "seed", "data"} <= set(manifest)
+    assert re.fullmatch("[0-9a-f]{64}", manifest["data"]["fingerprint"])
+    status = read(run / "status.json")
+    assert (status["state"], status["stage"], status["error"]) == ("done", None, None)
+
+    table = read(run / "sensitivity.json")
+    assert {"metric", "bit_widths", "layers"} <= set(table)
+    assert table["bit_widths"] == [2, 3, 4]
+    assert {"name", "num_weights", "macs", "sensitivity"} <= set(table["layers"][0])
+    assert set(table["layers"][0]["sensitivity"]) == {"2", "3", "4"}
+
+    allocation = read(run / "allocation.json")
+    assert set(allocation) == {
+        "allocator", "budget", "layers", "average_weight_bits", "average_weight_bits_all_layers",
+        "average_activation_bits", "model_size_bytes", "bops", "objective", "optimal",
+    }  # fmt: skip
+    assert set(allocation["layers"][0]) == {"name", "weight_bits", "activation_bits"}
+    assert allocation["layers"][0]["weight_bits"] == allocation["layers"][-1]["weight_bits"] == 8
+
+    result = read(run / "result.json")
+    assert set(result) == {
+        "fp_top1_percent", "ptq_top1_percent", "qat_top1_percent", "qat_top5_percent",
+        "num_test_images", "seconds",
+    }  # fmt: skip
+    assert result["num_test_images"] == 64
+    assert set(result["seconds"]) == {
+        "pretrain", "profile", "allocate", "prepare", "qat", "evaluate"
+    }  # fmt: skip
+    assert {"last.pt", "best.pt"} <= {path.name for path in (run / "checkpoints").iterdir()}
+    assert (run / "plots" / "summary.png").read_bytes().startswith(b"\x89PNG")
+    assert yaml.safe_load((run / "config.yaml").read_text())["model"]["width"] == 4
+
+
+def test_the_summary_tells_what_a_person_wants_to_know(finished):
+    outcome, run = finished
+    result, allocation = read(run / "result.json"), read(run / "allocation.json")
+    for layer in allocation["layers"]:
+        bits = f"{layer['weight_bits']}/{layer['activation_bits']}"
+        assert re.search(rf"{re.escape(layer['name'])}\s.*\s{bits}\s", outcome.out)
+    for name in ("fp", "ptq", "qat"):
+        assert f"{result[f'{name}_top1_percent']:.2f} %" in outcome.out
+    assert f"{allocation['average_weight_bits']:.2f} weights" in outcome.out
+    assert "times smaller" in outcome.out
+    assert "tensorboard --logdir run" in outcome.out
+
+
+def test_the_model_has_the_bits_that_the_allocation_promises(finished):
+    """Counted from the checkpoint itself: distinct levels of each layer's quantized weights."""
+    _, run = finished
+    state = torch.load(run / "checkpoints" / "last.pt", weights_only=True)["model"]
+    for layer in read(run / "allocation.json")["layers"]:
+        codebook = state[f"{layer['name']}.weight_quantizer.codebook"]
+        assert len(codebook) == 2 ** layer["weight_bits"] - 1  # the symmetric level set
+        thresholds = state[f"{layer['name']}.input_quantizer.log_widths"]
+        assert len(thresholds) == 2 ** layer["activation_bits"] - 1
+
+
+def test_the_same_command_again_says_that_all_is_done(cli, finished):
+    first, run = finished
+    before = {path: path.stat().st_mtime_ns for path in run.rglob("*")}
+    again = cli(*QUICK, "run_dir=run")
+    assert again.code == 0
+    assert "all stages of run are done" in again.err
+    assert again.out == first.out
+    assert {path: path.stat().st_mtime_ns for path in run.rglob("*")} == before
+
+
+def test_other_settings_do_not_touch_a_run(cli, finished):
+    _, run = finished
+    before = {path: path.stat().st_mtime_ns for path in run.rglob("*")}
+    outcome = cli(*QUICK, "run_dir=run", "trainer.epochs=2", "seed=5")
+    assert outcome.code == 1
+    assert "run holds a run with other settings (seed: 0 → 5; trainer.epochs: 1 → 2)" in outcome.err
+    assert {path: path.stat().st_mtime_ns for path in run.rglob("*")} == before
+
+
+def test_ablations_share_the_float_model_and_change_the_result(cli, tmp_path):
+    toggles = ("init_random", "no_adaptation", "uniform_bits", "activation_lsq")
+    weights, floats = {}, []
+    for ablation in ("none", *toggles):
+        outcome = cli(*QUICK, "pretrain.epochs=2", f"ablation={ablation}", f"run_dir={ablation}")
+        assert outcome.code == 0, outcome.err
+        state = torch.load(tmp_path / ablation / "checkpoints" / "last.pt", weights_only=True)
+        weights[ablation] = state["model"]["layer1.0.conv1.weight"]
+        floats.append(read(tmp_path / ablation / "result.json")["fp_top1_percent"])
+        trained = "pretrain: 2 epochs" in outcome.err
+        assert trained == (ablation == "none")
+    assert len(set(floats)) == 1
+    assert len(list((tmp_path / "outputs" / "shared").iterdir())) == 1
+    for toggle in toggles:
+        assert not torch.equal(weights["none"], weights[toggle]), toggle
+
+
+def test_another_seed_trains_another_float_model(cli, tmp_path):
+    for seed in (0, 1):
+        assert cli(*QUICK, f"seed={seed}").code == 0
+    assert len(list((tmp_path / "outputs" / "shared").iterdir())) == 2
+
+
+def test_a_deleted_allocation_is_made_anew_and_trained(cli, finished):
+    _, run = finished
+    before = (run / "allocation.json").read_text()
+    for name in ("allocation.json", "status.json"):
+        (run / name).unlink()
+    outcome = cli(*QUICK, "run_dir=run")
+    assert outcome.code == 0, outcome.err
+    assert (run / "allocation.json").read_text() == before
+    assert "profile:" not in outcome.err
+
+
+def test_a_damaged_artifact_is_named(cli, finished):
+    _, run = finished
+    (run / "sensitivity.json").write_text('{"metric": NaN}')
+    (run / "status.json").unlink()
+    outcome = cli(*QUICK, "run_dir=run")
+    assert outcome.code == 1
+    assert "run/sensitivity.json is not a sensitivity table" in outcome.err
+    assert "delete it to make it anew" in outcome.err
+
+
+def test_a_float_checkpoint_replaces_float_training(cli, finished, tmp_path):
+    (shared,) = (tmp_path / "outputs" / "shared").iterdir()
+    outcome = cli(*QUICK, f"pretrain.checkpoint={shared / 'model.safetensors'}", "run_dir=second")
+    assert outcome.code == 0, outcome.err
+    assert "pretrain: float weights as given" in outcome.err
+    first, second = read(tmp_path / "run/result.json"), read(tmp_path / "second/result.json")
+    assert second["fp_top1_percent"] == first["fp_top1_percent"]
+    assert load_file(shared / "model.safetensors")["conv1.weight"].shape == (4, 1, 3, 3)
+
+
+def test_no_qat_leaves_the_calibrated_model(cli, tmp_path):
+    outcome = cli(*QUICK, "trainer.epochs=0", "run_dir=run")
+    assert outcome.code == 0, outcome.err
+    result = read(tmp_path / "run" / "result.json")
+    assert result["qat_top1_percent"] == result["ptq_top1_percent"]
+
+
+def test_the_best_epoch_can_be_selected(cli, tmp_path):
+    outcome = cli(*QUICK, "trainer.epochs=3", "trainer.select=best", "run_dir=run")
+    assert outcome.code == 0, outcome.err
+    records = [json.loads(x) for x in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    best = max(x["validation_top1_percent"] for x in records if x["stage"] == "qat")
+    assert f"qat: validation top-1 {best:.2f} %" in outcome.err
+
+
+def test_an_interrupted_stage_is_noted_and_continued(cli, tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("adq_train.stages.allocate", full)
+        outcome = cli(*QUICK, "run_dir=run")
+    assert outcome.code == 1
+    assert "No space left on device" in outcome.err
+    status = read(tmp_path / "run" / "status.json")
+    assert (status["state"], status["stage"]) == ("failed", "allocate")
+    assert "No space left" in status["error"]
+
+    again = cli(*QUICK, "run_dir=run")
+    assert again.code == 0, again.err
+    assert "profile:" not in again.err
+    assert read(tmp_path / "run" / "status.json")["state"] == "done"
