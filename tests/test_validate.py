@@ -1,0 +1,99 @@
+"""The parts of the validation that the command line's own tests do not reach."""
+
+from typing import Literal
+
+import pytest
+from hydra import compose, initialize_config_module
+
+from adq_train.errors import ConfigError
+from adq_train.schema import Range, register
+from adq_train.validate import build, fits, leaves, validate
+
+
+def composed(*overrides):
+    register()
+    with initialize_config_module("adq_train.configs", version_base="1.3"):
+        return compose("config", list(overrides))
+
+
+@pytest.mark.parametrize(
+    ("value", "hint", "expected"),
+    [
+        (1, int, True),
+        (1.5, int, False),
+        (True, int, False),
+        (1, float, True),
+        (True, float, False),
+        ("1", float, False),
+        (None, float | None, True),
+        ("a", float | None, False),
+        ([0.1, 1], tuple[float, ...], True),
+        ([0.1, "a"], tuple[float, ...], False),
+        (0.1, list[float], False),
+        (False, bool, True),
+        (0, bool, False),
+        ("anything", Literal["x"], True),  # unknown kinds of types are left to the part itself
+    ],
+)
+def test_which_values_can_stand_for_a_type(value, hint, expected):
+    assert fits(value, hint) is expected
+
+
+@pytest.mark.parametrize(
+    ("bounds", "good", "bad"),
+    [
+        ({"minimum": 0}, 0, -1),
+        ({"above": 0}, 0.1, 0),
+        ({"maximum": 8}, 8, 8.1),
+        ({"below": 1}, 0.99, 1),
+        ({"minimum": 0, "below": 1}, 0, float("nan")),
+    ],
+)
+def test_ranges(bounds, good, bad):
+    assert Range(**bounds).problem(good) is None
+    assert str(bad) in Range(**bounds).problem(bad)
+
+
+def test_leaves_have_dotted_names():
+    assert dict(leaves({"a": {"b": [1, {"c": 2}]}, "d": None})) == {
+        "a.b[0]": 1,
+        "a.b[1].c": 2,
+        "d": None,
+    }
+
+
+def test_a_group_without_a_target():
+    with pytest.raises(ConfigError, match="model: needs a _target_"):
+        build({"depth": 8}, "model", trial=lambda part: part)
+
+
+def test_a_trusted_package_of_the_user_s_own(tmp_path, monkeypatch):
+    (tmp_path / "my_allocators.py").write_text(
+        "class Everything:\n"
+        "    name = 'everything'\n"
+        "    def __init__(self, bits: int) -> None:\n"
+        "        self.bits = bits\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    mine = ["~allocator.time_limit_seconds", "+allocator.bits=4"]
+    target = "allocator._target_=my_allocators.Everything"
+    with pytest.raises(ConfigError, match=r"add trusted_packages=\[my_allocators\]"):
+        validate(composed(target, *mine))
+    _, parts = validate(composed(target, *mine, "trusted_packages=[my_allocators]"))
+    assert parts.allocator.bits == 4
+
+
+def test_a_prefix_of_a_trusted_name_is_not_trusted():
+    with pytest.raises(ConfigError, match="not from a trusted package"):
+        validate(composed("allocator._target_=adq_train_evil.Run"))
+
+
+def test_a_broken_interpolation_is_named():
+    with pytest.raises(ConfigError, match="output_root"):
+        validate(composed("output_root=${nowhere}"))
+
+
+def test_every_default_is_valid_and_plain():
+    config, _ = validate(composed())
+    for _, value in leaves(config):
+        assert value is None or isinstance(value, bool | int | float | str)
