@@ -157,6 +157,11 @@ ERRORS = {
         ["budget.model_size_bytes=100"],
         "budget.model_size_bytes: 100 cannot be reached",
     ),
+    "an unknown layer": (
+        ["bits.pinned={layer1.0.conv3: 4}"],
+        "bits.pinned: no layer is called 'layer1.0.conv3' (did you mean 'layer1.0.conv",
+    ),
+    "bits out of range": (["bits.pinned={fc: 9}"], "bits.pinned: must be at least 2 and at most 8"),
     "a missing data set": (
         ["data=fashion_mnist", "data.root=."],
         "data.root: . does not hold Fashion",

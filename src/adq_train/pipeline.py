@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from omegaconf import DictConfig
 
-from adq_train.allocation.budget import Budget, Problem
+from adq_train.allocation.budget import Budget, Problem, pinned_bits
 from adq_train.artifacts import RunResult
 from adq_train.data.base import Loading
 from adq_train.files import sha256
@@ -85,12 +85,11 @@ def execute(config: dict[str, Any], parts: Parts, path: Path) -> RunResult:
 
     images, _ = next(data.calibration.epoch(0))
     layers = describe_layers(model, images[:1])
-    pinned_bits = config["bits"]["first_last"]
-    ends = {layers[0].name, layers[-1].name} if pinned_bits else set()
+    bits = config["bits"]
     problem = Problem(
         layers,
-        dict.fromkeys(sorted(ends), pinned_bits),
-        tuple(config["bits"]["candidates"]),
+        pinned_bits(layers, bits["first_last"], bits["pinned"] or {}),
+        tuple(bits["candidates"]),
         Budget(**config["budget"]),
     )
     problem.check()

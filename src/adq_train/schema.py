@@ -48,10 +48,10 @@ class Range:
 
 
 def number(default: Any, **bounds: float) -> Any:
-    """A numeric field (or list of numbers) whose values must lie in ``Range(**bounds)``."""
+    """A numeric field (or list or map of numbers) whose values must lie in ``Range(**bounds)``."""
     metadata = {"range": Range(**bounds)}
     if isinstance(default, list):
-        return field(default_factory=lambda: list(default), metadata=metadata)
+        return field(default_factory=default.copy, metadata=metadata)
     return field(default=default, metadata=metadata)
 
 
@@ -82,6 +82,9 @@ class BitsConfig:
     candidates: list[int] = number([2, 3, 4], minimum=2, maximum=8)
     # The first and the last layer keep this many bits, outside the average; null: like the rest.
     first_last: int | None = number(8, minimum=2, maximum=8)
+    # Bits of further layers, by name or pattern: {layer1.0.conv1: 4, layer3.*: 2}.
+    # (Any, not dict[str, int]: Hydra takes no new keys for a typed map without a plus.)
+    pinned: Any = number(None, minimum=2, maximum=8)
 
 
 @dataclass

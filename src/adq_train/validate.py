@@ -117,15 +117,21 @@ def _section_problems(config: dict[str, Any]) -> Iterator[str]:
             name = f"{section}.{field.name}".strip(".")
             value = values[field.name]
             allowed: Range | None = field.metadata.get("range")
-            for number in value if isinstance(value, list) else [value]:
-                if allowed and number is not None and (wrong := allowed.problem(number)):
-                    yield f"{name}: {wrong}"
+            if allowed:
+                for _, number in leaves(value):
+                    if isinstance(number, str | bool):
+                        yield f"{name}: must be a number, got {number!r}"
+                    elif number is not None and (wrong := allowed.problem(number)):
+                        yield f"{name}: {wrong}"
             choices = field.metadata.get("choices")
             if choices and value not in choices:
                 yield f"{name}: must be one of {', '.join(choices)}, got {value!r}"
     for key, value in leaves(config):
         if isinstance(value, float) and not math.isfinite(value):
             yield f"{key}: must be a finite number, got {value}"
+    pinned = config["bits"]["pinned"]
+    if not isinstance(pinned, dict | None):
+        yield f"bits.pinned: must map layer names to bits, {{fc: 4}}, got {pinned!r}"
     candidates = config["bits"]["candidates"]
     if not candidates or sorted(set(candidates)) != candidates:
         yield f"bits.candidates: must be ascending and distinct, at least one, got {candidates}"

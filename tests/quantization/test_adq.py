@@ -183,6 +183,15 @@ def test_uniform_codebook_is_even_and_the_best_of_its_candidates(bits, level_set
 
 
 @pytest.mark.parametrize("level_set", LEVEL_SETS)
+def test_uniform_codebook_of_one_side_mirrors_that_of_the_other(level_set):
+    weights = torch.randn(500).abs()
+    codebook = uniform_codebook(weights, 3, level_set)
+    assert codebook[0] >= 0
+    assert codebook[-1] > 1
+    torch.testing.assert_close(uniform_codebook(-weights, 3, level_set), -codebook.flip(0))
+
+
+@pytest.mark.parametrize("level_set", LEVEL_SETS)
 def test_uniform_codebook_sees_every_position_of_the_kernels(level_set):
     # 9 × 2^16 weights: every ninth of them is the same corner of a kernel.
     weight = torch.randn(256, 256, 3, 3)

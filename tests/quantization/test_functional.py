@@ -115,6 +115,11 @@ def test_lloyd_max_ends_where_each_level_is_the_mean_of_its_cell(seed, count, be
             torch.testing.assert_close(levels[k], cell.mean())
 
 
+def test_lloyd_max_gives_ties_to_the_lower_level_as_assignment_does():
+    values, start = torch.tensor([0.0, 1.0, 2.0, 2.0]), torch.tensor([0.0, 2.0])
+    assert lloyd_max(values, start, torch.zeros(2, dtype=torch.bool)).tolist() == [0.5, 2.0]
+
+
 def test_lloyd_max_stops_at_its_bound():
     values, start = torch.tensor([0.0, 1.0, 10.0]), torch.tensor([0.0, 1.0])
     free = torch.zeros(2, dtype=torch.bool)

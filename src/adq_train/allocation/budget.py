@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import fnmatch
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Protocol
 
 from adq_train.artifacts import BitAllocation, LayerBits, LayerInfo, SensitivityTable
-from adq_train.errors import UserError
+from adq_train.errors import UserError, did_you_mean
 
 
 @dataclass(frozen=True)
@@ -116,8 +117,8 @@ class Problem:
         """
         if not self.mixed:
             raise UserError(
-                "bits.first_last: the first and the last layer are all that the model has; set "
-                "bits.first_last=null to choose their bits too"
+                "bits: every layer of the model is pinned, so there is nothing to allocate; set "
+                "bits.first_last=null or pin fewer in bits.pinned"
             )
         for limit in self.limits():
             least = sum(limit.cost(x, min(self.options(x))) for x in self.layers)
@@ -129,6 +130,40 @@ class Problem:
                     f"{list(self.candidates)} the least is {least / limit.unit:.10g} and the most "
                     f"{most / limit.unit:.10g}; raise the budget or add smaller candidates"
                 )
+
+
+def pinned_bits(
+    layers: Sequence[LayerInfo], first_last: int | None, given: Mapping[str, int]
+) -> dict[str, int]:
+    """The layers whose bits are not to be chosen.
+
+    Args:
+        layers: All quantizable layers, in the order of execution.
+        first_last: Bits of the first and the last layer, or None.
+        given: Bits by layer name or shell pattern; they win over ``first_last``.
+
+    Raises:
+        UserError: A pattern matches no layer, or a layer is matched twice.
+    """
+    names = [x.name for x in layers]
+    by_pattern: dict[str, str] = {}
+    for pattern in given:
+        matched = fnmatch.filter(names, pattern)
+        if not matched:
+            near = did_you_mean(pattern, names) or f"; the layers are {', '.join(names)}"
+            raise UserError(f"bits.pinned: no layer is called {pattern!r}{near}")
+        for name in matched:
+            if name in by_pattern:
+                raise UserError(
+                    f"bits.pinned: {by_pattern[name]!r} and {pattern!r} both match {name}; keep one"
+                )
+            by_pattern[name] = pattern
+    ends = {names[0], names[-1]} if first_last else set()
+    return {
+        name: given[by_pattern[name]] if name in by_pattern else first_last or 0
+        for name in names
+        if name in by_pattern or name in ends
+    }
 
 
 class Allocator(Protocol):

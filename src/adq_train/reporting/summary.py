@@ -53,12 +53,13 @@ def render(
         folder: Where everything was written.
     """
     layers = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
-    layers.add_column("layer", style="bold")
+    # On a narrow terminal the bars give way, not the names.
+    layers.add_column("layer", style="bold", min_width=max(len(x.name) for x in table.layers))
     layers.add_column("weights", justify="right")
     for width in table.bit_widths:
         layers.add_column(f"Ω({width} bits)", justify="right")
     layers.add_column("bits W/A", justify="right")
-    layers.add_column("")
+    layers.add_column("", no_wrap=True, overflow="crop")
     layers.add_column("packed", justify="right")
     chosen = allocation.bits()
     for layer in table.layers:

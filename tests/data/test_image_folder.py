@@ -1,0 +1,230 @@
+import re
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torchvision.transforms import v2
+
+from adq_train.data.base import Loading
+from adq_train.data.image_folder import Folders
+from adq_train.errors import UserError
+
+CLASSES = ("bird", "cat", "dog")
+KINDS = (("RGB", "JPEG"), ("L", "png"), ("RGBA", "png"), ("L", "jpg"), ("RGB", "png"))
+IMAGENET = v2.Normalize([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
+
+
+def picture(number, mode):
+    """Noise on a ramp, of a size of its own."""
+    height, width = 20 + 7 * (number % 3), 18 + 5 * (number % 4)
+    noise = np.random.default_rng(number).integers(0, 100, (height, width, 4))
+    ramp = np.linspace(0, 150, width)[None, :, None]
+    return Image.fromarray((noise + ramp).astype(np.uint8), "RGBA").convert(mode)
+
+
+def write(root, part, name, count, start=0):
+    folder = root / part / name
+    folder.mkdir(parents=True)
+    for i in range(count):
+        mode, suffix = KINDS[i % len(KINDS)]
+        picture(start + i, mode).save(folder / f"{i:02}.{suffix}")
+
+
+@pytest.fixture
+def root(tmp_path):
+    for index, name in enumerate(CLASSES):
+        write(tmp_path, "train", name, 5, 10 * index)
+        write(tmp_path, "val", name, 2 + index, 100 + 10 * index)
+    return tmp_path
+
+
+def load(root, *, seed=0, num_workers=0, batch_size=4, **changes):
+    sizes = {"image_size": 16, "resize": 18, "validation_images": 3, "calibration_images": 2}
+    data_set = Folders(root=str(root), num_workers=num_workers, **{**sizes, **changes})
+    return data_set.load(Loading(batch_size, 4, seed, torch.device("cpu")))
+
+
+def joined(batches, epoch=0):
+    images, targets = zip(*batches.epoch(epoch), strict=True)
+    return torch.cat(images), torch.cat(targets)
+
+
+def same(first, second):
+    return all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+def test_parts_shapes_and_classes(root):
+    data = load(root)
+    assert (data.num_classes, data.image_shape) == (3, (3, 16, 16))
+    sizes = {"train": 10, "calibration": 2, "validation": 3, "test": 9}
+    for name, size in sizes.items():
+        images, targets = joined(getattr(data, name))
+        assert images.shape == (size, 3, 16, 16)
+        assert (images.dtype, targets.dtype) == (torch.float32, torch.int64)
+    assert [len(t) for _, t in data.train.epoch(0)] == [4, 4, 2]
+    assert len(data.train) == 3
+    every = torch.cat([joined(getattr(data, name))[1] for name in list(sizes)[:3]])
+    assert every.bincount().tolist() == [5, 5, 5]
+
+
+def test_images_for_testing_come_in_order_and_as_torchvision_prepares_them(root):
+    images, targets = joined(load(root).test)
+    assert targets.tolist() == [0, 0, 1, 1, 1, 2, 2, 2, 2]
+    steps = [v2.Resize(18), v2.CenterCrop(16), v2.PILToTensor()]
+    prepare = v2.Compose([*steps, v2.ToDtype(torch.float32, scale=True), IMAGENET])
+    paths = sorted((root / "val").glob("*/*"))
+    expected = torch.stack([prepare(Image.open(path).convert("RGB")) for path in paths])
+    torch.testing.assert_close(images, expected)
+
+
+def test_every_training_image_comes_once_in_an_epoch(tmp_path):
+    # Images of one brightness each: no crop can hide which one it is.
+    for part, count in (("train", 12), ("val", 1)):
+        (tmp_path / part / "x").mkdir(parents=True)
+        for i in range(count):
+            Image.new("L", (20, 20), 20 * i).save(tmp_path / part / "x" / f"{i:02}.png")
+    data = load(tmp_path)
+    red = [joined(part)[0][:, 0, 0, 0] for part in (data.train, data.validation, data.calibration)]
+    brightness = (torch.cat(red) * 0.229 + 0.485) * 255
+    assert sorted(brightness.round().int().tolist()) == [20 * i for i in range(12)]
+    orders = {tuple(joined(data.train, epoch)[0][:, 0, 0, 0].tolist()) for epoch in range(3)}
+    assert len(orders) == 3
+
+
+def test_the_number_of_workers_changes_nothing(root):
+    alone, helped = load(root), load(root, num_workers=2)
+    for epoch in (1, 0):
+        assert same(joined(alone.train, epoch), joined(helped.train, epoch))
+    assert same(joined(alone.test), joined(helped.test))
+    assert alone.fingerprint == helped.fingerprint
+
+
+def test_an_epoch_that_was_left_early_does_not_disturb_the_next(root):
+    expected = joined(load(root).train, 1)
+    helped = load(root, num_workers=2).train
+    next(helped.epoch(0))
+    assert same(joined(helped, 1), expected)
+
+
+def test_augmentation_depends_on_seed_epoch_and_index_alone(root):
+    first = load(root, seed=3).train
+    before = joined(first, 2)
+    torch.manual_seed(99)
+    assert same(joined(load(root, seed=3, batch_size=7).train, 2), before)
+
+    images = first.loader.dataset
+    key = (2, 5)
+    assert torch.equal(images[key][0], images[key][0])
+    others = [images[1, 5][0], images[2, 4][0], load(root, seed=4).train.loader.dataset[key][0]]
+    assert not any(torch.equal(images[key][0], other) for other in others)
+
+
+def test_training_images_are_cropped_at_random_and_mirrored(tmp_path):
+    ramp = np.tile(np.linspace(0, 255, 40).astype(np.uint8), (40, 1))
+    for part, count in (("train", 43), ("val", 1)):
+        (tmp_path / part / "x").mkdir(parents=True)
+        for i in range(count):
+            Image.fromarray(ramp).save(tmp_path / part / "x" / f"{i:02}.png")
+    images, _ = joined(load(tmp_path).train)
+    rising = (images[:, 0, 8, -1] > images[:, 0, 8, 0]).sum().item()
+    assert 0 < rising < 38
+    assert len(images.flatten(1).unique(dim=0)) == 38
+    [(tested, _)] = load(tmp_path).test.epoch(0)
+    assert tested[0, 0, 8, -1] > tested[0, 0, 8, 0]
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_the_stream_of_random_numbers_does_not_move(root, num_workers):
+    data = load(root, num_workers=num_workers)
+    state = torch.get_rng_state()
+    for epoch in (0, 1):
+        joined(data.train, epoch)
+    joined(data.test)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_no_image_restarts_the_random_numbers_of_a_gpu(root, monkeypatch):
+    seeds = []
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", seeds.append)
+    joined(load(root).train)
+    assert seeds == []
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+@pytest.mark.parametrize("name", ["00.JPEG", "01.png"])
+def test_a_truncated_image_is_named(root, num_workers, name):
+    path = root / "val" / "cat" / name
+    path.write_bytes(path.read_bytes()[:200])
+    with pytest.raises(UserError, match=f"cannot read the image {re.escape(str(path))}.*replace"):
+        list(load(root, num_workers=num_workers).test.epoch(0))
+
+
+@pytest.mark.parametrize("content", [b"", b"hello", b"P6 2x 3 255\n"], ids=["empty", "text", "ppm"])
+def test_a_file_that_is_no_image_is_named(root, content):
+    path = root / "val" / "cat" / "00.ppm"
+    path.write_bytes(content)
+    with pytest.raises(UserError, match=f"cannot read the image {re.escape(str(path))}"):
+        list(load(root).test.epoch(0))
+
+
+def test_an_image_beyond_pillows_limit_is_named(root, monkeypatch):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 10)
+    with pytest.raises(UserError, match="cannot read the image .*exceeds limit"):
+        list(load(root).test.epoch(0))
+
+
+@pytest.mark.parametrize("part", ["train", "val"])
+def test_a_missing_folder(root, part):
+    (root / part).rename(root / "elsewhere")
+    with pytest.raises(UserError, match=f"{root}/{part} is not a folder of classes"):
+        load(root)
+
+
+def test_a_class_without_images(root):
+    (root / "val" / "eel").mkdir()
+    with pytest.raises(UserError, match=f"{root}/val is not a folder of classes.*eel"):
+        load(root)
+
+
+def test_other_classes_in_val(root):
+    (root / "val" / "dog").rename(root / "val" / "wolf")
+    with pytest.raises(UserError, match=r"train/ and val/ have different classes \(say, dog\)"):
+        load(root)
+
+
+def test_more_held_out_than_there_is(root):
+    with pytest.raises(UserError, match="none of the 15 training images"):
+        load(root, validation_images=13)
+
+
+def test_parts_do_not_depend_on_the_seed_but_the_order_does(root):
+    first, second = load(root), load(root, seed=1)
+    for name in ("calibration", "validation", "test"):
+        assert same(joined(getattr(first, name)), joined(getattr(second, name)))
+    assert not torch.equal(joined(first.train)[0], joined(second.train)[0])
+
+
+def test_fingerprint_tells_names_and_sizes_but_not_the_place(root, tmp_path_factory):
+    before = load(root).fingerprint
+    elsewhere = tmp_path_factory.mktemp("other") / "copy"
+    root.rename(elsewhere)
+    assert load(elsewhere).fingerprint == before
+    path = elsewhere / "val" / "cat" / "01.png"
+    path.write_bytes(path.read_bytes() + b"\0")
+    grown = load(elsewhere).fingerprint
+    path.rename(path.with_name("09.png"))
+    assert len({before, grown, load(elsewhere).fingerprint}) == 3
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"num_workers": -1}, "num_workers must be at least 0, got -1"),
+        ({"image_size": 0}, r"image_size must lie in 1 … resize \(18\), got 0"),
+        ({"image_size": 19}, r"image_size must lie in 1 … resize \(18\), got 19"),
+    ],
+)
+def test_bad_values(root, changes, message):
+    with pytest.raises(ValueError, match=message):
+        load(root, **changes)
