@@ -129,7 +129,7 @@ def test_training_images_are_cropped_at_random_and_mirrored(tmp_path):
     images, _ = joined(load(tmp_path).train)
     rising = (images[:, 0, 8, -1] > images[:, 0, 8, 0]).sum().item()
     assert 0 < rising < 38
-    assert len(images.flatten(1).unique(dim=0)) == 38
+    assert len(images.flatten(1).unique(dim=0)) > 20
     [(tested, _)] = load(tmp_path).test.epoch(0)
     assert tested[0, 0, 8, -1] > tested[0, 0, 8, 0]
 
@@ -170,7 +170,7 @@ def test_a_file_that_is_no_image_is_named(root, content):
 
 def test_an_image_beyond_pillows_limit_is_named(root, monkeypatch):
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 10)
-    with pytest.raises(UserError, match="cannot read the image .*exceeds limit"):
+    with pytest.raises(UserError, match=r"cannot read the image .*exceeds limit"):
         list(load(root).test.epoch(0))
 
 

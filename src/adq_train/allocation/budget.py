@@ -99,13 +99,13 @@ class Problem:
             "model_size_bytes": (lambda x, b: packed_bytes(x.num_weights, b), 1),
             "bops": (lambda x, b: x.macs * b * b, 1),
         }
-        return tuple(
-            # The tiny slack keeps 2.81 × n from losing a unit to the binary form of 2.81.
-            Limit(name, costs[name][0],
-                  math.floor(bound * costs[name][1] * (1 + 1e-12) if costs[name][1] > 1 else bound),
-                  costs[name][1])
-            for name, bound in self.budget.limits().items()
-        )  # fmt: skip
+        limits = []
+        for name, bound in self.budget.limits().items():
+            cost, unit = costs[name]
+            # The hair keeps 2.81 × n from losing a whole unit to the binary form of 2.81.
+            hair = 1 + 1e-12 if unit > 1 else 1
+            limits.append(Limit(name, cost, math.floor(bound * unit * hair), unit))
+        return tuple(limits)
 
     def check(self) -> None:
         """Refuses a budget that no allocation meets.

@@ -1,0 +1,540 @@
+import json
+import logging
+import os
+import platform
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from adq_train import run_folder
+from adq_train.artifacts import RunResult
+from adq_train.errors import UserError
+from adq_train.run_folder import (
+    RunFolder,
+    check_same_run,
+    differences,
+    digest,
+    exclusive,
+    git_state,
+    identity,
+    read_manifest,
+    read_status,
+)
+
+DEV_FULL = pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+
+
+def config(**changes):
+    return {
+        "seed": 0,
+        "run_dir": None,
+        "output_root": "outputs",
+        "dry_run": False,
+        "debug": False,
+        "trusted_packages": [],
+        "data": {"name": "digits", "num_workers": 4},
+        "trainer": {"epochs": 3, "device": "auto", "lr": 1e-05},
+        **changes,
+    }
+
+
+def status(path):
+    return json.loads((path / "status.json").read_text())
+
+
+@pytest.fixture
+def messages(caplog, monkeypatch):
+    # The command line, which other tests run in this process, keeps messages from the root logger.
+    monkeypatch.setattr(logging.getLogger("adq_train"), "propagate", True)
+    caplog.set_level(logging.DEBUG, "adq_train")
+    return caplog
+
+
+# ── Identity
+
+
+@pytest.mark.parametrize(
+    ("changes", "same"),
+    [
+        ({"run_dir": "here", "output_root": "there", "dry_run": True, "debug": True}, True),
+        ({"trusted_packages": ["mine"]}, True),
+        ({"trainer": {"epochs": 3, "device": "cuda:1", "lr": 1e-05}}, True),
+        ({"data": {"name": "digits", "num_workers": 0}}, True),
+        ({"seed": 1}, False),
+        ({"trainer": {"epochs": 4, "device": "auto", "lr": 1e-05}}, False),
+        ({"data": {"name": "cifar10", "num_workers": 4}}, False),
+        ({"pretrain": {"epochs": 1}}, False),
+    ],
+)
+def test_what_makes_a_run_another_one(changes, same):
+    assert (identity(config()) == identity(config(**changes))) == same
+    assert (digest(identity(config())) == digest(identity(config(**changes)))) == same
+
+
+def test_identity_leaves_its_argument_alone():
+    before = config()
+    identity(before)
+    assert before == config()
+
+
+def test_digest_does_not_depend_on_the_order_of_keys():
+    assert digest({"a": 1, "b": [2]}) == digest({"b": [2], "a": 1})
+    assert digest({"a": 1}) != digest({"a": 2})
+    # printf '{"a": 1}' | sha256sum
+    assert digest({"a": 1}) == "f9d86028c6e0d64e225186f96acb69338b2c59764df79162107f5c4bb34d1310"
+
+
+def test_differences_name_every_setting():
+    old = {"a": 1, "b": {"c": 2, "d": [3]}, "only_old": "x"}
+    new = {"a": 1, "b": {"c": 5, "d": [4]}, "only_new": {"e": 6}}
+    assert list(differences(old, new)) == [
+        "b.c: 2 → 5",
+        "b.d: [3] → [4]",
+        "only_new: None → {'e': 6}",
+        "only_old: x → None",
+    ]
+    assert list(differences(old, old)) == []
+
+
+# ── What a folder may be
+
+
+def test_a_new_folder_is_made_with_its_parents_and_filled(tmp_path):
+    path = tmp_path / "a" / "b"
+    with RunFolder(path, config()):
+        assert yaml.safe_load((path / "config.yaml").read_text()) == config()
+        assert status(path) == {"state": "running", "stage": "setup", "error": None, "seconds": {}}
+    assert status(path)["state"] == "done"
+    assert {x.name for x in path.iterdir()} == {"config.yaml", "status.json", "train.log"}
+
+
+def test_nothing_is_made_before_the_folder_is_entered(tmp_path):
+    RunFolder(tmp_path / "run", config())
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_same_settings_may_continue(tmp_path):
+    with RunFolder(tmp_path / "run", config()):
+        pass
+    moved = config(output_root="elsewhere", debug=True)
+    with RunFolder(tmp_path / "run", moved):
+        assert status(tmp_path / "run")["state"] == "running"
+    check_same_run(tmp_path / "run", config())
+
+
+def test_other_settings_are_refused_and_named(tmp_path):
+    with RunFolder(tmp_path / "run", config()):
+        pass
+    before = {x: x.read_bytes() for x in (tmp_path / "run").iterdir()}
+    other = config(seed=1, trainer={"epochs": 9, "device": "cpu", "lr": 0.5}, extra=1)
+    message = r"extra: None → 1; seed: 0 → 1; trainer\.epochs: 3 → 9 and 1 more"
+    with pytest.raises(UserError, match=message):
+        RunFolder(tmp_path / "run", other)
+    assert {x: x.read_bytes() for x in (tmp_path / "run").iterdir()} == before
+
+
+def test_a_run_that_began_after_the_first_look_is_refused(tmp_path):
+    late = RunFolder(tmp_path / "run", config(seed=1))
+    with RunFolder(tmp_path / "run", config()):
+        pass
+    with pytest.raises(UserError, match="seed: 0 → 1"), late:
+        pass
+    assert yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())["seed"] == 0
+    check_lock_is_free(tmp_path / "run")
+
+
+def check_lock_is_free(path):
+    with RunFolder(path, config()):
+        pass
+
+
+def test_an_empty_folder_is_taken(tmp_path):
+    (tmp_path / "run").mkdir()
+    with RunFolder(tmp_path / "run", config()):
+        pass
+    assert status(tmp_path / "run")["state"] == "done"
+
+
+def test_a_folder_with_something_else_is_refused_and_left_alone(tmp_path):
+    (tmp_path / "letter.txt").write_text("dear")
+    with pytest.raises(UserError, match=f"{tmp_path} is not empty and holds no run"):
+        RunFolder(tmp_path, config())
+    assert [x.name for x in tmp_path.iterdir()] == ["letter.txt"]
+
+
+def test_a_kill_during_the_first_write_does_not_spoil_the_folder(tmp_path):
+    (tmp_path / ".config.yaml.tmp").write_text("seed: 0\nda")
+    with RunFolder(tmp_path, config()):
+        pass
+    assert status(tmp_path)["state"] == "done"
+    assert not (tmp_path / ".config.yaml.tmp").exists()
+
+
+def test_a_file_is_refused(tmp_path):
+    (tmp_path / "run").write_text("x")
+    with pytest.raises(UserError, match=f"{tmp_path}/run is a file"):
+        RunFolder(tmp_path / "run", config())
+
+
+@pytest.mark.parametrize("text", ["a: [1", "- 1\n", "name: mine\n", "", "\x00"])
+def test_a_config_file_of_something_else_is_refused(tmp_path, text):
+    (tmp_path / "config.yaml").write_text(text)
+    with pytest.raises(UserError, match=f"{tmp_path} holds a config.yaml that is not one of a run"):
+        RunFolder(tmp_path, config())
+
+
+def test_a_path_below_a_file_cannot_be_made(tmp_path):
+    (tmp_path / "file").write_text("x")
+    message = f"cannot write to {tmp_path}/file/run .*output_root"
+    with pytest.raises(UserError, match=message), RunFolder(tmp_path / "file" / "run", config()):
+        pass
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
+def test_a_folder_without_permission(tmp_path):
+    (tmp_path / "run").mkdir(mode=0o500)
+    with (
+        pytest.raises(UserError, match=r"config\.yaml: Permission denied"),
+        RunFolder(tmp_path / "run", config()),
+    ):
+        pass
+
+
+@DEV_FULL
+def test_a_full_disk_at_the_start_leaves_no_lock(tmp_path):
+    (tmp_path / ".config.yaml.tmp").symlink_to("/dev/full")
+    with pytest.raises(UserError, match="No space left"), RunFolder(tmp_path, config()):
+        pass
+    check_lock_is_free(tmp_path)
+
+
+def test_a_new_folder_that_cannot_be_filled_is_removed(tmp_path, monkeypatch):
+    def full(path, text):
+        raise UserError("No space left on device")
+
+    monkeypatch.setattr(run_folder, "write_text", full)
+    with pytest.raises(UserError, match="No space"), RunFolder(tmp_path / "run", config()):
+        pass
+    assert not (tmp_path / "run").exists()
+
+
+@DEV_FULL
+def test_a_full_disk_at_the_end_leaves_no_lock_and_no_log_handler(tmp_path):
+    handlers = list(logging.getLogger("adq_train").handlers)
+
+    def run():
+        with RunFolder(tmp_path / "run", config()):
+            (tmp_path / "run" / ".status.json.tmp").symlink_to("/dev/full")
+
+    with pytest.raises(UserError, match="No space left"):
+        run()
+    assert logging.getLogger("adq_train").handlers == handlers
+    check_lock_is_free(tmp_path / "run")
+
+
+# ── The lock
+
+HOLDER = """
+import sys
+from pathlib import Path
+from adq_train.run_folder import {name}
+with {call}:
+    print("locked", flush=True)
+    sys.stdin.read()
+"""
+
+
+class Holder:
+    """Another process that holds a folder until it is told to stop, or killed."""
+
+    def __init__(self, name, call):
+        code = HOLDER.format(name=name, call=call)
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", code],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            text=True,
+        )
+        assert self.process.stdout.readline() == "locked\n"
+
+    def __enter__(self):
+        return self
+
+    def kill(self):
+        self.process.send_signal(signal.SIGKILL)
+        self.process.wait()
+
+    def __exit__(self, *error):
+        self.process.kill()
+        self.process.communicate()
+
+
+def test_one_process_at_a_time_and_a_killed_one_leaves_no_lock(tmp_path):
+    path = tmp_path / "run"
+    with Holder("RunFolder", f"RunFolder(Path({str(path)!r}), {config()!r})") as other:
+        message = f"another process is writing to {path}"
+        with pytest.raises(UserError, match=message), RunFolder(path, config()):
+            pass
+        other.kill()
+        assert status(path)["state"] == "running"
+        check_lock_is_free(path)
+        assert status(path)["state"] == "done"
+
+
+def test_one_run_at_a_time_within_a_process(tmp_path):
+    with (
+        RunFolder(tmp_path / "run", config()),
+        pytest.raises(UserError, match="another process is writing"),
+        RunFolder(tmp_path / "run", config()),
+    ):
+        pass
+    assert status(tmp_path / "run")["state"] == "done"
+
+
+def test_exclusive_makes_the_folder_and_waits_for_the_one_that_holds_it(tmp_path, messages):
+    path = tmp_path / "a" / "shared"
+    waiting, inside = threading.Event(), threading.Event()
+
+    class Waits(logging.Handler):
+        def emit(self, record):
+            if f"waiting for another run that is working in {path}" in record.getMessage():
+                waiting.set()
+
+    def enter():
+        with exclusive(path):
+            inside.set()
+
+    handler = Waits()
+    logging.getLogger("adq_train").addHandler(handler)
+    try:
+        with Holder("exclusive", f"exclusive(Path({str(path)!r}))") as other:
+            thread = threading.Thread(target=enter)
+            thread.start()
+            assert waiting.wait(60)
+            assert not inside.is_set()
+            other.kill()
+            thread.join(60)
+            assert inside.is_set()
+    finally:
+        logging.getLogger("adq_train").removeHandler(handler)
+
+
+def test_exclusive_does_not_wait_for_what_is_free(tmp_path, messages):
+    for _ in range(2):
+        with exclusive(tmp_path):
+            pass
+    with pytest.raises(ZeroDivisionError), exclusive(tmp_path):
+        1 / 0  # noqa: B018
+    with exclusive(tmp_path):
+        pass
+    assert messages.text == ""
+
+
+def test_exclusive_below_a_file(tmp_path):
+    (tmp_path / "file").write_text("x")
+    with (
+        pytest.raises(UserError, match=f"cannot write to {tmp_path}/file/shared"),
+        exclusive(tmp_path / "file" / "shared"),
+    ):
+        pass
+
+
+# ── State, stages and log
+
+
+def fail_in(path, stage, error):
+    with RunFolder(path, config()) as folder, folder.stage(stage):
+        raise error
+
+
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [
+        (UserError("data.root: no such folder"), "data.root: no such folder"),
+        (ValueError("boom"), "boom"),
+        (KeyboardInterrupt(), "KeyboardInterrupt"),
+    ],
+)
+def test_a_failure_is_noted_and_passed_on(tmp_path, error, reason):
+    with pytest.raises(type(error)):
+        fail_in(tmp_path, "profile", error)
+    assert status(tmp_path) == {
+        "state": "failed", "stage": "profile", "error": reason, "seconds": {}
+    }  # fmt: skip
+    check_lock_is_free(tmp_path)
+    assert status(tmp_path)["state"] == "done"
+
+
+@DEV_FULL
+def test_a_full_disk_does_not_hide_the_first_error(tmp_path):
+    def run():
+        with RunFolder(tmp_path / "run", config()):
+            (tmp_path / "run" / ".status.json.tmp").symlink_to("/dev/full")
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        run()
+    check_lock_is_free(tmp_path / "run")
+
+
+def test_the_time_of_a_stage_adds_up_over_starts(tmp_path, monkeypatch):
+    clock = iter([10.0, 12.5, 100.0, 101.0, 200.0, 200.25])
+    monkeypatch.setattr(run_folder.time, "perf_counter", lambda: next(clock))
+    with RunFolder(tmp_path, config()) as folder:
+        with folder.stage("profile"):
+            assert (status(tmp_path)["state"], status(tmp_path)["stage"]) == ("running", "profile")
+        assert status(tmp_path)["seconds"] == {"profile": 2.5}
+        with folder.stage("qat"):
+            pass
+    assert status(tmp_path) == {
+        "state": "done", "stage": None, "error": None, "seconds": {"profile": 2.5, "qat": 1.0}
+    }  # fmt: skip
+    with RunFolder(tmp_path, config()) as folder, folder.stage("profile"):
+        pass
+    assert status(tmp_path)["seconds"] == {"profile": 2.75, "qat": 1.0}
+
+
+def test_messages_of_a_run_go_to_its_log_alone(tmp_path, messages):
+    log = logging.getLogger("adq_train.somewhere")
+    with RunFolder(tmp_path / "a", config()):
+        log.info("the first – run")
+    with RunFolder(tmp_path / "b", config()):
+        log.debug("the second run")
+    log.info("after")
+    first, second = ((tmp_path / x / "train.log").read_text("utf-8") for x in "ab")
+    assert first.endswith("INFO    the first – run\n")
+    assert second.endswith("DEBUG   the second run\n")
+    assert "second" not in first
+    assert "first" not in second
+
+
+def test_the_log_of_a_failure_has_its_traceback(tmp_path, messages):
+    with pytest.raises(ValueError, match="boom"):
+        fail_in(tmp_path, "qat", ValueError("boom"))
+    text = (tmp_path / "train.log").read_text()
+    assert "stopped in stage qat: boom" in text
+    assert "Traceback" in text
+    assert "in fail_in" in text
+
+
+@pytest.mark.parametrize("content", [None, "", "{", b"\xff"])
+def test_a_status_that_cannot_be_read_is_none(tmp_path, content):
+    if content is not None:
+        data = content if isinstance(content, bytes) else content.encode()
+        (tmp_path / "status.json").write_bytes(data)
+    assert read_status(tmp_path) is None
+
+
+# ── Artifacts and the manifest
+
+RESULT = RunResult(90.0, 80.0, 89.5, 99.0, 450, {"qat": 1.5})
+
+
+def test_artifacts_are_saved_and_loaded(tmp_path):
+    with RunFolder(tmp_path, config()) as folder:
+        assert folder.load("result.json", RunResult) is None
+        folder.save("result.json", RESULT)
+        assert folder.load("result.json", RunResult) == RESULT
+    assert json.loads((tmp_path / "result.json").read_text())["qat_top1_percent"] == 89.5
+
+
+@pytest.mark.parametrize("content", [b"{", b"[]", b'{"a": 1}', b"\xff\xfe"])
+def test_a_damaged_artifact_is_named_with_a_remedy(tmp_path, content):
+    (tmp_path / "run").mkdir()
+    folder = RunFolder(tmp_path / "run", config())
+    (tmp_path / "run" / "result.json").write_bytes(content)
+    message = f"{tmp_path}/run/result.json is .*; delete it to make it anew"
+    with pytest.raises(UserError, match=message):
+        folder.load("result.json", RunResult)
+
+
+FACTS = {"seed": 0, "data": {"name": "digits", "fingerprint": "ab"}, "checkpoint_sha256": None}
+
+
+def test_the_manifest_says_what_ran_where(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["/usr/bin/adq-train", "seed=0", "debug=true"])
+    with RunFolder(tmp_path, config()) as folder:
+        folder.write_manifest(FACTS)
+    manifest = read_manifest(tmp_path)
+    assert manifest["command"] == ["adq-train", "seed=0", "debug=true"]
+    assert manifest["versions"]["torch"] == torch.__version__
+    assert manifest["versions"]["python"] == platform.python_version()
+    assert FACTS.items() <= manifest.items()
+    assert {"git", "platform", "cpu_threads"} <= manifest.keys()
+
+
+def test_the_manifest_of_the_first_start_stays(tmp_path):
+    with RunFolder(tmp_path, config()) as folder:
+        folder.write_manifest(FACTS)
+        before = (tmp_path / "manifest.json").read_text()
+        folder.write_manifest({**FACTS, "device": "cuda"})
+    assert (tmp_path / "manifest.json").read_text() == before
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("data", {"name": "digits", "fingerprint": "cd"}), ("checkpoint_sha256", "ef")],
+)
+def test_inputs_that_changed_since_the_first_start(tmp_path, key, value):
+    with RunFolder(tmp_path, config()) as folder:
+        folder.write_manifest(FACTS)
+        with pytest.raises(UserError, match=f"{key}: not what the run in {tmp_path} began with"):
+            folder.write_manifest({**FACTS, key: value})
+
+
+def test_a_damaged_manifest_is_named(tmp_path):
+    with RunFolder(tmp_path, config()) as folder:
+        (tmp_path / "manifest.json").write_text("{")
+        with pytest.raises(UserError, match=r"manifest\.json cannot be read"):
+            folder.write_manifest(FACTS)
+    (tmp_path / "manifest.json").unlink()
+    with pytest.raises(UserError, match=r"manifest\.json cannot be read"):
+        read_manifest(tmp_path)
+
+
+@pytest.fixture
+def checkout(tmp_path, monkeypatch):
+    """A git repository with one committed file, in the place of this package."""
+    if shutil.which("git") is None:
+        pytest.skip("needs git")
+    for name in ("GIT_DIR", "GIT_WORK_TREE", "GIT_INDEX_FILE"):
+        monkeypatch.delenv(name, raising=False)
+
+    def git(*arguments):
+        who = ("-c", "user.name=x", "-c", "user.email=x@example.org")
+        command = ["git", "-C", str(tmp_path), *who, *arguments]
+        return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
+
+    (tmp_path / "module.py").write_text("1\n")
+    git("init", "--quiet")
+    git("add", "module.py")
+    git("commit", "--quiet", "--message", "x")
+    monkeypatch.setattr(run_folder, "__file__", str(tmp_path / "module.py"))
+    return tmp_path, git("rev-parse", "HEAD")
+
+
+def test_git_state_of_a_clean_and_of_a_changed_checkout(checkout):
+    folder, commit = checkout
+    assert git_state() == {"commit": commit, "dirty": False}
+    (folder / "module.py").write_text("2\n")
+    assert git_state() == {"commit": commit, "dirty": True}
+
+
+def test_no_git_state_of_a_copy_inside_another_checkout(checkout, monkeypatch):
+    folder, _ = checkout
+    (folder / "installed.py").write_text("")
+    monkeypatch.setattr(run_folder, "__file__", str(folder / "installed.py"))
+    assert git_state() is None
+
+
+def test_no_git_state_without_git(checkout, monkeypatch):
+    monkeypatch.setenv("PATH", "/nonexistent")
+    assert git_state() is None
