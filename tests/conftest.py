@@ -24,20 +24,6 @@ class Outcome:
 
 Cli = Callable[..., Outcome]
 
-# A run of a few seconds that takes every stage.
-QUICK = (
-    "experiment=quickstart",
-    "data=synthetic",
-    "data.like=digits",
-    "data.train_images=320",
-    "data.test_images=64",
-    "data.validation_images=32",
-    "data.calibration_images=32",
-    "model.width=4",
-    "pretrain.epochs=1",
-    "trainer.epochs=1",
-)
-
 
 @pytest.fixture
 def cli(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> Cli:

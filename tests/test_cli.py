@@ -5,7 +5,7 @@ import sys
 
 import pytest
 import yaml
-from conftest import QUICK
+from helpers import QUICK
 
 
 def config_of(cli, *arguments):

@@ -121,6 +121,7 @@ def test_unknown_weights_are_listed():
         TorchvisionModel(name="resnet18", weights="V7")
 
 
+@pytest.mark.filterwarnings("ignore:The default weight initialization")
 def test_auxiliary_classifiers_are_gone_in_training_too():
     model = TorchvisionModel(name="googlenet", weights=None).build(10, 3)
     logits = model.train()(torch.randn(2, 3, 64, 64))
@@ -274,6 +275,7 @@ class Runs:
         return os.mkdir, (str(self.path),)
 
 
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
 @pytest.mark.parametrize("save", [torch.save, lambda x, path: path.write_bytes(pickle.dumps(x))])
 def test_code_in_a_checkpoint_does_not_run(tmp_path, save):
     trace, path = tmp_path / "trace", tmp_path / "x.pt"

@@ -6,7 +6,7 @@ import re
 import pytest
 import torch
 import yaml
-from conftest import QUICK
+from helpers import QUICK
 from safetensors.torch import load_file
 
 CONTRACT = {

@@ -386,6 +386,19 @@ def test_one_quantile_step_is_the_formula():
     np.testing.assert_allclose(quantizer.levels(), expected, rtol=1e-4)
 
 
+@pytest.mark.parametrize("adaptation", ["centroid", "quantile"])
+def test_channel_scales_follow_the_weights(adaptation):
+    weight = torch.randn(4, 50)
+    quantizer = calibrated(weight, granularity="channel", adaptation=adaptation, decay=0.9)
+    reference = calibrated(weight, granularity="channel", adaptation=adaptation, decay=0.9)
+    factors = torch.tensor([[0.1], [1.0], [10.0], [100.0]])
+    reference.adapt(weight, 1)
+    quantizer.adapt(factors * weight, 1)
+    # The codebook is of scaled weights, so a change of scale alone does not touch it.
+    torch.testing.assert_close(quantizer.levels(), reference.levels())
+    torch.testing.assert_close(quantizer(factors * weight), factors * reference(weight))
+
+
 @pytest.mark.parametrize("sign", [-1, 1])
 def test_quantiles_follow_weights_to_one_side_and_back_around_the_zero(sign):
     quantizer = calibrated(torch.randn(4, 50), adaptation="quantile", decay=0.5)
@@ -521,6 +534,23 @@ def test_a_revived_level_stays_where_it_was_put():
         assert 0.5 < quantizer.levels()[2] < quantizer.levels()[3] < 1.4
     # And the cell is shared: each level ends at the mean of one half of 0.6 … 1.4.
     torch.testing.assert_close(quantizer.levels()[2:], torch.tensor([0.8, 1.2]), atol=0.02, rtol=0)
+
+
+def test_a_revived_level_that_passes_others_takes_its_state_along():
+    quantizer, _ = quantizer_with_an_abandoned_level(decay=0.5)
+    # Now -1 is abandoned, and lands beyond the zero.
+    weight = torch.cat([torch.linspace(0.6, 1.4, 50), torch.full((20,), 10.0)])
+    step = 0
+    while quantizer.levels()[0] < 0:
+        quantizer.adapt(weight, step)
+        step += 1
+    assert step == 6
+    assert quantizer.pinned.tolist() == [True, False, False, False]
+    assert (quantizer.levels()[1:3] > 0.5).all()
+    assert (quantizer.levels()[1:3] < 1.4).all()
+    assert quantizer.counts[1] == quantizer.counts[2]
+    assert quantizer.counts[3] == 20
+    torch.testing.assert_close((quantizer.sums / quantizer.counts)[1:], quantizer.levels()[1:])
 
 
 def test_threshold_zero_never_moves_a_level():

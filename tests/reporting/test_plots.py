@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from test_summary import ALLOCATION, RESULT, TABLE
+from helpers import ALLOCATION, RESULT, TABLE
 from torch import nn
 
 from adq_train.artifacts import LayerBits, LayerSensitivity, SensitivityTable

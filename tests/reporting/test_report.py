@@ -1,7 +1,7 @@
 """What the end of a run adds to TensorBoard, read back from the event files."""
 
 import pytest
-from conftest import QUICK
+from helpers import QUICK
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.hparams import plugin_data_pb2
 
