@@ -1,6 +1,6 @@
 import pytest
 
-from adq_train.allocation.budget import Budget, Problem, allocate, packed_bytes
+from adq_train.allocation.budget import Budget, Problem, allocate, packed_bytes, pinned_bits
 from adq_train.artifacts import LayerBits, LayerInfo
 from adq_train.errors import UserError
 
@@ -137,3 +137,30 @@ def test_allocate_refuses_a_budget_out_of_reach(make_problem, make_table):
     problem = make_problem(model_size_bytes=1)
     with pytest.raises(UserError, match=r"budget\.model_size_bytes"):
         allocate(Fixed(), problem, make_table(problem.mixed, [(1, 1, 1)] * 2))
+
+
+LAYERS = tuple(LayerInfo(name, 10, 10, 10) for name in ("stem", "a.conv1", "a.conv2", "head"))
+
+
+def test_the_ends_are_pinned_unless_told_otherwise():
+    assert pinned_bits(LAYERS, 8, {}) == {"stem": 8, "head": 8}
+    assert pinned_bits(LAYERS, None, {}) == {}
+
+
+def test_layers_are_pinned_by_name_and_pattern_over_the_ends():
+    assert pinned_bits(LAYERS, 8, {"a.*": 2, "head": 4}) == {
+        "stem": 8, "a.conv1": 2, "a.conv2": 2, "head": 4,
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"a.conv3": 2}, r"no layer is called 'a.conv3' \(did you mean 'a.conv2'\?\)"),
+        ({"zzz*": 2}, r"no layer is called 'zzz\*'; the layers are stem, a.conv1, a.conv2, head"),
+        ({"a.*": 2, "*.conv1": 3}, r"'a.\*' and '\*.conv1' both match a.conv1; keep one"),
+    ],
+)
+def test_a_pin_that_matches_nothing_or_twice_is_an_error(given, message):
+    with pytest.raises(UserError, match=message):
+        pinned_bits(LAYERS, 8, given)

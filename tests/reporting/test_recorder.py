@@ -1,0 +1,105 @@
+"""What is recorded agrees with the checkpoints, also after an interruption."""
+
+import json
+
+import pytest
+import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch import nn
+
+from adq_train.quantization.adq import AdqWeightQuantizer
+from adq_train.quantization.layers import quantized
+from adq_train.quantization.n2uq import N2uqActivationQuantizer
+from adq_train.reporting.recorder import Recorder, read_metrics
+from adq_train.training.loop import EpochReport
+
+
+def report(epoch, loss=1.0):
+    return EpochReport(epoch, 10 * epoch, loss, 2.0, 50.0 + epoch, 0.1, 3.0 * epoch)
+
+
+def network(bits=(2, 8)):
+    torch.manual_seed(0)
+    model = nn.Sequential(*(nn.Linear(40, 40) for _ in bits))
+    for index, bit_width in enumerate(bits):
+        weights, inputs = AdqWeightQuantizer(bit_width), N2uqActivationQuantizer(bit_width)
+        weights.calibrate(model[index].weight)
+        inputs.calibrate(torch.rand(50))
+        model[index] = quantized(model[index], weights, inputs)
+    return model
+
+
+def record(folder, epochs, model, *, done=0, total=8, stage="qat", loss=1.0):
+    recorder = Recorder(folder, stage, total)
+    recorder.start(done)
+    for epoch in epochs:
+        recorder.epoch(report(epoch, loss), model)
+    recorder.close()
+
+
+def events(folder, stage="qat"):
+    found = EventAccumulator(
+        str(folder / "tensorboard" / stage), {"histograms": 0, "images": 0, "scalars": 0}
+    )
+    found.Reload()
+    return found
+
+
+def test_an_epoch_is_recorded_in_both_places(tmp_path):
+    model = network()
+    record(tmp_path, [1, 2], model)
+    first, second = read_metrics(tmp_path / "metrics.jsonl")
+    assert first == {
+        "stage": "qat",
+        "epoch": 1,
+        "step": 10,
+        "train_loss": 1.0,
+        "validation_loss": 2.0,
+        "validation_top1_percent": 51.0,
+        "lr": 0.1,
+        "seconds": 3.0,
+        # Few enough levels to follow; not those of the 8-bit layer.
+        "codebooks": {"0": model[0].weight_quantizer.levels().tolist()},
+    }
+    assert second["epoch"] == 2
+    found = events(tmp_path)
+    curve = found.Scalars("accuracy/validation_top1_percent")
+    assert [(x.step, x.value) for x in curve] == [(1, 51), (2, 52)]
+    levels = [found.Scalars(f"codebook/0/{i}")[0].value for i in range(3)]
+    assert levels == pytest.approx(model[0].weight_quantizer.levels().tolist())
+    assert not [tag for tag in found.Tags()["scalars"] if tag.startswith("codebook/1/")]
+
+
+def test_pictures_come_four_times_and_at_the_end(tmp_path):
+    record(tmp_path, range(1, 8), network(), total=7)
+    found = events(tmp_path)
+    assert [x.step for x in found.Images("weights_and_levels")] == [2, 4, 6, 7]
+    assert [x.step for x in found.Histograms("weights/0")] == [2, 4, 6, 7]
+
+
+def test_a_float_model_has_no_levels(tmp_path):
+    record(tmp_path, [1], nn.Linear(3, 2), total=1, stage="pretrain")
+    (line,) = read_metrics(tmp_path / "metrics.jsonl")
+    assert "codebooks" not in line
+    assert events(tmp_path, "pretrain").Tags()["images"] == []
+
+
+def test_what_came_after_the_checkpoint_is_dropped_and_done_again(tmp_path):
+    record(tmp_path, [1, 2, 3], nn.Linear(3, 2), stage="pretrain")
+    record(tmp_path, [1, 2, 3], network())
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"stage": "qat", "epo')  # a kill cut this line off
+    record(tmp_path, [3, 4], network(), done=2, loss=7.0)
+    texts = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    lines = [(x["stage"], x["epoch"], x["train_loss"]) for x in map(json.loads, texts)]
+    assert lines == [
+        *(("pretrain", epoch, 1.0) for epoch in (1, 2, 3)),
+        *(("qat", epoch, loss) for epoch, loss in ((1, 1.0), (2, 1.0), (3, 7.0), (4, 7.0))),
+    ]
+    curve = [(x.step, x.value) for x in events(tmp_path).Scalars("loss/train")]
+    assert curve == [(1, 1.0), (2, 1.0), (3, 7.0), (4, 7.0)]
+
+
+def test_no_records_are_no_error(tmp_path):
+    assert read_metrics(tmp_path / "metrics.jsonl") == []
+    Recorder(tmp_path, "qat", 3).close()

@@ -1,0 +1,204 @@
+"""The loop against a hand-written one, its groups, and its resume."""
+
+import copy
+import math
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from adq_train.data.base import ImageData
+from adq_train.errors import UserError
+from adq_train.quantization.adq import AdqWeightQuantizer
+from adq_train.quantization.layers import quantized
+from adq_train.quantization.n2uq import N2uqActivationQuantizer
+from adq_train.training.checkpoint import CheckpointFolder
+from adq_train.training.loop import fit, parameter_groups, train_epoch
+from adq_train.training.schedule import Cosine
+
+
+class Drawn:
+    """Batches that are a function of the epoch, as those of the data sets are."""
+
+    def __init__(self, sizes=(6, 6, 3), spoil_epoch=None):
+        self.sizes, self.spoil_epoch = sizes, spoil_epoch
+
+    def __len__(self):
+        return len(self.sizes)
+
+    def epoch(self, epoch):
+        generator = torch.Generator().manual_seed(epoch)
+        for size in self.sizes:
+            images = torch.randn(size, 4, generator=generator)
+            if epoch == self.spoil_epoch:
+                images = images * math.inf
+            yield images, (images.sum(1) > 0).long()
+
+
+def network(quantize=True):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.Dropout(0.2), nn.Linear(8, 2))
+    if quantize:
+        for index in (0, 3):
+            weights, inputs = AdqWeightQuantizer(3, decay=0.5), N2uqActivationQuantizer(3)
+            weights.calibrate(model[index].weight)
+            inputs.calibrate(torch.randn(50))
+            model[index] = quantized(model[index], weights, inputs)
+    return model
+
+
+def data_of(batches):
+    return ImageData(
+        name="made up",
+        num_classes=2,
+        image_shape=(4, 1, 1),
+        fingerprint="made up",
+        train=batches,
+        calibration=batches,
+        validation=batches,
+        test=batches,
+    )
+
+
+def sgd(model):
+    groups = parameter_groups(model, lr=0.1, weight_decay=0.01, quantizer_lr_factor=0.5)
+    optimizer = torch.optim.SGD(groups, momentum=0.9)
+    for group in optimizer.param_groups:
+        group["initial_lr"] = group["lr"]
+    return optimizer
+
+
+def run(model, folder, epochs, batches=None, key="k"):
+    reports = []
+    fit(
+        model,
+        data_of(batches or Drawn()),
+        sgd(model),
+        Cosine(),
+        epochs=epochs,
+        stage="qat",
+        checkpoints=CheckpointFolder(folder),
+        key=key,
+        on_start=lambda done, seconds: None,
+        on_epoch=lambda report, _: reports.append(report),
+    )
+    return reports
+
+
+def test_only_weights_decay_and_quantizers_have_their_own_rate():
+    model = network()
+    weights, rest, quantizers = parameter_groups(model, 0.2, 0.01, 0.1)
+    assert [g["weight_decay"] for g in (weights, rest, quantizers)] == [0.01, 0.0, 0.0]
+    assert [g["lr"] for g in (weights, rest, quantizers)] == pytest.approx([0.2, 0.2, 0.02])
+    assert {id(p) for p in weights["params"]} == {id(model[0].weight), id(model[3].weight)}
+    assert all(p.dim() == 1 for p in rest["params"])
+    assert len(rest["params"]) == 4  # two biases, the norm's two
+    expected = [p for i in (0, 3) for p in model[i].input_quantizer.parameters() if p.requires_grad]
+    assert {id(p) for p in quantizers["params"]} == {id(p) for p in expected}
+    assert len(parameter_groups(network(quantize=False), 0.2, 0.01, 0.1)) == 2
+
+
+def test_an_epoch_is_the_loop_that_one_would_write_by_hand():
+    model = network()
+    reference = copy.deepcopy(model)
+    factors = [1.0, 0.5, 0.25]
+    torch.manual_seed(1)
+    loss = train_epoch(
+        model, Drawn(), 0, sgd(model), factors.__getitem__, label_smoothing=0.1,
+        gradient_clip_norm=0.5,
+    )  # fmt: skip
+
+    torch.manual_seed(1)
+    optimizer, total = sgd(reference), 0.0
+    reference.train()
+    for step, (images, targets) in enumerate(Drawn().epoch(0)):
+        for group in optimizer.param_groups:
+            group["lr"] = group["initial_lr"] * factors[step]
+        value = F.cross_entropy(reference(images), targets, label_smoothing=0.1)
+        optimizer.zero_grad()
+        value.backward()
+        nn.utils.clip_grad_norm_(reference.parameters(), 0.5)
+        optimizer.step()
+        for index in (0, 3):
+            reference[index].weight_quantizer.adapt(reference[index].weight, step + 1)
+        total += float(value.detach()) * len(targets)
+    assert loss == pytest.approx(total / 15, rel=1e-6)
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, reference.state_dict()[name]), name
+
+
+def test_the_steps_count_on_from_epoch_to_epoch():
+    seen = []
+    model = network()
+    train_epoch(model, Drawn(), 2, sgd(model), lambda step: seen.append(step) or 1.0)
+    assert sorted(set(seen)) == [6, 7, 8]
+
+
+def test_the_commitment_term_reaches_the_gradient():
+    plain, committed = network(), network()
+    for index in (0, 3):
+        committed[index].weight_quantizer.commitment = 10.0
+    for model in (plain, committed):
+        torch.manual_seed(2)
+        train_epoch(model, Drawn(sizes=(6,)), 0, torch.optim.SGD(
+            [{"params": model.parameters(), "lr": 0.1, "initial_lr": 0.1}]), lambda _: 1.0
+        )  # fmt: skip
+    start = network()
+    for index in (0, 3):
+        weight = start[index].weight
+        pull = 0.1 * 10.0 * (weight - start[index].weight_quantizer(weight))
+        expected = plain[index].weight - pull
+        torch.testing.assert_close(committed[index].weight, expected)
+
+
+@pytest.mark.parametrize("done", [1, 2, 3])
+def test_an_interrupted_run_ends_as_one_that_was_not(tmp_path, done):
+    whole = network()
+    reports = run(whole, tmp_path / "whole", 4)
+
+    class KilledError(Exception):
+        pass
+
+    broken, seen = network(), []
+
+    def stop(report, _):
+        seen.append(report)
+        if len(seen) == done + 1:
+            raise KilledError  # before the checkpoint of this epoch
+
+    with pytest.raises(KilledError):
+        fit(
+            broken, data_of(Drawn()), sgd(broken), Cosine(), epochs=4, stage="qat",
+            checkpoints=CheckpointFolder(tmp_path / "broken"), key="k",
+            on_start=lambda *_: None, on_epoch=stop,
+        )  # fmt: skip
+    torch.manual_seed(99)
+    again = network()
+    rest = run(again, tmp_path / "broken", 4)
+    assert [x.epoch for x in rest] == list(range(done + 1, 5))
+    for mine, other in zip(rest, reports[done:], strict=True):
+        assert (mine.train_loss, mine.validation_loss) == (other.train_loss, other.validation_loss)
+        assert (mine.step, mine.lr) == (other.step, other.lr)
+        assert mine.validation_top1_percent == other.validation_top1_percent
+    for name, value in whole.state_dict().items():
+        assert torch.equal(value, again.state_dict()[name]), name
+
+
+def test_a_checkpoint_of_another_run_is_not_used(tmp_path):
+    run(network(), tmp_path, 2, key="one")
+    assert [x.epoch for x in run(network(), tmp_path, 2, key="two")] == [1, 2]
+
+
+def test_the_best_checkpoint_is_the_best_epoch(tmp_path):
+    reports = run(network(), tmp_path, 5)
+    tops = [x.validation_top1_percent for x in reports]
+    best = CheckpointFolder(tmp_path).load("k", names=("best",))
+    assert best["best_top1_percent"] == max(tops)
+    assert best["epoch"] == tops.index(max(tops)) + 1
+
+
+def test_a_loss_that_is_not_finite_stops_and_keeps_the_checkpoint(tmp_path):
+    with pytest.raises(UserError, match=r"training loss is nan in epoch 3.*gradient_clip_norm"):
+        run(network(quantize=False), tmp_path, 4, Drawn(spoil_epoch=2))
+    assert CheckpointFolder(tmp_path).load("k")["epoch"] == 2
