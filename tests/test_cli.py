@@ -1,5 +1,6 @@
 """The command line as a user meets it: help, errors by their text, sweeps, traces left."""
 
+import json
 import subprocess
 import sys
 
@@ -244,6 +245,8 @@ def test_a_sweep_goes_on_after_a_failure_and_says_which(cli, tmp_path):
     assert len(runs) == 1
     config = yaml.safe_load((runs[0] / "config.yaml").read_text())
     assert config["budget"]["average_weight_bits"] == 2.5
+    manifest = json.loads((runs[0] / "manifest.json").read_text())
+    assert manifest["command"] == ["adq-train", *QUICK, "budget.average_weight_bits=2.5"]
 
 
 def test_a_sweep_again_does_only_what_is_unfinished(cli):
@@ -257,9 +260,7 @@ def test_a_sweep_again_does_only_what_is_unfinished(cli):
 
 def test_the_grid_sweeps_without_a_flag(cli, monkeypatch):
     seen = []
-    monkeypatch.setattr(
-        "adq_train.pipeline.run", lambda cfg, experiment, overrides: seen.append(cfg.copy())
-    )
+    monkeypatch.setattr("adq_train.pipeline.run", lambda cfg, *_: seen.append(cfg.copy()))
     outcome = cli(*QUICK, "ablation=grid")
     assert outcome.code == 0, outcome.err
     assert "32 of 32 runs are done" in outcome.err

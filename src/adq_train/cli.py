@@ -39,7 +39,7 @@ def main() -> None:
     @hydra.main(config_path="pkg://adq_train.configs", config_name="config", version_base="1.3")
     def job(cfg: DictConfig) -> None:
         name = " ".join(HydraConfig.get().overrides.task)
-        outcomes[name] = run_job(cfg)
+        outcomes[name] = run_job(cfg, args.config_dir)
 
     with tempfile.TemporaryDirectory() as scratch:
         # Hydra's own record of a sweep says less than the folders of its runs; it goes away.
@@ -55,17 +55,20 @@ def main() -> None:
         sys.exit(1)
 
 
-def run_job(cfg: DictConfig) -> bool:
+def run_job(cfg: DictConfig, config_dir: str | None) -> bool:
     """Runs one configuration and reports an error as a message; whether it went well."""
     hydra_config = HydraConfig.get()
     overrides = list(hydra_config.overrides.task)
+    # Of a sweep, the command that repeats this run alone.
+    where = [f"--config-dir={config_dir}"] if config_dir else []
+    command = ["adq-train", *where, *overrides]
     configure_logging()
     if hydra_config.mode == RunMode.MULTIRUN:
         print(f"\n══ run {hydra_config.job.num + 1}: {' '.join(overrides)}", file=sys.stderr)
     try:
         from adq_train import pipeline
 
-        pipeline.run(cfg, hydra_config.runtime.choices.get("experiment"), overrides)
+        pipeline.run(cfg, hydra_config.runtime.choices.get("experiment"), overrides, command)
     except UserError as error:
         show_error(error, cfg.debug)
     except KeyboardInterrupt:

@@ -35,13 +35,14 @@ from adq_train.validate import Parts, validate
 log = logging.getLogger(__name__)
 
 
-def run(cfg: DictConfig, experiment: str | None, overrides: list[str]) -> None:
+def run(cfg: DictConfig, experiment: str | None, overrides: list[str], command: list[str]) -> None:
     """Runs a composed configuration, or continues it, or says that it is done.
 
     Args:
         cfg: The composed configuration.
         experiment: Name of the experiment, for the run's folder.
         overrides: The command line's overrides, for the run's folder.
+        command: What repeats this run, for its manifest.
 
     Raises:
         UserError: Something outside the program is wrong; nothing is left half-written.
@@ -52,7 +53,7 @@ def run(cfg: DictConfig, experiment: str | None, overrides: list[str]) -> None:
             config["output_root"] = scratch
             config["pretrain"]["epochs"] = min(1, config["pretrain"]["epochs"])
             config["trainer"]["epochs"] = min(1, config["trainer"]["epochs"])
-            result = execute(config, parts, Path(scratch, "run"))
+            result = execute(config, parts, Path(scratch, "run"), command)
         stages = ", ".join(f"{name} {seconds:.1f} s" for name, seconds in result.seconds.items())
         print(f"dry run passed: every stage ran on two batches ({stages}); nothing was kept")
         return
@@ -61,11 +62,11 @@ def run(cfg: DictConfig, experiment: str | None, overrides: list[str]) -> None:
     if (read_status(path) or {}).get("state") == "done":
         log.info("all stages of %s are done; delete it to run it anew", path)
     else:
-        execute(config, parts, path)
+        execute(config, parts, path, command)
     report.show(path)
 
 
-def execute(config: dict[str, Any], parts: Parts, path: Path) -> RunResult:
+def execute(config: dict[str, Any], parts: Parts, path: Path, command: list[str]) -> RunResult:
     """Runs the stages that are not done yet, in the folder ``path``."""
     torch.manual_seed(config["seed"])
     data = parts.data.load(
@@ -97,6 +98,7 @@ def execute(config: dict[str, Any], parts: Parts, path: Path) -> RunResult:
     with RunFolder(path, config) as folder:
         folder.write_manifest(
             {
+                "command": command,
                 "seed": config["seed"],
                 "device": str(parts.device),
                 "data": {"name": data.name, "fingerprint": data.fingerprint},

@@ -10,7 +10,6 @@ import logging
 import os
 import platform
 import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -237,12 +236,11 @@ def check_same_run(path: Path, config: dict[str, Any]) -> None:
 
 
 def environment() -> dict[str, Any]:
-    """Command, source and versions, for ``manifest.json``."""
+    """Source and versions, for ``manifest.json``."""
     import torch
     import torchvision
 
     return {
-        "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
         "git": git_state(),
         "versions": {
             "adq_train": __version__,
