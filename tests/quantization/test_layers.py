@@ -33,7 +33,9 @@ CONVOLUTIONS = [
 
 
 @pytest.mark.parametrize(
-    ("make", "kind", "convolve", "size", "options"), CONVOLUTIONS, ids=lambda x: str(x)
+    ("make", "kind", "convolve", "size", "options"),
+    CONVOLUTIONS,
+    ids=[f"{make.__name__} {options}" for make, *_, options in CONVOLUTIONS],
 )
 def test_convolutions_work_on_quantized_tensors(make, kind, convolve, size, options):
     x = torch.randn(2, 4, *size)
