@@ -24,14 +24,14 @@ class Row:
         settings: What its runs share, flat: ``{"trainer.epochs": 40, …}``.
         overrides: How many overrides it has that others have not, ``ablation=none`` not counted.
         runs: Finished runs, one for each seed.
-        lost: Seeds without a finished run, that other rows or a failure tell of.
+        members: All its runs: unfinished ones too, and those that are there twice.
     """
 
     name: str
     settings: Mapping[str, Any]
     overrides: int
     runs: tuple[Run, ...]
-    lost: tuple[int, ...]
+    members: tuple[Run, ...]
 
     def by_seed(self) -> dict[int, float]:
         """Top-1 accuracy after QAT in percent, by seed."""
@@ -161,9 +161,8 @@ def _rows(runs: Sequence[Run]) -> tuple[list[Row], str, list[str]]:
                 )
                 continue
             done[run.seed] = run
-        lost = [seed for seed in every_seed if seed not in done]
         there = {run.seed for run in members}
-        absent = [str(seed) for seed in lost if seed not in there]
+        absent = [str(seed) for seed in every_seed if seed not in there]
         if absent:
             problems.append(
                 f"{names[key]}: no run for seed {', '.join(absent)}, which other rows have"
@@ -174,7 +173,7 @@ def _rows(runs: Sequence[Run]) -> tuple[list[Row], str, list[str]]:
                 shared[key],
                 counts[key],
                 tuple(done[seed] for seed in sorted(done)),
-                tuple(lost),
+                tuple(members),
             )
         )
     return rows, common, problems

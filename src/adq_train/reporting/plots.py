@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
-from torch import nn
 
 from adq_train.artifacts import BitAllocation, RunResult, SensitivityTable
-from adq_train.quantization.layers import QuantLayer
-from adq_train.quantization.prepare import quantized_layers
+
+if TYPE_CHECKING:  # adq-report draws without torch
+    from torch import nn
+
+    from adq_train.quantization.layers import QuantLayer
 
 BLUE, ORANGE, GREY, RED = "#2b6cb0", "#dd6b20", "#a0aec0", "#c53030"
 MOST_PANELS = 24
@@ -135,6 +137,8 @@ def allocation(bits: BitAllocation) -> Figure:
 
 def weights_and_levels(model: nn.Module) -> Figure:
     """Every layer's weights with its levels (evenly chosen layers where there are many)."""
+    from adq_train.quantization.prepare import quantized_layers
+
     layers = quantized_layers(model)
     names = list(layers)
     if len(names) > MOST_PANELS:
@@ -172,6 +176,8 @@ def summary(
     model: nn.Module,
 ) -> Figure:
     """One picture of the whole line: sensitivity, allocation, accuracy, and two layers' levels."""
+    from adq_train.quantization.prepare import quantized_layers
+
     figure = Figure(figsize=(11, 6.4), layout="constrained")
     halves: Any = figure.subfigures(2, 1, height_ratios=(1, 1.15))
     upper, lower = halves

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from importlib.resources import files
 from typing import Any
 
-import yaml
+from omegaconf import OmegaConf
 
 from adq_train.reporting.groups import Row, Section
 from adq_train.reporting.names import short
@@ -50,6 +50,7 @@ class Published:
 def load() -> list[Published]:
     """All figures of ``published.yaml``."""
     text = files("adq_train.reporting").joinpath("published.yaml").read_text(encoding="utf-8")
+    entries: Any = OmegaConf.to_container(OmegaConf.create(text))
     return [
         Published(
             entry["data"],
@@ -62,7 +63,7 @@ def load() -> list[Published]:
             float(value),
             " ".join(entry["source"].split()),
         )
-        for entry in yaml.safe_load(text)
+        for entry in entries
         for bits, value in entry["top1_percent"].items()
     ]
 
