@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import contextlib
 import io
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 
 import matplotlib as mpl
 import numpy as np
@@ -77,8 +77,13 @@ def accuracy_and_cost(rows: Sequence[Row]) -> Figure:
     return figure
 
 
-def bars(rows: Sequence[Row]) -> Figure:
-    """Top-1 after QAT minus that of the same seed's float model: bars from zero, with spread."""
+def bars(rows: Sequence[Row], references: Collection[str]) -> Figure:
+    """Top-1 after QAT minus that of the same seed's float model: bars from zero, with spread.
+
+    Args:
+        rows: One bar each.
+        references: Names of those drawn darker.
+    """
     figure = Figure(figsize=(10, 1.1 + 0.36 * len(rows)), layout="constrained")
     axes = figure.subplots()
     for position, row in enumerate(rows):
@@ -90,7 +95,7 @@ def bars(rows: Sequence[Row]) -> Figure:
             position,
             found.mean,
             xerr=found.std or None,
-            color="#2b6cb0" if position == 0 else "#90b4dc",
+            color="#2b6cb0" if row.name in references else "#90b4dc",
             ecolor=GREY,
             capsize=3,
             height=0.7,

@@ -56,7 +56,7 @@ class Section:
         data: Name of the data set.
         model: Name of the model.
         common: Overrides that all its runs share.
-        rows: Reference rows first.
+        rows: Each reference row, then those that are compared with it.
         references: For each row the name of the one that it is compared with, or None.
         differences: For each row what may be said about the difference, or None.
         problems: Seeds that a row lacks, and runs that are there twice.
@@ -71,6 +71,11 @@ class Section:
     differences: tuple[Difference | None, ...]
     problems: tuple[str, ...]
     remarks: tuple[str, ...]
+
+    def references_in_use(self) -> set[str]:
+        """Names of the rows that another one is compared with."""
+        pairs = zip(self.rows, self.references, strict=True)
+        return {name for row, name in pairs if name is not None and name != row.name}
 
 
 def sections(runs: Iterable[Run], reference: str | None = None) -> list[Section]:
@@ -194,8 +199,14 @@ def _section(
             for row, other in zip(rows, chosen, strict=True)
         ]
     )
+    # Every reference with the rows that are compared with it.
     order = sorted(
-        range(len(rows)), key=lambda i: (chosen[i] is not rows[i], natural(rows[i].name))
+        range(len(rows)),
+        key=lambda i: (
+            natural(chosen[i].name if chosen[i] else rows[i].name),
+            chosen[i] is not rows[i],
+            natural(rows[i].name),
+        ),
     )
     picked = [chosen[i] for i in order]
     return Section(

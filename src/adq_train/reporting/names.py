@@ -10,8 +10,8 @@ from typing import Any
 from adq_train.reporting.gather import Run
 
 # Overrides that change where a run goes or which of several equal ones it is.
-HIDDEN = ("seed", "run_dir", "output_root", "dry_run", "debug", "trusted_packages", "data.root")
-HIDDEN_TOO = ("trainer.device", "data.num_workers", "pretrain.checkpoint")
+HIDDEN = ("seed", "run_dir", "output_root", "dry_run", "debug", "trusted_packages", "data.root",
+          "trainer.device", "data.num_workers", "pretrain.checkpoint")  # fmt: skip
 AS_IS = "as configured"
 # Choices that change nothing.
 NOTHING = {"ablation=none", "ablation=null", "comparison=null", "experiment=null"}
@@ -44,14 +44,14 @@ def short(target: str) -> str:
     return str(target).rsplit(".", 2)[-2] if str(target).count(".") > 1 else str(target)
 
 
-def overrides_of(run: Run) -> frozenset[str]:
-    """The overrides of a run's command that say what it is."""
+def overrides_of(run: Run) -> tuple[str, ...]:
+    """The overrides of a run's command that say what it is, in the order of the command."""
     command = run.manifest.get("command")
     words = command[1:] if isinstance(command, list) else []
     pattern = r"\+{0,2}[A-Za-z_][\w./@]*=[^\n\r]*"
-    found = [word.lstrip("+") for word in words if re.fullmatch(pattern, str(word))]
-    hidden = (*HIDDEN, *HIDDEN_TOO)
-    return frozenset(x for x in found if x.split("=")[0] not in hidden and x[:6] != "hydra.")
+    found = [word.lstrip("+") for word in map(str, words) if re.fullmatch(pattern, word)]
+    kept = [x for x in found if x.split("=")[0] not in HIDDEN and not x.startswith("hydra.")]
+    return tuple(dict.fromkeys(kept))
 
 
 def names_of(
@@ -67,20 +67,22 @@ def names_of(
         A name for each group; how many overrides it has beyond the common ones; what is common.
     """
     chosen = {
-        key: min((overrides_of(run) for run in runs), key=lambda x: (len(x), sorted(x)))
+        key: min((overrides_of(run) for run in runs), key=lambda x: (len(x), x))
         for key, runs in groups.items()
     }
-    common = frozenset.intersection(*chosen.values())
-    names = {key: " ".join(sorted(found - common)) or AS_IS for key, found in chosen.items()}
+    common = set.intersection(*map(set, chosen.values()))
+    own = {key: [x for x in found if x not in common] for key, found in chosen.items()}
+    names = {key: " ".join(found) or AS_IS for key, found in own.items()}
+    in_order = " ".join(x for x in next(iter(chosen.values())) if x in common)
     if len(set(names.values())) < len(names):  # the commands do not tell the groups apart
         differing = _differing(list(shared.values()))
         names = {
             key: " ".join(_word(name, found) for name in differing if name in found) or AS_IS
             for key, found in shared.items()
         }
-        return names, dict.fromkeys(names, 0), " ".join(sorted(common))
-    counts = {key: len(found - common - NOTHING) for key, found in chosen.items()}
-    return names, counts, " ".join(sorted(common))
+        return names, dict.fromkeys(names, 0), in_order
+    counts = {key: len(set(found) - NOTHING) for key, found in own.items()}
+    return names, counts, in_order
 
 
 def _differing(found: Sequence[Mapping[str, Any]]) -> list[str]:

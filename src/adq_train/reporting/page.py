@@ -85,7 +85,9 @@ def _section(section: Section, report: Report) -> Iterable[str]:
     yield "<h3>Accuracy and cost</h3>"
     yield _image(figures.accuracy_and_cost(rows), "Top-1 against average bits and against size")
     yield "<h3>Beside the float model</h3>"
-    yield _image(figures.bars(rows), "Top-1 after QAT minus float, for each row")
+    yield _image(
+        figures.bars(rows, section.references_in_use()), "Top-1 after QAT minus float, for each row"
+    )
     yield "<h3>Bits of each layer</h3>"
     yield _image(figures.bits(rows), "Bits of each layer in each row")
     yield from _details(rows)
@@ -97,8 +99,9 @@ def _table(section: Section, report: Report) -> Iterable[str]:
         yield f"<th{_kind(index)}>{escape(text)}</th>"
     yield "</tr></thead><tbody>"
     table = cells(section, report.known)
-    for row, reference, texts in zip(section.rows, section.references, table, strict=True):
-        yield '<tr class="reference">' if reference == row.name and row.runs else "<tr>"
+    for row, texts in zip(section.rows, table, strict=True):
+        is_reference = row.name in section.references_in_use()
+        yield '<tr class="reference">' if is_reference else "<tr>"
         yield "".join(
             f"<td{_kind(index, text)}>{escape(text)}</td>" for index, text in enumerate(texts)
         )

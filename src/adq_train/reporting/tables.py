@@ -91,10 +91,13 @@ def cells(section: Section, known: Sequence[published.Published]) -> list[list[s
     """The table of a section, a list of texts for each row, in the order of ``HEADINGS``."""
     figures = published.for_section(section, list(known))
     return [
-        _cells(row, name == row.name, difference, published.for_row(row, figures))
-        for row, name, difference in zip(
-            section.rows, section.references, section.differences, strict=True
+        _cells(
+            row,
+            row.name in section.references_in_use(),
+            difference,
+            published.for_row(row, figures),
         )
+        for row, difference in zip(section.rows, section.differences, strict=True)
     ]
 
 
@@ -148,11 +151,10 @@ def heading(section: Section) -> str:
 
 def compared_with(section: Section) -> str:
     """Which rows the others are compared with."""
-    names = dict.fromkeys(name for name in section.references if name is not None)
-    if len(section.rows) < 2 or not names:
-        return ""
-    each = " (each row with the nearest of them)" if len(names) > 1 else ""
-    return f"Compared with {'; '.join(names)}{each}."
+    names = [row.name for row in section.rows if row.name in section.references_in_use()]
+    if len(names) < 2:
+        return f"Compared with {names[0]}." if names else ""
+    return f"Each row is compared with the reference above it: {'; '.join(names)}."
 
 
 def escaped(text: str) -> str:
