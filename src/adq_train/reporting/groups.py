@@ -199,15 +199,13 @@ def _section(
             for row, other in zip(rows, chosen, strict=True)
         ]
     )
-    # Every reference with the rows that are compared with it.
-    order = sorted(
-        range(len(rows)),
-        key=lambda i: (
-            natural(chosen[i].name if chosen[i] else rows[i].name),
-            chosen[i] is not rows[i],
-            natural(rows[i].name),
-        ),
-    )
+
+    def place(index: int) -> tuple[Any, ...]:
+        """Every reference with the rows that are compared with it."""
+        row, other = rows[index], chosen[index]
+        return natural((other or row).name), other is not row, natural(row.name)
+
+    order = sorted(range(len(rows)), key=place)
     picked = [chosen[i] for i in order]
     return Section(
         data=data_name(runs[0]),
