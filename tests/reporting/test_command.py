@@ -11,8 +11,7 @@ import pytest
 from made_up import LSQ, make_run, make_sweep
 
 from adq_train.errors import UserError
-from adq_train.reporting import command, tables
-from adq_train.reporting import page as html_page
+from adq_train.reporting import command, figures, tables
 
 EVIL = "<script>alert('x')</script>|`*_[a](http://e.vil)$\\frac{&amp;"
 
@@ -93,10 +92,15 @@ def test_the_page_names_what_is_not_in_the_tables(report, page):
         assert any(f"/{name}: " in text for text in page.texts)
 
 
-def test_the_page_is_the_same_for_the_same_runs(sweep, written):
-    before = (written / "report.html").read_bytes()
-    command.write(command.build([sweep], None), written)  # also: the report itself is no run
-    assert (written / "report.html").read_bytes() == before
+def test_a_picture_is_the_same_for_the_same_runs(report):
+    rows = [row for row in report.sections[0].rows if row.runs]
+    with figures.drawing():
+        once, again = (figures.data_uri(figures.bars(rows, [])) for _ in range(2))
+    assert once == again
+
+
+def test_a_report_is_no_run(sweep, report, written):
+    assert len(command.build([sweep], None).runs) == len(report.runs)
 
 
 def test_markdown_holds_no_markup_of_others(written):
@@ -212,15 +216,17 @@ def test_a_report_needs_no_torch(tmp_path):
     ]
 
 
-def test_a_real_sweep(cli, tmp_path):
-    short = ("pretrain.epochs=1", "trainer.epochs=1", "model.width=4")
+def test_a_real_sweep(cli, tmp_path, monkeypatch):
+    monkeypatch.setattr("adq_train.pipeline.report.write", lambda *_: None)  # a run's pictures
+    short = ("pretrain.epochs=1", "trainer.epochs=1", "model.width=4", "data.train_images=500")
     outcome = cli("-m", "experiment=quickstart", *short, "ablation=none,uniform_bits")
     assert outcome.code == 0, outcome.err
     report = command.build([tmp_path / "outputs"], None)
-    assert report.problems() == []
     (section,) = report.sections
+    assert section.problems == ()
+    assert all(run.note == "" for run in report.runs)
     assert (section.data, section.model) == ("digits", "resnet8, width 4")
     assert [row.name for row in section.rows] == ["ablation=none", "ablation=uniform_bits"]
     assert section.common.split() == ["experiment=quickstart", *short]
     assert section.differences[1].verdict == "too few seeds"
-    assert "Levels of each layer" in html_page.render(report)
+    assert len(section.rows[0].runs[0].records[-1]["codebooks"]) == 6
