@@ -68,6 +68,7 @@ def test_unfinished_failed_and_damaged_runs_say_why(tmp_path):
         ("result.json", "seconds", {"qat": "long"}),
         ("allocation.json", "model_size_bytes", [1]),
         ("allocation.json", "average_weight_bits", True),
+        ("allocation.json", "layers", []),
     ],
 )
 def test_a_figure_that_is_no_number_is_damage(tmp_path, name, field, value):
@@ -91,6 +92,14 @@ def test_what_a_finished_run_can_do_without_is_noted(tmp_path):
     assert run.state == "done"
     assert run.note == "manifest.json is missing or damaged; sensitivity.json is missing"
     assert run.final_train_loss == 0.5
+
+
+def test_a_sensitivity_with_a_hole_is_left_out(tmp_path):
+    path = make_run(tmp_path / "run") / "sensitivity.json"
+    path.write_text(path.read_text().replace('"3": ', '"5": '))
+    (run,) = gather([tmp_path])
+    assert (run.state, run.sensitivity) == ("done", None)
+    assert run.note == "sensitivity.json is damaged: a layer or a bit-width is missing"
 
 
 def test_a_folder_without_runs_is_an_error(tmp_path):

@@ -5,10 +5,14 @@ from __future__ import annotations
 import base64
 import contextlib
 import io
+import textwrap
 from collections.abc import Collection, Iterator, Sequence
+from statistics import fmean
+from typing import Any
 
 import matplotlib as mpl
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.colors import BoundaryNorm
 from matplotlib.figure import Figure
 
@@ -17,7 +21,7 @@ from adq_train.reporting.statistics import summarize
 
 GREY = "#718096"
 MARKERS = "osD^v<>PX*hd"
-MOST_LETTERS = 60
+LINE, MOST_LINES = 52, 3
 
 
 @contextlib.contextmanager
@@ -34,41 +38,64 @@ def data_uri(figure: Figure) -> str:
     return "data:image/svg+xml;base64," + base64.b64encode(content.getvalue()).decode()
 
 
-def shortened(name: str) -> str:
-    """A row's name that leaves room for the picture."""
-    return name if len(name) <= MOST_LETTERS else name[: MOST_LETTERS - 1] + "…"
+def label(row: Row) -> str:
+    """A row's name in a few lines; what is longer ends in an ellipsis."""
+    lines = textwrap.wrap(row.name, LINE)
+    return "\n".join(lines[:MOST_LINES]) + ("…" if len(lines) > MOST_LINES else "")
+
+
+def height(rows: Sequence[Row]) -> float:
+    """Inches that the labels of all rows need, one above the other."""
+    return sum(0.18 + 0.15 * (1 + label(row).count("\n")) for row in rows)
+
+
+def draw_float(panel: Axes, rows: Sequence[Row], colors: Sequence[Any]) -> None:
+    """A line for the float model, or one for each row where the rows' models are not the same."""
+    by_seed: dict[int, set[float]] = {}
+    for row in rows:
+        for run in row.runs:
+            if run.result:
+                by_seed.setdefault(run.seed, set()).add(run.result.fp_top1_percent)
+    if all(len(values) == 1 for values in by_seed.values()):
+        mean = fmean(value for values in by_seed.values() for value in values)
+        panel.axhline(mean, color=GREY, linestyle="--", label=f"float: {mean:.2f} %")
+        return
+    for index, (row, color) in enumerate(zip(rows, colors, strict=True)):
+        found = row.summary("fp_top1_percent")
+        assert found is not None
+        name = "float, in the colour of each run" if index == 0 else None
+        panel.axhline(found.mean, color=color, linestyle="--", linewidth=0.9, label=name)
 
 
 def accuracy_and_cost(rows: Sequence[Row]) -> Figure:
     """Top-1 against average bits and against size, a point with its spread for each row."""
-    figure = Figure(figsize=(10, 4 + 0.2 * len(rows)), layout="constrained")
+    figure = Figure(figsize=(10, 4 + height(rows)), layout="constrained")
     panels = figure.subplots(1, 2, sharey=True)
-    colors = mpl.colormaps["tab10" if len(rows) <= 10 else "tab20"]
-    for panel, cost, label in zip(
+    palette = mpl.colormaps["tab10" if len(rows) <= 10 else "tab20"]
+    colors = [palette(index % palette.N) for index in range(len(rows))]
+    for panel, cost, unit in zip(
         panels,
         ("average_weight_bits", "model_size_bytes"),
         ("average bits of the weights", "packed weights, kB"),
         strict=True,
     ):
+        scale = 1e3 if cost == "model_size_bytes" else 1
         for index, row in enumerate(rows):
             x, y = row.summary(cost), row.summary("qat_top1_percent")
             assert x is not None
             assert y is not None
-            unit = 1e3 if cost == "model_size_bytes" else 1
             panel.errorbar(
-                x.mean / unit,
+                x.mean / scale,
                 y.mean,
-                xerr=(x.std or 0) / unit,
+                xerr=(x.std or 0) / scale,
                 yerr=y.std or 0,
                 fmt=MARKERS[index % len(MARKERS)],
-                color=colors(index % colors.N),
+                color=colors[index],
                 capsize=3,
-                label=shortened(row.name),
+                label=label(row),
             )
-        level = summarize([r.result.fp_top1_percent for row in rows for r in row.runs if r.result])
-        assert level is not None
-        panel.axhline(level.mean, color=GREY, linestyle="--", label=f"float: {level.mean:.2f} %")
-        panel.set_xlabel(label)
+        draw_float(panel, rows, colors)
+        panel.set_xlabel(unit)
         panel.spines[["top", "right"]].set_visible(False)
         panel.grid(alpha=0.25)
     panels[0].set_ylabel("top-1 after QAT, %")
@@ -84,7 +111,7 @@ def bars(rows: Sequence[Row], references: Collection[str]) -> Figure:
         rows: One bar each.
         references: Names of those drawn darker.
     """
-    figure = Figure(figsize=(10, 1.1 + 0.36 * len(rows)), layout="constrained")
+    figure = Figure(figsize=(10, 0.9 + height(rows)), layout="constrained")
     axes = figure.subplots()
     for position, row in enumerate(rows):
         found = summarize(
@@ -100,7 +127,7 @@ def bars(rows: Sequence[Row], references: Collection[str]) -> Figure:
             capsize=3,
             height=0.7,
         )
-    axes.set_yticks(range(len(rows)), [shortened(row.name) for row in rows])
+    axes.set_yticks(range(len(rows)), [label(row) for row in rows])
     axes.invert_yaxis()
     axes.axvline(0, color=GREY, linewidth=1)
     axes.set_xlabel("top-1 after QAT minus float, points (mean ± standard deviation)")
@@ -120,15 +147,15 @@ def bits(rows: Sequence[Row]) -> Figure:
             for found in allocations
         ]
     )  # fmt: skip
-    height = 1.4 + 0.3 * len(rows) + 0.06 * max(map(len, names))
-    figure = Figure(figsize=(10, height), layout="constrained")
+    tall = 0.6 + height(rows) + 0.06 * max(map(len, names))
+    figure = Figure(figsize=(10, tall), layout="constrained")
     axes = figure.subplots()
     norm = BoundaryNorm(np.arange(0.5, 9), 256)
     axes.imshow(values, aspect="auto", cmap="Blues", norm=norm)
     for (row, column), value in np.ndenumerate(values):
         color = "white" if value > 5 else "black"
         axes.text(column, row, f"{value:.2g}", ha="center", va="center", fontsize=7, color=color)
-    axes.set_yticks(range(len(rows)), [shortened(row.name) for row in rows])
+    axes.set_yticks(range(len(rows)), [label(row) for row in rows])
     axes.set_xticks(range(len(names)), names, rotation=90, fontsize=7)
     axes.spines[:].set_visible(False)
     return figure

@@ -131,7 +131,7 @@ def read_run(path: Path) -> Run:
         state = "failed" if status["state"] == "failed" else "unfinished"
         note = _progress(status, records, config)
         return Run(path, state, note, config, manifest, None, None, None, records)
-    sensitivity = part("sensitivity.json", _reader(SensitivityTable))
+    sensitivity = part("sensitivity.json", read_sensitivity)
     lacking = len(notes)
     result = part("result.json", read_result)
     allocation = part("allocation.json", read_allocation)
@@ -181,7 +181,18 @@ def read_allocation(path: Path) -> BitAllocation:
     allocation = BitAllocation.from_json(path.read_text(encoding="utf-8"))
     names = ("average_weight_bits", "average_weight_bits_all_layers", "average_activation_bits")
     _require_numbers(allocation, (*names, "model_size_bytes", "bops"))
+    if not allocation.layers:
+        raise UserError("damaged: it has no layers")
     return allocation
+
+
+def read_sensitivity(path: Path) -> SensitivityTable:
+    """The sensitivities of a run, one for every layer and bit-width."""
+    table = SensitivityTable.from_json(path.read_text(encoding="utf-8"))
+    whole = all(set(table.bit_widths) <= set(layer.sensitivity) for layer in table.layers)
+    if not (table.layers and table.bit_widths and whole):
+        raise UserError("damaged: a layer or a bit-width is missing")
+    return table
 
 
 def read_records(path: Path) -> list[dict[str, Any]]:
@@ -195,10 +206,6 @@ def read_records(path: Path) -> list[dict[str, Any]]:
         if isinstance(record, dict):
             records.append(record)
     return records
-
-
-def _reader(kind: Any) -> Callable[[Path], Any]:
-    return lambda path: kind.from_json(path.read_text(encoding="utf-8"))
 
 
 def _is_number(value: Any) -> bool:

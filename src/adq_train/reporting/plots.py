@@ -42,7 +42,9 @@ def draw_sensitivity(axes: Axes, table: SensitivityTable) -> None:
             color = "white" if value > middle * 3 else "black"
             axes.text(column, row, f"{value:.2g}", ha="center", va="center", fontsize=6,
                       color=color)  # fmt: skip
-    axes.figure.colorbar(image, ax=axes, fraction=0.03, pad=0.01)
+    # Plain numbers: the powers of ten of a logarithmic scale would need mathematical text.
+    bar = axes.figure.colorbar(image, ax=axes, fraction=0.03, pad=0.01, format="%g")
+    bar.ax.yaxis.set_minor_formatter("")
     axes.set_title(f"Sensitivity ({table.metric})", loc="left", fontsize=10)
 
 
@@ -114,7 +116,8 @@ def codebooks(records: Sequence[dict[str, Any]]) -> Figure:
     epochs = [x["epoch"] for x in history]
     figure, panels = _panels(names)
     for axes, name in zip(panels, names, strict=False):
-        axes.plot(epochs, [x["codebooks"][name] for x in history], color=BLUE, linewidth=0.9)
+        values = [x["codebooks"][name] for x in history]
+        axes.plot(epochs, values, ".-" if len(epochs) == 1 else "-", color=BLUE, linewidth=0.9)
         axes.set_title(name, fontsize=7)
         axes.tick_params(labelsize=6)
         _tidy(axes)
