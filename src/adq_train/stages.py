@@ -6,7 +6,7 @@ import copy
 import json
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_model, save_model
 from torch import nn
 
-from adq_train.allocation.budget import Problem, allocate
+from adq_train.allocation.allocator import allocate
+from adq_train.allocation.budget import Problem
 from adq_train.artifacts import (
     BitAllocation,
     LayerInfo,
@@ -112,6 +113,7 @@ def profile(run: Context, model: nn.Module, layers: Sequence[LayerInfo]) -> Sens
         batches = list(run.data.calibration.epoch(0))
         log.info("profile: %d layers at %s bits", len(layers), bit_widths)
         rows = []
+        num_inputs = {x.name: x.num_inputs for x in layers}
         with Progress("profile", total=len(layers)) as progress:
             for row in metric.measure(
                 model,
@@ -122,7 +124,7 @@ def profile(run: Context, model: nn.Module, layers: Sequence[LayerInfo]) -> Sens
                 run.parts.make_activation_quantizer,
                 run.seed,
             ):
-                rows.append(row)
+                rows.append(replace(row, num_inputs=num_inputs[row.name]))
                 progress.advance(row.name)
         table = SensitivityTable(metric.name, tuple(bit_widths), tuple(rows))
         require_finite(table)
