@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from omegaconf import DictConfig
 
+from adq_train.allocation.achieved import achieved, require_achieved
 from adq_train.allocation.budget import Problem, budget_from
 from adq_train.allocation.patterns import by_layer, pinned_bits
 from adq_train.artifacts import RunResult
@@ -120,6 +121,7 @@ def execute(config: dict[str, Any], parts: Parts, path: Path, command: list[str]
             allocation = allocate_bits(run, problem, table)
         with folder.stage("prepare"):
             calibrated = prepare_and_calibrate(run, model, allocation)
+            require_achieved(allocation, achieved(calibrated, images[:1], problem.pinned))
             quantized = copy.deepcopy(calibrated)
         with folder.stage("qat"):
             train_quantized(run, quantized, allocation)
