@@ -20,6 +20,7 @@ CONTRACT = {
     "checkpoints",
     "sensitivity.json",
     "allocation.json",
+    "allocation.txt",
     "result.json",
 }
 

@@ -27,6 +27,7 @@ from adq_train.data.base import ImageData
 from adq_train.errors import UserError
 from adq_train.files import write_text, written_whole
 from adq_train.quantization.prepare import collect_inputs, prepare
+from adq_train.reporting import why
 from adq_train.reporting.progress import Progress
 from adq_train.reporting.recorder import Recorder, read_metrics
 from adq_train.run_folder import RunFolder, digest, exclusive, identity
@@ -144,6 +145,7 @@ def allocate_bits(run: Context, problem: Problem, table: SensitivityTable) -> Bi
         allocation = allocate(run.parts.allocator, problem, table)
         run.folder.save("allocation.json", allocation)
     _require_layers("allocation.json", run, [x.name for x in allocation.layers], problem.layers)
+    write_text(run.folder.path / "allocation.txt", why.render(problem, table, allocation))
     log.info(
         "allocate: %s, average %.2f bits", allocation.allocator, allocation.average_weight_bits
     )
