@@ -11,8 +11,8 @@ a few epochs. Everything is kept as it comes, and the same command again goes on
 
 Writes into the output folder: tables/<metric>.json, measured.jsonl, study.csv (one row for each
 allocation), study.json (rank correlations with 95 % bootstrap intervals), study.png. Losses are
-mean cross-entropies on the validation split. "average bits" is the metric of no information: minus the
-average bits of the weights.
+mean cross-entropies on the validation split. "average bits" is the
+metric of no information: minus the average bits of the weights.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ import numpy as np
 import torch
 from hydra import compose, initialize_config_module
 from matplotlib.figure import Figure
+from matplotlib.ticker import NullFormatter
 from scipy.stats import spearmanr
 from torch import nn
 
@@ -282,9 +283,10 @@ def draw(predicted: Any, rises: Any, against: Any) -> Figure:
             rho = against[metric][stage]["rho"]
             shown = "too few" if rho is None else f"ρ = {rho:.2f}"
             axes.set_title(f"{metric}\n{shown}, n = {len(rise)}", fontsize=8)
-            axes.tick_params(labelsize=6)
             if min(values) > 0:
                 axes.set_xscale("log")
+                axes.xaxis.set_minor_formatter(NullFormatter())
+            axes.tick_params(labelsize=6)
             axes.spines[["top", "right"]].set_visible(False)
         panels[row][0].set_ylabel(
             "rise of the loss, " + ("no training" if stage == "ptq" else "after short QAT"),
