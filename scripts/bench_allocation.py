@@ -137,7 +137,8 @@ def main() -> None:
                 print("layers  bit-widths  budgets  median s     max s  max CPU s  not proven")
             print(
                 f"{layers:6}  {widths:10}  {options.budgets:7}  {row['median_s']:8.3f}  "
-                f"{row['max_s']:8.3f}  {row['max_cpu_s']:9.3f}  {row['unproven']:2} of {options.seeds}",
+                f"{row['max_s']:8.3f}  {row['max_cpu_s']:9.3f}  "
+                f"{row['unproven']:2} of {options.seeds}",
                 flush=True,
             )
     if options.json:
