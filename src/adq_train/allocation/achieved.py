@@ -29,15 +29,24 @@ def achieved(model: nn.Module, image: Tensor, pinned: Mapping[str, int]) -> Figu
         UserError: A quantizer has more levels than its bits can tell apart.
     """
     layers = quantized_layers(model)
-    infos = {name: LayerInfo(name, x.weight.numel(), 0, 0) for name, x in layers.items()}
+    infos: dict[str, LayerInfo] = {}
+    bits: dict[str, Bits] = {}
+    name_of: dict[Tensor, str] = {}
 
     def record(name: str, layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        old = infos[name]
-        macs = old.macs + count_macs(layer, output)
-        infos[name] = LayerInfo(name, old.num_weights, macs, old.num_inputs + inputs[0].numel())
+        own = Bits(layers[name].weight_quantizer.bit_width, layers[name].input_quantizer.bit_width)
+        # A weight that is used more than once, by one layer or by several, counts once.
+        name = name_of.setdefault(layers[name].weight, name)
+        assert bits.setdefault(name, own) == own, f"{name}: layers with one weight differ in bits"
+        old = infos.get(name, LayerInfo(name, 0, 0, 0))
+        infos[name] = LayerInfo(
+            name,
+            layers[name].weight.numel(),
+            old.macs + count_macs(layer, inputs[0], output),
+            old.num_inputs + inputs[0].numel(),
+        )
 
     run_with_hooks(model, image, {name: partial(record, name) for name in layers})
-    bits = {}
     for name, layer in layers.items():
         for what, quantizer in (
             ("weights", layer.weight_quantizer),
@@ -48,7 +57,6 @@ def achieved(model: nn.Module, image: Tensor, pinned: Mapping[str, int]) -> Figu
                     f"{name}: the quantizer of its {what} has {len(quantizer.levels())} levels, "
                     f"more than {quantizer.bit_width} bits can tell apart; check the quantizer"
                 )
-        bits[name] = Bits(layer.weight_quantizer.bit_width, layer.input_quantizer.bit_width)
     return figures(list(infos.values()), bits, pinned)
 
 
