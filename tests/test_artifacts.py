@@ -168,3 +168,21 @@ def test_a_sensitivity_that_is_not_finite_is_named(value):
     table = SensitivityTable("hessian", (2, 4), (LayerSensitivity("fc", 1, 1, {2: 0.0, 4: value}),))
     with pytest.raises(UserError, match="hessian of layer fc at 4 bits"):
         require_finite(table)
+
+
+def test_what_a_layer_does_not_have_is_left_out_of_the_table():
+    layers = (
+        LayerSensitivity("a", 1, 2, {2: 0.5}),
+        LayerSensitivity("b", 1, 2, {2: 0.5}, {2: 0.25}, 7),
+    )
+    table = SensitivityTable("m", (2,), layers)
+    first, second = json.loads(table.to_json())["layers"]
+    assert set(first) == {"name", "num_weights", "macs", "sensitivity"}
+    assert (second["activation_sensitivity"], second["num_inputs"]) == ({"2": 0.25}, 7)
+    assert SensitivityTable.from_json(table.to_json()) == table
+
+
+def test_a_sensitivity_of_an_input_that_is_not_finite_is_named():
+    layer = LayerSensitivity("fc", 1, 1, {4: 0.0}, {4: float("nan")})
+    with pytest.raises(UserError, match="hessian of layer fc at 4 bits"):
+        require_finite(SensitivityTable("hessian", (4,), (layer,)))

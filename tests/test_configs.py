@@ -31,9 +31,16 @@ def test_the_groups_on_disk_are_those_of_the_schema():
 
 
 @pytest.mark.parametrize(("group", "choice"), CHOICES)
-def test_every_choice_composes_and_builds(group, choice):
-    root = ["data.root=somewhere"] if choice in ("imagenet", "resnet18_imagenet") else []
-    _, parts = validate(composed(f"{group}={choice}", *root))
+def test_every_choice_composes_and_builds(group, choice, tmp_path):
+    allocation = tmp_path / "allocation.json"
+    allocation.write_text('{"layers": []}')
+    required = {
+        "imagenet": ["data.root=somewhere"],
+        "resnet18_imagenet": ["data.root=somewhere"],
+        "fixed": ["allocator.bits={layer*.conv1:4,fc:[2,3]}"],
+        "from_file": [f"allocator.path={allocation}"],
+    }
+    _, parts = validate(composed(f"{group}={choice}", *required.get(choice, [])))
     assert isinstance(parts, Parts)
 
 

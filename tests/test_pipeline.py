@@ -21,6 +21,7 @@ CONTRACT = {
     "checkpoints",
     "sensitivity.json",
     "allocation.json",
+    "allocation.txt",
     "result.json",
 }
 

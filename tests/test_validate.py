@@ -97,3 +97,36 @@ def test_every_default_is_valid_and_plain():
     config, _ = validate(composed())
     for _, value in leaves(config):
         assert value is None or isinstance(value, bool | int | float | str)
+
+
+def test_budgets_are_numbers_or_shares_of_the_float_model():
+    config, _ = validate(composed("budget.model_size_bytes=0.1x", "budget.average_weight_bits=3"))
+    assert config["budget"]["model_size_bytes"] == "0.1x"
+    assert repr(config["budget"]["average_weight_bits"]) == "3.0"  # the same run as 3.0
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("budget.bops=0.1", None),
+        ("budget.bops=0.1X", "budget.bops: must be a number, or a share"),
+        ("budget.bops=2x", "budget.bops: must be a number, or a share"),
+        ("budget.average_weight_bits=0x", "budget.average_weight_bits: must be a number, or"),
+        ("budget.average_weight_bits=9", "budget.average_weight_bits: must be at least 1 and at"),
+        ("bits.candidates_per_layer={fc:[2,4]}", None),
+        ("bits.candidates_per_layer=[2,4]", "bits.candidates_per_layer: must map layer names"),
+        ("bits.candidates_per_layer={fc:2}", "bits.candidates_per_layer.fc: must be a list of"),
+        ("bits.candidates_per_layer={fc:[2.5]}", "bits.candidates_per_layer.fc: must be a list"),
+        ("bits.candidates_per_layer={fc:[]}", "bits.candidates_per_layer.fc: must be ascending"),
+        ("bits.candidates_per_layer={fc:[4,2]}", "bits.candidates_per_layer.fc: must be ascending"),
+        ("bits.candidates_per_layer={fc:[2,9]}", "bits.candidates_per_layer: must be at least 2"),
+        ("bits.candidates_per_layer={fc:[4,8]}", "set bits.candidates=[2, 3, 4, 8]"),
+    ],
+)
+def test_budgets_and_candidates(override, message):
+    if message is None:
+        validate(composed(override))
+        return
+    with pytest.raises(ConfigError) as error:
+        validate(composed(override))
+    assert message in str(error.value)

@@ -9,8 +9,10 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from adq_train.allocation.budget import Budget, Problem, allocate, pinned_bits
+from adq_train.allocation.allocator import allocate
+from adq_train.allocation.budget import Budget, Problem
 from adq_train.allocation.ilp import IlpAllocator
+from adq_train.allocation.patterns import pinned_bits
 from adq_train.artifacts import SensitivityTable, require_finite
 from adq_train.errors import UserError
 from adq_train.quantization.adq import AdqWeightQuantizer

@@ -30,12 +30,24 @@ class LayerInfo:
 
 @dataclass(frozen=True)
 class LayerSensitivity:
-    """What quantizing one layer costs, by bit-width; higher is worse."""
+    """What quantizing one layer costs, by bit-width; higher is worse.
+
+    Attributes:
+        name: The module's qualified name.
+        num_weights: Elements of its weight tensor.
+        macs: Multiply-accumulates for one image.
+        sensitivity: Of the weights and the input together; of the weights alone where
+            ``activation_sensitivity`` is there.
+        activation_sensitivity: Of the input alone, or None.
+        num_inputs: Elements of its input for one image, or None where that is not known.
+    """
 
     name: str
     num_weights: int
     macs: int
     sensitivity: dict[int, float]
+    activation_sensitivity: dict[int, float] | None = None
+    num_inputs: int | None = None
 
 
 @dataclass(frozen=True)
@@ -47,8 +59,9 @@ class SensitivityTable:
     layers: tuple[LayerSensitivity, ...]
 
     def to_json(self) -> str:
-        """The content of ``sensitivity.json``."""
-        return _dump(asdict(self))
+        """The content of ``sensitivity.json``; what a layer does not have is left out."""
+        layers = [{k: v for k, v in asdict(x).items() if v is not None} for x in self.layers]
+        return _dump({**asdict(self), "layers": layers})
 
     @classmethod
     def from_json(cls, text: str) -> SensitivityTable:
@@ -67,13 +80,21 @@ class SensitivityTable:
                         str(layer["name"]),
                         int(layer["num_weights"]),
                         int(layer["macs"]),
-                        {int(b): float(s) for b, s in layer["sensitivity"].items()},
+                        _by_bits(layer["sensitivity"]),
+                        _by_bits(layer["activation_sensitivity"])
+                        if "activation_sensitivity" in layer
+                        else None,
+                        int(layer["num_inputs"]) if "num_inputs" in layer else None,
                     )
                     for layer in content["layers"]
                 ),
             )
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise UserError(f"not a sensitivity table: {error!r}") from error
+
+
+def _by_bits(values: Mapping[str, Any]) -> dict[int, float]:
+    return {int(bits): float(value) for bits, value in values.items()}
 
 
 @dataclass(frozen=True)
@@ -98,7 +119,8 @@ class BitAllocation:
         average_activation_bits: Mean over the input elements of the layers whose bits were chosen.
         model_size_bytes: Packed weights of all quantized layers, each rounded up to a byte.
         bops: Sum of MACs × weight bits × activation bits for one image.
-        objective: Summed sensitivity of the chosen bits.
+        objective: Summed sensitivity of the chosen bits, over the layers whose bits were chosen;
+            None where the table does not hold these bits.
         optimal: Whether no other allocation within the budget has a smaller objective (proven).
     """
 
@@ -110,7 +132,7 @@ class BitAllocation:
     average_activation_bits: float
     model_size_bytes: int
     bops: int
-    objective: float
+    objective: float | None
     optimal: bool
 
     def to_json(self) -> str:
@@ -125,18 +147,36 @@ class BitAllocation:
             UserError: The text is something else.
         """
         content = _parse(text, "a bit allocation")
+        layers = layer_bits(text)
         try:
-            layers = tuple(
-                LayerBits(str(x["name"]), int(x["weight_bits"]), int(x["activation_bits"]))
-                for x in content["layers"]
-            )
             return cls(**{**content, "layers": layers})
-        except (KeyError, TypeError, ValueError) as error:
+        except TypeError as error:
             raise UserError(f"not a bit allocation: {error!r}") from error
 
     def bits(self) -> dict[str, LayerBits]:
         """The layers by name."""
         return {layer.name: layer for layer in self.layers}
+
+
+def layer_bits(text: str) -> tuple[LayerBits, ...]:
+    """The layers of an ``allocation.json``, whatever else it holds.
+
+    Raises:
+        UserError: The text is something else.
+    """
+    content = _parse(text, "a bit allocation")
+    try:
+        layers = tuple(
+            LayerBits(str(x["name"]), x["weight_bits"], x["activation_bits"])
+            for x in content["layers"]
+        )
+    except (KeyError, TypeError) as error:
+        raise UserError(f"not a bit allocation: {error!r}") from error
+    for x in layers:
+        for bits in (x.weight_bits, x.activation_bits):
+            if type(bits) is not int:
+                raise UserError(f"not a bit allocation: {x.name} has {bits!r} bits")
+    return layers
 
 
 @dataclass(frozen=True)
@@ -247,7 +287,8 @@ def require_finite(table: SensitivityTable) -> None:
         UserError: Names the layer and the bit-width.
     """
     for layer in table.layers:
-        for bits, value in layer.sensitivity.items():
+        both = [*layer.sensitivity.items(), *(layer.activation_sensitivity or {}).items()]
+        for bits, value in both:
             if not math.isfinite(value):
                 raise UserError(
                     f"sensitivity: {table.metric} of layer {layer.name} at {bits} bits is {value}; "

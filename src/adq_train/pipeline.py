@@ -12,7 +12,9 @@ from typing import Any
 import torch
 from omegaconf import DictConfig
 
-from adq_train.allocation.budget import Budget, Problem, pinned_bits
+from adq_train.allocation.achieved import achieved, require_achieved
+from adq_train.allocation.budget import Problem, budget_from
+from adq_train.allocation.patterns import by_layer, pinned_bits
 from adq_train.artifacts import RunResult
 from adq_train.data.base import Loading
 from adq_train.files import sha256
@@ -88,13 +90,16 @@ def execute(config: dict[str, Any], parts: Parts, path: Path, command: list[str]
     images, _ = next(data.calibration.epoch(0))
     layers = describe_layers(model, images[:1])
     bits = config["bits"]
+    own = by_layer("bits.candidates_per_layer", bits["candidates_per_layer"] or {}, layers)
     problem = Problem(
         layers,
         pinned_bits(layers, bits["first_last"], bits["pinned"] or {}),
         tuple(bits["candidates"]),
-        Budget(**config["budget"]),
+        budget_from(config["budget"], layers),
+        {name: tuple(widths) for name, widths in own.items()},
+        bits["tied"],
     )
-    problem.check()
+    parts.allocator.check(problem)
 
     with RunFolder(path, config) as folder:
         folder.write_manifest(
@@ -117,6 +122,7 @@ def execute(config: dict[str, Any], parts: Parts, path: Path, command: list[str]
             allocation = allocate_bits(run, problem, table)
         with folder.stage("prepare"):
             calibrated = prepare_and_calibrate(run, model, allocation)
+            require_achieved(allocation, achieved(calibrated, images[:1], problem.pinned))
             quantized = copy.deepcopy(calibrated)
         with folder.stage("qat"):
             train_quantized(run, quantized, allocation)

@@ -62,24 +62,33 @@ def choice(default: str, *others: str) -> Any:
 
 @dataclass
 class BudgetConfig:
-    """What the quantized model may cost; any number of limits together, null for none."""
+    """What the quantized model may cost; any number of limits together, null for none.
+
+    Each is a number or, as ``0.1x``, a share of the float32 model's: 32 bits per weight and input
+    element, 4 bytes per weight, MACs x 32 x 32 bit operations.
+    """
 
     # Mean bits of a weight over the layers whose bits are chosen (first and last stay outside).
-    average_weight_bits: float | None = number(None, minimum=1, maximum=8)
+    average_weight_bits: float | int | str | None = number(None, minimum=1, maximum=8)
     # Mean bits of a layer's input element, over the same layers.
-    average_activation_bits: float | None = number(None, minimum=1, maximum=8)
+    average_activation_bits: float | int | str | None = number(None, minimum=1, maximum=8)
     # Packed weights of all quantized layers, in bytes.
-    model_size_bytes: float | None = number(None, above=0)
+    model_size_bytes: float | int | str | None = number(None, above=0)
     # Bit operations of one image: sum of MACs x weight bits x activation bits.
-    bops: float | None = number(None, above=0)
+    bops: float | int | str | None = number(None, above=0)
 
 
 @dataclass
 class BitsConfig:
     """Which bit-widths a layer may get."""
 
-    # Candidates of the allocation; a layer's weights and its input get the same width.
+    # Candidates of the allocation.
     candidates: list[int] = number([2, 3, 4], minimum=2, maximum=8)
+    # Fewer candidates for some layers, by name or pattern: {layer1.*: [3, 4]}.
+    candidates_per_layer: Any = number(None, minimum=2, maximum=8)
+    # Whether a layer's weights and its input get the same width; false chooses them apart, which
+    # needs a metric that measures them apart (sensitivity.tensors=separate).
+    tied: bool = True
     # The first and the last layer keep this many bits, outside the average; null: like the rest.
     first_last: int | None = number(8, minimum=2, maximum=8)
     # Bits of further layers, by name or pattern: {layer1.0.conv1: 4, layer3.*: 2}.

@@ -6,7 +6,7 @@ import copy
 import json
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_model, save_model
 from torch import nn
 
-from adq_train.allocation.budget import Problem, allocate
+from adq_train.allocation.allocator import allocate
+from adq_train.allocation.budget import Problem
 from adq_train.artifacts import (
     BitAllocation,
     LayerInfo,
@@ -28,6 +29,7 @@ from adq_train.errors import UserError
 from adq_train.files import write_text, written_whole
 from adq_train.quantization.levels import count_levels
 from adq_train.quantization.prepare import collect_inputs, prepare
+from adq_train.reporting import why
 from adq_train.reporting.progress import Progress
 from adq_train.reporting.recorder import Recorder, read_metrics
 from adq_train.run_folder import RunFolder, digest, exclusive, identity
@@ -114,6 +116,7 @@ def profile(run: Context, model: nn.Module, layers: Sequence[LayerInfo]) -> Sens
         batches = list(run.data.calibration.epoch(0))
         log.info("profile: %d layers at %s bits", len(layers), bit_widths)
         rows = []
+        num_inputs = {x.name: x.num_inputs for x in layers}
         with Progress("profile", total=len(layers)) as progress:
             for row in metric.measure(
                 model,
@@ -124,7 +127,7 @@ def profile(run: Context, model: nn.Module, layers: Sequence[LayerInfo]) -> Sens
                 run.parts.make_activation_quantizer,
                 run.seed,
             ):
-                rows.append(row)
+                rows.append(replace(row, num_inputs=num_inputs[row.name]))
                 progress.advance(row.name)
         table = SensitivityTable(metric.name, tuple(bit_widths), tuple(rows))
         require_finite(table)
@@ -144,6 +147,7 @@ def allocate_bits(run: Context, problem: Problem, table: SensitivityTable) -> Bi
         allocation = allocate(run.parts.allocator, problem, table)
         run.folder.save("allocation.json", allocation)
     _require_layers("allocation.json", run, [x.name for x in allocation.layers], problem.layers)
+    write_text(run.folder.path / "allocation.txt", why.render(problem, table, allocation))
     log.info(
         "allocate: %s, average %.2f bits", allocation.allocator, allocation.average_weight_bits
     )

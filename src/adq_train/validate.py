@@ -21,7 +21,8 @@ from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from torch import nn
 
-from adq_train.allocation.budget import Allocator
+from adq_train.allocation.allocator import Allocator
+from adq_train.allocation.budget import share_of_float
 from adq_train.data.base import ImageData, Loading
 from adq_train.errors import ConfigError, UserError, did_you_mean
 from adq_train.quantization.base import MakeActivationQuantizer, MakeWeightQuantizer
@@ -80,6 +81,11 @@ def validate(cfg: DictConfig) -> tuple[dict[str, Any], Parts]:
         config: Any = without_missing(OmegaConf.to_container(cfg, resolve=True))
     except OmegaConfBaseException as error:
         raise ConfigError([f"{error.full_key}: {str(error).splitlines()[0]}"]) from error
+    # Numbers are floats from here on, so that 3 and 3.0 mean the same run.
+    config["budget"] = {
+        name: float(value) if type(value) is int else value
+        for name, value in config["budget"].items()
+    }
     problems = [*_section_problems(config), *_untrusted(config)]
     device = _device(config["trainer"]["device"], problems)
     built = {}
@@ -119,7 +125,12 @@ def _section_problems(config: dict[str, Any]) -> Iterator[str]:
             allowed: Range | None = field.metadata.get("range")
             if allowed:
                 for _, number in leaves(value):
-                    if isinstance(number, str | bool):
+                    if isinstance(number, str) and section == "budget":
+                        try:
+                            share_of_float(number)
+                        except ValueError as error:
+                            yield f"{name}: {error}"
+                    elif isinstance(number, str | bool):
                         yield f"{name}: must be a number, got {number!r}"
                     elif number is not None and (wrong := allowed.problem(number)):
                         yield f"{name}: {wrong}"
@@ -133,11 +144,35 @@ def _section_problems(config: dict[str, Any]) -> Iterator[str]:
     if not isinstance(pinned, dict | None):
         yield f"bits.pinned: must map layer names to bits, {{fc: 4}}, got {pinned!r}"
     candidates = config["bits"]["candidates"]
-    if not candidates or sorted(set(candidates)) != candidates:
-        yield f"bits.candidates: must be ascending and distinct, at least one, got {candidates}"
+    yield from _candidate_problems(candidates, config["bits"]["candidates_per_layer"])
     if not any(value is not None for value in config["budget"].values()):
         names = ", ".join(f"budget.{name}" for name in config["budget"])
         yield f"budget: at least one limit is required, of {names}"
+
+
+def _candidate_problems(candidates: list[int], per_layer: Any) -> Iterator[str]:
+    """Lists of bit-widths that are out of order, and widths that would not be measured."""
+    rule = "must be ascending and distinct, at least one"
+    if not candidates or sorted(set(candidates)) != candidates:
+        yield f"bits.candidates: {rule}, got {candidates}"
+    if not isinstance(per_layer, dict | None):
+        yield (
+            "bits.candidates_per_layer: must map layer names to lists of bits, {fc: [4, 8]}, got "
+            f"{per_layer!r}"
+        )
+        return
+    for pattern, widths in (per_layer or {}).items():
+        name = f"bits.candidates_per_layer.{pattern}"
+        if not isinstance(widths, list) or not all(type(b) is int for b in widths):
+            yield f"{name}: must be a list of bits, [2, 4], got {widths!r}"
+        elif not widths or sorted(set(widths)) != widths:
+            yield f"{name}: {rule}, got {widths}"
+        elif not set(widths) <= set(candidates):
+            more = sorted({*widths, *candidates})
+            yield (
+                f"{name}: {widths} must be among bits.candidates, which are measured; set "
+                f"bits.candidates={more}"
+            )
 
 
 def without_missing(node: Any) -> Any:

@@ -1,20 +1,16 @@
 import pytest
 
-from adq_train.allocation.budget import Budget, Problem, allocate, packed_bytes, pinned_bits
-from adq_train.artifacts import LayerBits, LayerInfo
+from adq_train.allocation.budget import (
+    Bits,
+    Budget,
+    Problem,
+    budget_from,
+    figures,
+    packed_bytes,
+    share_of_float,
+)
+from adq_train.artifacts import LayerInfo
 from adq_train.errors import UserError
-
-
-class Fixed:
-    """An allocator that gives the bits it was told to give."""
-
-    name = "fixed"
-
-    def __init__(self, **bits):
-        self.bits = bits
-
-    def choose(self, problem, table):
-        return self.bits, False
 
 
 @pytest.mark.parametrize(
@@ -39,14 +35,34 @@ def test_costs_by_hand(make_problem):
     )
     stem, body, head = problem.layers
     weights, inputs, size, bops = problem.limits()
+    assert weights.cost(body, Bits(3, 2)) == 300
+    assert inputs.cost(body, Bits(3, 2)) == 128
+    assert size.cost(body, Bits(3, 2)) == 38
+    assert bops.cost(body, Bits(3, 2)) == 18_000
     # The averages leave the pinned stem out; size and operations count it.
-    assert [weights.cost(stem, 8), weights.cost(body, 3), weights.cost(head, 2)] == [0, 300, 102]
+    assert [
+        weights.cost(stem, Bits(8, 8)),
+        weights.cost(body, Bits(3, 3)),
+        weights.cost(head, Bits(2, 2)),
+    ] == [0, 300, 102]
     assert (weights.bound, weights.unit) == (3 * 151, 151)
-    assert [inputs.cost(stem, 8), inputs.cost(body, 3), inputs.cost(head, 2)] == [0, 192, 34]
+    assert [
+        inputs.cost(stem, Bits(8, 8)),
+        inputs.cost(body, Bits(3, 3)),
+        inputs.cost(head, Bits(2, 2)),
+    ] == [0, 192, 34]
     assert (inputs.bound, inputs.unit) == (202, 81)  # 2.5 × 81 = 202.5
-    assert [size.cost(stem, 8), size.cost(body, 3), size.cost(head, 2)] == [27, 38, 13]
+    assert [
+        size.cost(stem, Bits(8, 8)),
+        size.cost(body, Bits(3, 3)),
+        size.cost(head, Bits(2, 2)),
+    ] == [27, 38, 13]
     assert (size.bound, size.unit) == (100, 1)
-    assert [bops.cost(stem, 8), bops.cost(body, 3), bops.cost(head, 2)] == [64000, 27000, 204]
+    assert [
+        bops.cost(stem, Bits(8, 8)),
+        bops.cost(body, Bits(3, 3)),
+        bops.cost(head, Bits(2, 2)),
+    ] == [64000, 27000, 204]
     assert (bops.bound, bops.unit) == (100_000, 1)
 
 
@@ -103,64 +119,71 @@ def test_a_model_without_layers_to_choose_for_is_refused(make_problem):
 def test_options_and_mixed_layers(make_problem):
     problem = make_problem()
     assert [x.name for x in problem.mixed] == ["body", "head"]
-    assert [problem.options(x) for x in problem.layers] == [(8,), (2, 3, 4), (2, 3, 4)]
+    assert [problem.options(x) for x in problem.layers] == [
+        (Bits(8, 8),), *[(Bits(2, 2), Bits(3, 3), Bits(4, 4))] * 2
+    ]  # fmt: skip
 
 
-def test_an_allocation_accounts_for_its_cost(make_problem, make_table):
-    problem = make_problem(average_weight_bits=3, model_size_bytes=90)
-    # The table may hold pinned layers too; they do not count.
-    table = make_table(problem.layers, [(9, 9, 9), (1.5, 1.0, 0.5), (0.4, 0.2, 0.1)])
-    allocation = allocate(Fixed(body=3, head=2), problem, table)
-    assert allocation.layers == (
-        LayerBits("stem", 8, 8),
-        LayerBits("body", 3, 3),
-        LayerBits("head", 2, 2),
-    )
-    assert allocation.average_weight_bits == pytest.approx((300 + 102) / 151)
-    assert allocation.average_weight_bits_all_layers == pytest.approx((216 + 300 + 102) / 178)
-    assert allocation.average_activation_bits == pytest.approx((192 + 34) / 81)
-    assert allocation.model_size_bytes == 27 + 38 + 13
-    assert allocation.bops == 64_000 + 27_000 + 204
-    assert allocation.objective == pytest.approx(1.0 + 0.4)
-    assert allocation.budget == {"average_weight_bits": 3.0, "model_size_bytes": 90.0}
-    assert (allocation.allocator, allocation.optimal) == ("fixed", False)
+def test_layers_may_have_candidates_of_their_own(make_problem):
+    problem = make_problem(candidates_by_layer={"head": (4,)}, average_weight_bits=3)
+    assert problem.widths(problem.mixed[1]) == (4,)
+    # 100 weights at 2 bits and 51 at 4 bits
+    with pytest.raises(UserError, match=f"the least is {404 / 151:.10g} and the most 4;"):
+        make_problem(candidates_by_layer={"head": (4,)}, average_weight_bits=2).check()
 
 
-def test_an_allocator_that_breaks_a_limit_is_caught(make_problem, make_table):
-    problem = make_problem(average_weight_bits=3)
-    table = make_table(problem.mixed, [(1, 1, 1)] * 2)
-    with pytest.raises(AssertionError, match="fixed broke the limit average_weight_bits"):
-        allocate(Fixed(body=4, head=2), problem, table)
+def test_separate_bits_are_all_pairs_except_for_pinned_layers(make_problem):
+    problem = make_problem(tied=False, candidates_by_layer={"head": (2, 4)})
+    stem, body, head = (problem.options(x) for x in problem.layers)
+    assert stem == (Bits(8, 8),)
+    assert len(body) == 9
+    assert head == (Bits(2, 2), Bits(2, 4), Bits(4, 2), Bits(4, 4))
 
 
-def test_allocate_refuses_a_budget_out_of_reach(make_problem, make_table):
-    problem = make_problem(model_size_bytes=1)
-    with pytest.raises(UserError, match=r"budget\.model_size_bytes"):
-        allocate(Fixed(), problem, make_table(problem.mixed, [(1, 1, 1)] * 2))
+def test_every_limit_out_of_reach_is_told(make_problem):
+    with pytest.raises(UserError) as error:
+        make_problem(average_weight_bits=1, model_size_bytes=1, bops=1e9).check()
+    lines = str(error.value).splitlines()
+    assert [x.split(":")[0] for x in lines] == [
+        "budget.average_weight_bits", "budget.model_size_bytes"
+    ]  # fmt: skip
 
 
-LAYERS = tuple(LayerInfo(name, 10, 10, 10) for name in ("stem", "a.conv1", "a.conv2", "head"))
+def test_broken_limits_by_hand(make_problem):
+    problem = make_problem(average_weight_bits=2.5, bops=1e9)
+    bits = {"stem": Bits(8, 8), "body": Bits(4, 2), "head": Bits(2, 2)}
+    assert problem.broken(bits) == [f"budget.average_weight_bits: {502 / 151:.10g} of 2.5"]
+    assert problem.broken({**bits, "body": Bits(2, 4)}) == []
 
 
-def test_the_ends_are_pinned_unless_told_otherwise():
-    assert pinned_bits(LAYERS, 8, {}) == {"stem": 8, "head": 8}
-    assert pinned_bits(LAYERS, None, {}) == {}
-
-
-def test_layers_are_pinned_by_name_and_pattern_over_the_ends():
-    assert pinned_bits(LAYERS, 8, {"a.*": 2, "head": 4}) == {
-        "stem": 8, "a.conv1": 2, "a.conv2": 2, "head": 4,
-    }  # fmt: skip
+def test_shares_of_the_float_model():
+    layers = (LayerInfo("a", 100, 3000, 64), LayerInfo("b", 11, 17, 5))
+    shares = {
+        "average_weight_bits": "0.1x",
+        "average_activation_bits": "1x",
+        "model_size_bytes": "0.3x",
+        "bops": "0.01x",
+    }
+    budget = budget_from(shares, layers)
+    assert budget == Budget(3.2, 32.0, 133.2, 3017 * 1024 / 100)
+    assert budget_from({"bops": 7.5, "model_size_bytes": None}, layers) == Budget(bops=7.5)
 
 
 @pytest.mark.parametrize(
-    ("given", "message"),
-    [
-        ({"a.conv3": 2}, r"no layer is called 'a.conv3' \(did you mean 'a.conv2'\?\)"),
-        ({"zzz*": 2}, r"no layer is called 'zzz\*'; the layers are stem, a.conv1, a.conv2, head"),
-        ({"a.*": 2, "*.conv1": 3}, r"'a.\*' and '\*.conv1' both match a.conv1; keep one"),
-    ],
-)
-def test_a_pin_that_matches_nothing_or_twice_is_an_error(given, message):
-    with pytest.raises(UserError, match=message):
-        pinned_bits(LAYERS, 8, given)
+    "text", ["", "x", "0.1", "0x", "-0.1x", "1.1x", ".1x", "1.x", "1e-1x", "nanx", "0.1X", "0.1x ",
+             "٠.٣x"]
+)  # fmt: skip
+def test_another_text_is_no_share(text):
+    with pytest.raises(ValueError, match=r"a share of the float model's such as 0\.1x"):
+        share_of_float(text)
+
+
+def test_figures_by_hand():
+    layers = (LayerInfo("a", 9, 3000, 64), LayerInfo("b", 11, 17, 5))
+    bits = {"a": Bits(8, 4), "b": Bits(3, 2)}
+    found = figures(layers, bits, {"a": 8})
+    assert found.average_weight_bits == 3
+    assert found.average_weight_bits_all_layers == (72 + 33) / 20
+    assert found.average_activation_bits == 2
+    assert found.model_size_bytes == 9 + 5
+    assert found.bops == 3000 * 32 + 17 * 6

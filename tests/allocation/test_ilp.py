@@ -6,16 +6,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from adq_train.allocation import ilp
-from adq_train.allocation.budget import Budget, Problem, allocate
+from adq_train.allocation.allocator import allocate
+from adq_train.allocation.budget import Budget, Problem
 from adq_train.allocation.ilp import IlpAllocator
 from adq_train.artifacts import LayerInfo
 from adq_train.errors import UserError
 
 COSTS = {
-    "average_weight_bits": lambda x, b: x.num_weights * b,
-    "average_activation_bits": lambda x, b: x.num_inputs * b,
-    "model_size_bytes": lambda x, b: (x.num_weights * b + 7) // 8,
-    "bops": lambda x, b: x.macs * b**2,
+    "average_weight_bits": lambda x, w, a: x.num_weights * w,
+    "average_activation_bits": lambda x, w, a: x.num_inputs * a,
+    "model_size_bytes": lambda x, w, a: (x.num_weights * w + 7) // 8,
+    "bops": lambda x, w, a: x.macs * w * a,
 }
 
 
@@ -30,33 +31,42 @@ def totals(problem, name):
 
 def cost(problem, name, bits):
     layers, _ = totals(problem, name)
-    return sum(COSTS[name](x, bits[x.name]) for x in layers)
+    return sum(COSTS[name](x, *bits[x.name]) for x in layers)
 
 
-def best_objective(problem, rows, bounds):
+def best_objective(problem, values, bounds):
     """The smallest objective of all allocations within the bounds, one by one."""
     best = float("inf")
-    for choice in product(range(len(problem.candidates)), repeat=len(problem.mixed)):
-        chosen = {x.name: problem.candidates[i] for x, i in zip(problem.mixed, choice, strict=True)}
-        bits = {**chosen, **problem.pinned}
+    pinned = {name: (b, b) for name, b in problem.pinned.items()}
+    for choice in product(*(values[x.name].items() for x in problem.mixed)):
+        chosen = {x.name: bits for x, (bits, _) in zip(problem.mixed, choice, strict=True)}
+        bits = {**chosen, **pinned}
         if all(cost(problem, name, bits) <= bound for name, bound in bounds.items()):
-            best = min(best, sum(row[i] for row, i in zip(rows, choice, strict=True)))
+            best = min(best, sum(value for _, value in choice))
     return best
 
 
-def with_budget(layers, pinned, candidates, shares):
+def with_budget(layers, pinned, candidates, shares, **more):
     """A problem whose bounds lie at given shares of the way from the least to the most."""
-    problem = Problem(layers, pinned, candidates, Budget())
+    problem = Problem(layers, pinned, candidates, Budget(), **more)
     bounds, budget = {}, {}
     for name, share in shares.items():
         _, unit = totals(problem, name)
         ends = [
-            cost(problem, name, {x.name: pick(problem.options(x)) for x in layers})
+            cost(problem, name, {x.name: (pick(problem.widths(x)),) * 2 for x in layers})
             for pick in (min, max)
         ]
         bounds[name] = ends[0] + int(share * (ends[1] - ends[0]))
         budget[name] = bounds[name] / unit
-    return Problem(layers, pinned, candidates, Budget(**budget)), bounds
+    return Problem(layers, pinned, candidates, Budget(**budget), **more), bounds
+
+
+def tied_values(layers, rows, candidates):
+    """Ω by layer and pair of equal widths."""
+    return {
+        x.name: {(b, b): value for b, value in zip(candidates, row, strict=True)}
+        for x, row in zip(layers, rows, strict=True)
+    }
 
 
 ROWS = [(9.0, 5.0, 0.0), (0.3, 0.2, 0.1)]  # of the two layers of make_problem that are not pinned
@@ -84,24 +94,25 @@ def problems(draw):
     return problem, bounds, rows
 
 
-def check_optimal(problem, bounds, rows, table):
-    best = best_objective(problem, rows, bounds)
+def check_optimal(problem, bounds, values, table):
+    best = best_objective(problem, values, bounds)
     assert best < float("inf")  # budgets that are in reach one by one are so together
     allocation = allocate(IlpAllocator(), problem, table)
-    bits = {x.name: x.weight_bits for x in allocation.layers}
-    scale = max(abs(x) for row in rows for x in row)
+    bits = {x.name: (x.weight_bits, x.activation_bits) for x in allocation.layers}
+    scale = max(abs(x) for row in values.values() for x in row.values())
     assert allocation.objective == pytest.approx(best, rel=1e-9, abs=1e-9 * scale)
     for name, bound in bounds.items():
         assert cost(problem, name, bits) <= bound
     assert allocation.optimal is True
-    assert all(bits[name] == pinned for name, pinned in problem.pinned.items())
+    assert all(bits[name] == (pinned, pinned) for name, pinned in problem.pinned.items())
 
 
 @settings(deadline=None, max_examples=60)
 @given(problem=problems())
 def test_as_good_as_the_best_of_all_allocations(make_table, problem):
     problem, bounds, rows = problem
-    check_optimal(problem, bounds, rows, make_table(problem.mixed, rows, problem.candidates))
+    values = tied_values(problem.mixed, rows, problem.candidates)
+    check_optimal(problem, bounds, values, make_table(problem.mixed, rows, problem.candidates))
 
 
 @settings(deadline=None, max_examples=30)
@@ -113,7 +124,38 @@ def test_as_good_as_the_best_of_all_allocations(make_table, problem):
 def test_large_layers_neither_break_the_limit_nor_lose_the_optimum(make_table, sizes, rows, share):
     layers = tuple(LayerInfo(str(n), size, size, size) for n, size in enumerate(sizes))
     problem, bounds = with_budget(layers, {}, (2, 3, 4), {"average_weight_bits": share})
-    check_optimal(problem, bounds, rows, make_table(layers, rows))
+    check_optimal(problem, bounds, tied_values(layers, rows, (2, 3, 4)), make_table(layers, rows))
+
+
+@pytest.mark.parametrize("tied", [True, False], ids=["tied", "separate"])
+@pytest.mark.parametrize("num_budgets", [1, 2, 3])
+def test_two_hundred_instances_with_candidates_of_their_own(make_table, num_budgets, tied):
+    for seed in range(200 // 6 + 1):
+        random = np.random.default_rng([seed, num_budgets, tied])
+        layers = tuple(
+            LayerInfo(str(n), *random.integers(1, 2000, 3).tolist())
+            for n in range(random.integers(2, 5 if tied else 4))
+        )
+        widths = tuple(sorted(random.choice(range(2, 9), 4 if tied else 3, replace=False).tolist()))
+        own = {"1": tuple(sorted(random.choice(widths, 2, replace=False).tolist()))}
+        names = random.choice(sorted(COSTS), num_budgets, replace=False)
+        shares = {name: random.uniform(0, 1) for name in names}
+        pinned = {"0": 8} if random.random() < 0.3 else {}
+        problem, bounds = with_budget(
+            layers, pinned, widths, shares, candidates_by_layer=own, tied=tied
+        )
+        weights, inputs = random.exponential(size=(2, len(problem.mixed), len(widths)))
+        table = make_table(problem.mixed, weights.tolist(), widths, inputs.tolist())
+        values = {
+            x.name: {
+                (w, a): weights[n, widths.index(w)] + inputs[n, widths.index(a)]
+                for w in own.get(x.name, widths)
+                for a in own.get(x.name, widths)
+                if w == a or not tied
+            }
+            for n, x in enumerate(problem.mixed)
+        }
+        check_optimal(problem, bounds, values, table)
 
 
 @pytest.mark.parametrize(("limit", "bits"), [(1124.9, [3, 3]), (1125, [6, 3])])

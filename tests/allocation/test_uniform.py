@@ -1,6 +1,6 @@
 import pytest
 
-from adq_train.allocation.budget import allocate
+from adq_train.allocation.allocator import allocate
 from adq_train.allocation.uniform import UniformAllocator
 from adq_train.errors import UserError
 
@@ -55,3 +55,19 @@ def test_given_bits_that_are_no_candidate(bits_within):
 def test_bit_width_out_of_range(bit_width):
     with pytest.raises(ValueError, match="bit_width"):
         UniformAllocator(bit_width)
+
+
+def test_layers_with_candidates_of_their_own_share_one(make_problem):
+    table = None  # the choice does not depend on it
+    problem = make_problem(candidates_by_layer={"head": (2, 3)}, average_weight_bits=4)
+    chosen, _ = UniformAllocator().choose(problem, table)
+    assert chosen == {"body": (3, 3), "head": (3, 3)}
+    problem = make_problem(candidates_by_layer={"head": (3,), "body": (2, 4)}, bops=1e9)
+    with pytest.raises(UserError, match="a bit-width that every layer may get"):
+        UniformAllocator().check(problem)
+
+
+def test_bits_beyond_the_budget_show_before_any_training(make_problem):
+    UniformAllocator(2).check(make_problem(average_weight_bits=3))
+    with pytest.raises(UserError, match=r"average_weight_bits: 4 of 3"):
+        UniformAllocator(4).check(make_problem(average_weight_bits=3))

@@ -1,5 +1,7 @@
 """Pictures show the values that they are given."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -43,9 +45,22 @@ def test_a_table_without_positive_values_can_be_drawn():
 
 
 def test_the_bars_are_the_bits():
-    axes = plots.allocation(ALLOCATION).axes[0]
+    axes = plots.allocation(ALLOCATION, TABLE).axes[1]
     assert [bar.get_height() for bar in axes.patches] == [8, 2]
     assert axes.lines[0].get_ydata()[0] == ALLOCATION.average_weight_bits
+
+
+def test_the_shares_of_weights_and_of_macs():
+    axes = plots.allocation(ALLOCATION, TABLE).axes[0]
+    weights, macs = ([bar.get_height() for bar in bars] for bars in axes.containers)
+    np.testing.assert_allclose(weights, [100 * 100 / 1101, 100 * 1001 / 1101])
+    np.testing.assert_allclose(macs, [10, 90])
+
+
+def test_other_bits_of_an_input_are_marked():
+    bits = replace(ALLOCATION, layers=(LayerBits("first", 2, 4), LayerBits("second", 2, 2)))
+    (dash, _average) = plots.allocation(bits, TABLE).axes[1].lines
+    np.testing.assert_array_equal(dash.get_xydata(), [[0, 4]])
 
 
 def test_levels_are_drawn_on_the_histogram_of_the_weights(model):

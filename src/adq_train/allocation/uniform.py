@@ -4,17 +4,18 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from adq_train.allocation.budget import Problem
+from adq_train.allocation.allocator import Allocator
+from adq_train.allocation.budget import Bits, Problem
 from adq_train.artifacts import SensitivityTable
 from adq_train.errors import UserError
 
 
 @dataclass(frozen=True)
-class UniformAllocator:
-    """The same bit-width for every layer that is not pinned.
+class UniformAllocator(Allocator):
+    """The same bit-width for the weights and the input of every layer that is not pinned.
 
     Attributes:
-        bit_width: The bits; None takes the largest candidate within the budget.
+        bit_width: The bits; None takes the largest that every layer may get within the budget.
     """
 
     bit_width: int | None = None
@@ -28,26 +29,42 @@ class UniformAllocator:
         """The allocator's name in ``allocation.json``."""
         return "uniform"
 
-    def choose(self, problem: Problem, table: SensitivityTable) -> tuple[dict[str, int], bool]:
+    def check(self, problem: Problem) -> None:
+        """Refuses bits that a layer may not get, or that break the budget.
+
+        Raises:
+            UserError: Says which.
+        """
+        super().check(problem)
+        self._bits(problem)
+
+    def choose(self, problem: Problem, table: SensitivityTable) -> tuple[dict[str, Bits], bool]:
         """Bits of every mixed layer by name; never proven optimal.
 
         Raises:
             UserError: The given bit-width is no candidate, or breaks the budget.
         """
-        if self.bit_width is not None and self.bit_width not in problem.candidates:
+        return self._bits(problem), False
+
+    def _bits(self, problem: Problem) -> dict[str, Bits]:
+        shared = set.intersection(*(set(problem.widths(x)) for x in problem.mixed))
+        if not shared:
+            raise UserError(
+                "allocator: uniform needs a bit-width that every layer may get; add one to all "
+                "lists of bits.candidates_per_layer"
+            )
+        if self.bit_width is not None and self.bit_width not in shared:
             raise UserError(
                 f"allocator.bit_width: {self.bit_width} is not among bits.candidates="
-                f"{list(problem.candidates)}; add it there"
+                f"{sorted(shared)}; add it there, and to bits.candidates_per_layer"
             )
-        allowed = problem.candidates if self.bit_width is None else (self.bit_width,)
+        allowed = shared if self.bit_width is None else {self.bit_width}
         for bits in sorted(allowed, reverse=True):
-            cost = {
-                limit: sum(limit.cost(x, problem.pinned.get(x.name, bits)) for x in problem.layers)
-                for limit in problem.limits()
-            }
-            if all(total <= limit.bound for limit, total in cost.items()):
-                return {x.name: bits for x in problem.mixed}, False
+            chosen = {x.name: Bits(bits, bits) for x in problem.mixed}
+            broken = problem.broken({**chosen, **problem.pinned_bits()})
+            if not broken:
+                return chosen
         raise UserError(
-            f"allocator.bit_width: {self.bit_width} bits everywhere exceed the budget "
-            f"{problem.budget.limits()}; raise it, or set it to null"
+            f"allocator.bit_width: {bits} bits everywhere exceed the budget ({'; '.join(broken)}); "
+            "raise it, or set bit_width to a smaller candidate or null"
         )

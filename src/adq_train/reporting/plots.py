@@ -49,14 +49,25 @@ def draw_sensitivity(axes: Axes, table: SensitivityTable) -> None:
 
 
 def draw_allocation(axes: Axes, allocation: BitAllocation) -> None:
-    """Bars: the bits of each layer's weights, with the average as a line."""
+    """Bars: the bits of each layer's weights, with the average as a line.
+
+    A dash marks the bits of a layer's input where they differ.
+    """
     bits = [x.weight_bits for x in allocation.layers]
     axes.bar(range(len(bits)), bits, color=BLUE, width=0.75)
     for position, value in enumerate(bits):
         axes.text(position, value + 0.1, str(value), ha="center", fontsize=7)
+    inputs = [(i, x.activation_bits) for i, x in enumerate(allocation.layers)
+              if x.activation_bits != x.weight_bits]  # fmt: skip
+    if inputs:
+        places, widths = zip(*inputs, strict=True)
+        axes.plot(places, widths, "_", color=RED, markersize=9, label="input")
+        axes.legend(fontsize=7, frameon=False)
+        bits = [*bits, *widths]
     average = allocation.average_weight_bits
     axes.axhline(average, color=ORANGE, linewidth=1.2, linestyle="--")
-    axes.set_xticks(range(len(bits)), [x.name for x in allocation.layers], rotation=90)
+    names = [x.name for x in allocation.layers]
+    axes.set_xticks(range(len(names)), names, rotation=90)
     axes.set_ylim(0, max(bits) + 1)
     axes.set_ylabel("bits")
     axes.tick_params(labelsize=8)
@@ -131,10 +142,29 @@ def sensitivity(table: SensitivityTable) -> Figure:
     return figure
 
 
-def allocation(bits: BitAllocation) -> Figure:
-    """The bars alone."""
-    figure = Figure(figsize=(max(6, 0.45 * len(bits.layers) + 1), 3.2), layout="constrained")
-    draw_allocation(figure.subplots(), bits)
+def draw_sizes(axes: Axes, table: SensitivityTable) -> None:
+    """Bars: each layer's share of all weights and of all multiply-accumulates."""
+    for shift, color, what, values in (
+        (-0.2, BLUE, "weights", [x.num_weights for x in table.layers]),
+        (0.2, GREY, "MACs", [x.macs for x in table.layers]),
+    ):
+        places = [i + shift for i in range(len(values))]
+        shares = [100 * value / sum(values) for value in values]
+        axes.bar(places, shares, color=color, width=0.4, label=f"of {sum(values):,} {what}")
+    axes.set_ylabel("%")
+    axes.tick_params(labelsize=8, labelbottom=False)
+    axes.legend(fontsize=7, frameon=False)
+    axes.set_title("Shares of each layer", loc="left", fontsize=10)
+    _tidy(axes)
+
+
+def allocation(bits: BitAllocation, table: SensitivityTable) -> Figure:
+    """The bars, below what share each layer has of the weights and of the MACs."""
+    width = max(6, 0.45 * len(bits.layers) + 1)
+    figure = Figure(figsize=(width, 5), layout="constrained")
+    upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=(1, 1.4))
+    draw_sizes(upper, table)
+    draw_allocation(lower, bits)
     return figure
 
 

@@ -47,7 +47,7 @@ def write(
     records = read_metrics(folder.path / "metrics.jsonl")
     figures = {
         "sensitivity": plots.sensitivity(table),
-        "allocation": plots.allocation(allocation),
+        "allocation": plots.allocation(allocation, table),
         "weights_and_levels": plots.weights_and_levels(model),
         "codebooks": plots.codebooks(records),
         "accuracy": plots.training(records, result),

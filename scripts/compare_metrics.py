@@ -1,0 +1,351 @@
+"""Which sensitivity metric is right? Predictions of random allocations against measured losses.
+
+    python scripts/compare_metrics.py --metrics perturbation perturbation:criterion=loss \
+        --output outputs/metrics-digits -- data=digits model=resnet8
+
+A metric is a file of configs/sensitivity, with settings after colons. What follows ``--`` are
+settings of adq-train; seed, data, model, quantizers, candidates and optimizer are taken from them.
+The float model is trained once. Then random allocations (each layer's bits drawn apart, at an
+average that is drawn, too) are prepared, calibrated and measured; some of them are also trained for
+a few epochs. Everything is kept as it comes, and the same command again goes on where it stopped.
+
+Writes into the output folder: tables/<metric>.json, measured.jsonl, study.csv (one row for each
+allocation), study.json (rank correlations with 95 % bootstrap intervals), study.png. Losses are
+mean cross-entropies on the validation split. "average bits" is the
+metric of no information: minus the average bits of the weights.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import csv
+import io
+import json
+import logging
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from hydra import compose, initialize_config_module
+from matplotlib.figure import Figure
+from matplotlib.ticker import NullFormatter
+from scipy.stats import spearmanr
+from torch import nn
+
+from adq_train.allocation.allocator import objective
+from adq_train.allocation.budget import Bits, Budget, Problem, figures
+from adq_train.allocation.patterns import pinned_bits
+from adq_train.artifacts import BitAllocation, LayerBits, SensitivityTable, require_finite
+from adq_train.data.base import Loading, derived_seed
+from adq_train.errors import UserError
+from adq_train.files import write_text, written_whole
+from adq_train.quantization.describe import describe_layers
+from adq_train.run_folder import RunFolder
+from adq_train.schema import register
+from adq_train.stages import Context, prepare_and_calibrate, pretrain
+from adq_train.training.evaluate import evaluate
+from adq_train.training.loop import parameter_groups, train_epoch
+from adq_train.validate import validate
+
+RESAMPLES = 2000
+LEAST_PAIRS = 5  # fewer have no interval worth the name
+
+
+def compose_and_validate(overrides: list[str]) -> tuple[dict[str, Any], Any]:
+    with initialize_config_module("adq_train.configs", version_base="1.3"):
+        return validate(compose("config", overrides))
+
+
+def start(options: argparse.Namespace) -> tuple[dict[str, Any], Any, Any, nn.Module]:
+    """The configuration, its parts, the data and the float model with its first weights."""
+    register()
+    config, parts = compose_and_validate(options.settings)
+    trainer = config["trainer"]
+    loading = Loading(
+        trainer["batch_size"], trainer["eval_batch_size"], config["seed"], parts.device
+    )
+    data = parts.data.load(loading)
+    torch.manual_seed(config["seed"])
+    model = parts.model.build(data.num_classes, data.image_shape[0]).to(parts.device)
+    return config, parts, data, model
+
+
+def measure_tables(
+    options: argparse.Namespace, run: Context, model: nn.Module, layers: Any
+) -> dict[str, SensitivityTable]:
+    """One table per metric, kept in ``tables/``."""
+    folder = run.folder.path / "tables"
+    folder.mkdir(exist_ok=True)
+    batches = list(run.data.calibration.epoch(0))
+    tables = {}
+    for metric in options.metrics:
+        file = folder / f"{metric.replace(':', ',')}.json"
+        if not file.exists():
+            name, *knobs = metric.split(":")
+            overrides = [f"sensitivity={name}", *(f"sensitivity.{knob}" for knob in knobs)]
+            _, parts = compose_and_validate([*options.settings, *overrides])
+            print(f"table: {metric}", file=sys.stderr)
+            widths = run.config["bits"]["candidates"]
+            rows = parts.sensitivity.measure(
+                model,
+                layers,
+                widths,
+                batches,
+                parts.make_weight_quantizer,
+                parts.make_activation_quantizer,
+                run.seed,
+            )
+            table = SensitivityTable(parts.sensitivity.name, tuple(widths), tuple(rows))
+            require_finite(table)
+            write_text(file, table.to_json())
+        tables[metric] = SensitivityTable.from_json(file.read_text(encoding="utf-8"))
+    return tables
+
+
+def random_bits(problem: Problem, seed: int, count: int) -> list[dict[str, Bits]]:
+    """Different allocations; a share of each width is drawn first, so that averages differ.
+
+    Raises:
+        UserError: There are not so many.
+    """
+    if len(problem.candidates) ** len(problem.mixed) < 2 * count:
+        raise UserError(f"--allocations: {count} are too many for so few layers and candidates")
+    random = np.random.default_rng(derived_seed(seed, "allocations"))
+    found: list[dict[str, Bits]] = []
+    while len(found) < count:
+        shares = random.dirichlet(np.ones(len(problem.candidates)))
+        drawn = random.choice(problem.candidates, len(problem.mixed), p=shares)
+        mixed = {x.name: Bits(int(b), int(b)) for x, b in zip(problem.mixed, drawn, strict=True)}
+        bits = {**mixed, **problem.pinned_bits()}
+        if bits not in found:
+            found.append(bits)
+    return found
+
+
+def measure(
+    run: Context, model: nn.Module, problem: Problem, bits: dict[str, Bits], epochs: int
+) -> dict[str, float]:
+    """Loss and accuracy of one allocation after calibration and, with epochs, after short QAT."""
+    costs = figures(problem.layers, bits, problem.pinned)
+    layers = tuple(LayerBits(x.name, *bits[x.name]) for x in problem.layers)
+    allocation = BitAllocation(
+        allocator="random", budget={}, layers=layers, **vars(costs), objective=None, optimal=False
+    )
+    quantized = prepare_and_calibrate(run, model, allocation)
+    if epochs:
+        trainer, optimizer_settings = run.config["trainer"], run.config["optimizer"]
+        lr, decay = optimizer_settings["lr"], optimizer_settings["weight_decay"]
+        groups = parameter_groups(quantized, lr, decay, trainer["quantizer_lr_factor"])
+        optimizer = run.parts.make_optimizer(groups)
+        for group in optimizer.param_groups:
+            group["initial_lr"] = group["lr"]
+        total = epochs * len(run.data.train)
+        for epoch in range(epochs):
+            train_epoch(
+                quantized,
+                run.data.train,
+                epoch,
+                optimizer,
+                lambda step: run.parts.scheduler(step / total),
+                label_smoothing=trainer["label_smoothing"],
+                gradient_clip_norm=trainer["gradient_clip_norm"],
+            )
+    found = evaluate(quantized, run.data.validation)
+    return {"loss": found.loss, "top1_percent": found.top1_percent}
+
+
+def measure_all(
+    options: argparse.Namespace, run: Context, model: nn.Module, problem: Problem
+) -> dict[str, dict[int, dict[str, float]]]:
+    """Every allocation after calibration, and the first few after QAT; skips what is there."""
+    bits = random_bits(problem, run.seed, options.allocations)
+    file = run.folder.path / "measured.jsonl"
+    records = []
+    if file.exists():
+        lines = file.read_text(encoding="utf-8").splitlines()
+        records = [json.loads(line) for line in lines]
+    found = {(x["stage"], x["epochs"], x["index"]): x for x in records}
+    plan = [("ptq", 0, i) for i in range(options.allocations)]
+    plan += [("qat", options.qat_epochs, i) for i in range(options.qat_allocations)]
+    for done, (stage, epochs, index) in enumerate(plan):
+        if (stage, epochs, index) in found:
+            continue
+        values = measure(run, model, problem, bits[index], epochs)
+        record = {"stage": stage, "epochs": epochs, "index": index, **values}
+        found[stage, epochs, index] = record
+        write_text(file, "".join(json.dumps(x) + "\n" for x in found.values()))
+        print(f"{done + 1}/{len(plan)} {stage} {index}: {values}", file=sys.stderr)
+    return {
+        stage: {i: found[stage, epochs, i] for s, epochs, i in plan if s == stage}
+        for stage in ("ptq", "qat")
+    }
+
+
+def rank_correlation(x: Any, y: Any, seed: int) -> dict[str, float | int | None]:
+    """Spearman's rho with a 95 % percentile interval over resampled pairs."""
+    x, y = np.asarray(x), np.asarray(y)
+    if len(x) < LEAST_PAIRS or not np.ptp(x) or not np.ptp(y):
+        return {"rho": None, "low": None, "high": None, "n": len(x)}
+    random = np.random.default_rng(seed)
+    resampled = []
+    for _ in range(RESAMPLES):
+        chosen = random.integers(len(x), size=len(x))
+        if np.ptp(x[chosen]) and np.ptp(y[chosen]):
+            resampled.append(spearmanr(x[chosen], y[chosen]).statistic)
+    low, high = np.percentile(resampled, [2.5, 97.5])
+    rho = float(spearmanr(x, y).statistic)
+    return {"rho": rho, "low": float(low), "high": float(high), "n": len(x)}
+
+
+def flat(problem: Problem, table: SensitivityTable) -> list[float]:
+    """What a layer costs at each width, weights and input at the same one."""
+    values = []
+    for layer in problem.mixed:
+        for width in problem.widths(layer):
+            one = replace(problem, layers=(layer,), pinned={})
+            values.append(objective(one, table, {layer.name: Bits(width, width)}) or 0.0)
+    return values
+
+
+def report(
+    problem: Problem,
+    tables: dict[str, SensitivityTable],
+    measured: dict[str, dict[int, dict[str, float]]],
+    float_loss: float,
+    options: argparse.Namespace,
+    seed: int,
+    folder: Path,
+) -> dict[str, Any]:
+    """Writes the study's files from what was measured."""
+    bits = random_bits(problem, seed, options.allocations)
+    averages = [figures(problem.layers, x, problem.pinned).average_weight_bits for x in bits]
+    predicted: dict[str, list[float]] = {
+        metric: [objective(problem, table, x) or 0.0 for x in bits]
+        for metric, table in tables.items()
+    }
+    predicted["average bits"] = [-x for x in averages]
+    rises = {
+        stage: {i: x["loss"] - float_loss for i, x in values.items()}
+        for stage, values in measured.items()
+    }
+    between = {
+        f"{a} ~ {b}": rank_correlation(flat(problem, tables[a]), flat(problem, tables[b]), seed)
+        for n, a in enumerate(tables)
+        for b in list(tables)[n + 1 :]
+    }
+    against = {
+        metric: {
+            stage: rank_correlation([values[i] for i in rise], list(rise.values()), seed)
+            for stage, rise in rises.items()
+        }
+        for metric, values in predicted.items()
+    }
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    columns = [f"{stage}_{what}" for stage in measured for what in ("loss", "top1_percent")]
+    writer.writerow(["index", "bits", "average_weight_bits", *columns, *predicted])
+    for i, chosen in enumerate(bits):
+        cells = [
+            measured[stage].get(i, {}).get(what, "")
+            for stage in measured
+            for what in ("loss", "top1_percent")
+        ]
+        widths = " ".join(str(chosen[x.name].weights) for x in problem.layers)
+        writer.writerow([i, widths, averages[i], *cells, *(v[i] for v in predicted.values())])
+    write_text(folder / "study.csv", text.getvalue())
+    study = {
+        "command": ["python", *sys.argv],
+        "seed": seed,
+        "float_loss": float_loss,
+        "qat_epochs": options.qat_epochs,
+        "torch": torch.__version__,
+        "tables": between,
+        "predicted_against_measured": against,
+    }
+    write_text(folder / "study.json", json.dumps(study, indent=2) + "\n")
+    with written_whole(folder / "study.png") as temporary:
+        draw(predicted, rises, against).savefig(temporary, format="png", dpi=110)
+    return study
+
+
+def draw(predicted: Any, rises: Any, against: Any) -> Figure:
+    """A panel for each metric and stage: predicted against measured."""
+    figure = Figure(figsize=(2.6 * len(predicted) + 0.6, 5), layout="constrained")
+    panels = figure.subplots(2, len(predicted), squeeze=False)
+    for row, (stage, rise) in enumerate(rises.items()):
+        for column, (metric, values) in enumerate(predicted.items()):
+            axes = panels[row][column]
+            axes.plot([values[i] for i in rise], list(rise.values()), "o", markersize=3)
+            rho = against[metric][stage]["rho"]
+            shown = "too few" if rho is None else f"ρ = {rho:.2f}"
+            axes.set_title(f"{metric}\n{shown}, n = {len(rise)}", fontsize=8)
+            if min(values) > 0:
+                axes.set_xscale("log")
+                axes.xaxis.set_minor_formatter(NullFormatter())
+            axes.tick_params(labelsize=6)
+            axes.spines[["top", "right"]].set_visible(False)
+        panels[row][0].set_ylabel(
+            "rise of the loss, " + ("no training" if stage == "ptq" else "after short QAT"),
+            fontsize=8,
+        )
+    figure.supxlabel("predicted: summed Ω (average bits: with a minus)", fontsize=8)
+    return figure
+
+
+def main() -> None:
+    words = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    words.add_argument("--metrics", nargs="+", required=True, metavar="NAME[:KNOB=VALUE]")
+    words.add_argument("--output", type=Path, required=True)
+    words.add_argument("--allocations", type=int, default=40, help="after calibration alone")
+    words.add_argument("--qat-allocations", type=int, default=10, help="also after short QAT")
+    words.add_argument("--qat-epochs", type=int, default=3)
+    words.add_argument("settings", nargs="*", help="settings of adq-train, after --")
+    options = words.parse_args()
+    if options.qat_allocations > options.allocations:
+        words.error("--qat-allocations must not be more than --allocations")
+    logging.getLogger("adq_train").setLevel(logging.WARNING)
+    try:
+        study(options)
+    except UserError as error:
+        sys.exit(f"error: {error}")
+
+
+def study(options: argparse.Namespace) -> None:
+    """The whole study."""
+    config, parts, data, model = start(options)
+    images, _ = next(data.calibration.epoch(0))
+    layers = describe_layers(model, images[:1])
+    bits = config["bits"]
+    pinned = pinned_bits(layers, bits["first_last"], bits["pinned"] or {})
+    problem = Problem(layers, pinned, tuple(bits["candidates"]), Budget())
+    with RunFolder(options.output, config) as folder:
+        run = Context(config, parts, data, folder)
+        with folder.stage("pretrain"):
+            pretrain(run, model)
+        with folder.stage("tables"):
+            tables = measure_tables(options, run, copy.deepcopy(model), layers)
+        with folder.stage("measure"):
+            measured = measure_all(options, run, model, problem)
+        float_loss = evaluate(model, data.validation).loss
+        found = report(problem, tables, measured, float_loss, options, run.seed, folder.path)
+    print(f"{'':34}  rank correlation with the measured rise of the loss")
+    for metric, stages in found["predicted_against_measured"].items():
+        cells = [
+            f"{stage} {x['rho']:.3f} [{x['low']:.3f}, {x['high']:.3f}], n = {x['n']}"
+            for stage, x in stages.items()
+            if x["rho"] is not None
+        ]
+        print(f"{metric:34}  {'   '.join(cells)}")
+    for names, x in found["tables"].items():
+        print(f"tables: {names}  {x['rho']}")
+    print(f"written to  {options.output}/study.csv, study.json, study.png")
+
+
+if __name__ == "__main__":
+    main()

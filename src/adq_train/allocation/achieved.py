@@ -1,0 +1,78 @@
+"""What a prepared model really costs, counted from the model itself."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from adq_train.allocation.budget import Bits, Figures, figures
+from adq_train.artifacts import BitAllocation, LayerInfo
+from adq_train.errors import UserError
+from adq_train.quantization.describe import count_macs, run_with_hooks
+from adq_train.quantization.prepare import quantized_layers
+
+
+@torch.no_grad()
+def achieved(model: nn.Module, image: Tensor, pinned: Mapping[str, int]) -> Figures:
+    """Figures from the elements, multiply-accumulates and quantizers of a prepared model.
+
+    Args:
+        model: Prepared; left as it was.
+        image: (1, C, H, W).
+        pinned: The layers that stay outside the averages, by name.
+
+    Raises:
+        UserError: A quantizer has more levels than its bits can tell apart.
+    """
+    layers = quantized_layers(model)
+    infos: dict[str, LayerInfo] = {}
+    bits: dict[str, Bits] = {}
+    name_of: dict[Tensor, str] = {}
+
+    def record(name: str, layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        own = Bits(layers[name].weight_quantizer.bit_width, layers[name].input_quantizer.bit_width)
+        # A weight that is used more than once, by one layer or by several, counts once.
+        name = name_of.setdefault(layers[name].weight, name)
+        assert bits.setdefault(name, own) == own, f"{name}: layers with one weight differ in bits"
+        old = infos.get(name, LayerInfo(name, 0, 0, 0))
+        infos[name] = LayerInfo(
+            name,
+            layers[name].weight.numel(),
+            old.macs + count_macs(layer, inputs[0], output),
+            old.num_inputs + inputs[0].numel(),
+        )
+
+    run_with_hooks(model, image, {name: partial(record, name) for name in layers})
+    for name, layer in layers.items():
+        for what, quantizer in (
+            ("weights", layer.weight_quantizer),
+            ("input", layer.input_quantizer),
+        ):
+            if len(quantizer.levels()) > 2**quantizer.bit_width:
+                raise UserError(
+                    f"{name}: the quantizer of its {what} has {len(quantizer.levels())} levels, "
+                    f"more than {quantizer.bit_width} bits can tell apart; check the quantizer"
+                )
+    return figures(list(infos.values()), bits, pinned)
+
+
+def require_achieved(allocation: BitAllocation, counted: Figures) -> None:
+    """Refuses a prepared model that does not cost exactly what the allocation says.
+
+    Raises:
+        UserError: Names every figure that differs.
+    """
+    differ = [
+        f"{name} {promised} but the model has {value}"
+        for name, value in asdict(counted).items()
+        if (promised := getattr(allocation, name)) != value
+    ]
+    if differ:
+        raise UserError(
+            f"allocation.json says {'; '.join(differ)}; delete the file to make it anew, and check "
+            "that the quantizers take the bit-width that they are given"
+        )

@@ -1,0 +1,118 @@
+"""What every allocator can do, and the account of its choice."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import asdict
+
+from adq_train.allocation.budget import Bits, Problem, figures
+from adq_train.artifacts import BitAllocation, LayerBits, SensitivityTable
+from adq_train.errors import UserError
+
+
+class Allocator(ABC):
+    """Chooses bits for the layers that are not pinned."""
+
+    @property
+    @abstractmethod
+    def name(self) -> str:
+        """The allocator's name in ``allocation.json``."""
+
+    @abstractmethod
+    def choose(self, problem: Problem, table: SensitivityTable) -> tuple[dict[str, Bits], bool]:
+        """Bits of every mixed layer by name, and whether they are proven optimal.
+
+        Raises:
+            UserError: It cannot choose.
+        """
+
+    def check(self, problem: Problem) -> None:
+        """Refuses what :meth:`choose` would refuse, as far as that shows before any training.
+
+        Raises:
+            UserError: It cannot choose.
+        """
+        problem.check()
+
+
+def omega(problem: Problem, table: SensitivityTable) -> dict[str, dict[Bits, float]]:
+    """Ω of every option of every mixed layer: the effect of its weights and of its input.
+
+    A table with ``activation_sensitivity`` gives both apart, and they add up; one without holds
+    the effect of both at the same bit-width.
+
+    Args:
+        problem: Layers and their options.
+        table: Sensitivities of at least the mixed layers.
+
+    Raises:
+        UserError: The table does not say what an option costs.
+    """
+    rows = {x.name: x for x in table.layers}
+    values: dict[str, dict[Bits, float]] = {}
+    for layer in problem.mixed:
+        row = rows.get(layer.name)
+        if row is None:
+            raise UserError(
+                f"sensitivity: {table.metric} says nothing about {layer.name}; measure it anew"
+            )
+        if row.activation_sensitivity is None and not problem.tied:
+            raise UserError(
+                f"bits.tied: false needs the effects of weights and of activations apart, and "
+                f"{table.metric} measures them together; set sensitivity.tensors=separate or "
+                "bits.tied=true"
+            )
+        missing = set(problem.widths(layer)) - set(row.sensitivity)
+        if missing:
+            raise UserError(
+                f"sensitivity: {table.metric} of {layer.name} was not measured at {min(missing)} "
+                f"bits, only at {sorted(row.sensitivity)}; choose among these"
+            )
+        inputs = row.activation_sensitivity or dict.fromkeys(row.sensitivity, 0.0)
+        values[layer.name] = {
+            bits: row.sensitivity[bits.weights] + inputs[bits.activations]
+            for bits in problem.options(layer)
+        }
+    return values
+
+
+def objective(problem: Problem, table: SensitivityTable, bits: Mapping[str, Bits]) -> float | None:
+    """Σ_l Ω[l, bits_l] over the mixed layers; None where the table does not hold these bits."""
+    rows = {x.name: x for x in table.layers}
+    total = 0.0
+    for layer in problem.mixed:
+        row, (weights, activations) = rows[layer.name], bits[layer.name]
+        inputs = row.activation_sensitivity
+        if weights not in row.sensitivity or activations not in (inputs or row.sensitivity):
+            return None
+        if inputs is None and weights != activations:
+            return None
+        total += row.sensitivity[weights] + (inputs[activations] if inputs else 0.0)
+    return total
+
+
+def allocate(allocator: Allocator, problem: Problem, table: SensitivityTable) -> BitAllocation:
+    """Lets an allocator choose, and accounts for what its choice costs.
+
+    Args:
+        allocator: Who chooses.
+        problem: Layers, candidates and budget.
+        table: Sensitivities of at least the mixed layers.
+
+    Raises:
+        UserError: No allocation meets the budget.
+    """
+    problem.check()
+    chosen, optimal = allocator.choose(problem, table)
+    bits = {**chosen, **problem.pinned_bits()}
+    broken = problem.broken(bits)
+    assert not broken, f"{allocator.name} broke {broken}"
+    return BitAllocation(
+        allocator=allocator.name,
+        budget=problem.budget.limits(),
+        layers=tuple(LayerBits(x.name, *bits[x.name]) for x in problem.layers),
+        **asdict(figures(problem.layers, bits, problem.pinned)),
+        objective=objective(problem, table, bits),
+        optimal=optimal,
+    )
