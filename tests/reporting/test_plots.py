@@ -19,14 +19,16 @@ from adq_train.reporting import plots
 def model():
     layers = nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Conv2d(4, 4, 3))
     for index, bits in ((0, 8), (2, 3)):
-        layers[index] = quantize_layer(
-            layers[index],
-            LayerBits(str(index), bits, bits),
+        name = str(index)
+        forms = quantize_layer(
+            layers,
+            LayerBits(name, bits, bits),
             AdqWeightQuantizer,
             N2uqActivationQuantizer,
-            torch.rand(100),
+            {name: torch.rand(100)},
             seed=0,
         )
+        layers[index] = forms[name]
     return layers
 
 
