@@ -107,6 +107,7 @@ def train_epoch(
         loss.backward()  # type: ignore[no-untyped-call]
         for layer in layers:
             layer.weight_quantizer.regularize(layer.weight)
+            layer.input_quantizer.regularize()
         if gradient_clip_norm is not None:
             nn.utils.clip_grad_norm_(model.parameters(), gradient_clip_norm)
         optimizer.step()
