@@ -77,8 +77,8 @@ class ApotWeightQuantizer(WeightQuantizer):
     the authors' first code). Without spread (σ = 0) all weights become 0. Since μ and σ of a result
     are others than those of the weights, quantizing it once more may change it.
 
-    α starts at the clip of least squared error, in units of σ (this project's choice; the authors
-    start at 3), and is used by its magnitude.
+    α, in units of σ, starts at the clip of least squared error that is not beyond the largest
+    weight (this project's choice; the authors start at 3), and is used by its magnitude.
 
     Args:
         bit_width: b, 2 … 8: a sign and b - 1 bits of magnitude, 2^b - 1 levels.
@@ -155,8 +155,8 @@ class ApotActivationQuantizer(RangedActivationQuantizer):
     """APoT levels between 0 and a learned clip α, with the RCF's gradient.
 
     An input with negative values gets a sign and b - 1 bits of magnitude, as weights do. α starts
-    at the clip of least squared error on the calibration sample (this project's choice) and is used
-    by its magnitude.
+    at the clip of least squared error that is not beyond the calibration sample (this project's
+    choice), and is used by its magnitude.
 
     Args:
         bit_width: b, 2 … 8.

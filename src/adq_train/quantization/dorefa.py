@@ -47,8 +47,8 @@ class DorefaWeightQuantizer(WeightQuantizer):
     def __init__(self, bit_width: int, *, rescale: bool = True) -> None:
         super().__init__(bit_width)
         self.rescale = rescale
-        self.num_steps = 2**bit_width - 1
-        base = 2 * torch.arange(2**bit_width) / self.num_steps - 1
+        self.num_steps: int = 2**bit_width - 1
+        base = 2 * torch.arange(self.num_steps + 1) / self.num_steps - 1
         self.register_buffer("base", base, persistent=False)
 
     def calibrate(self, values: Tensor, seed: int = 0) -> None:

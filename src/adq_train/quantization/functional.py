@@ -44,7 +44,7 @@ def assign(values: Tensor, codebook: Tensor) -> Tensor:
     Returns:
         The shape of ``values``, in ``0 … K - 1``.
     """
-    return torch.bucketize(values, midpoints(codebook))
+    return torch.bucketize(values.contiguous(), midpoints(codebook))
 
 
 def quantiles(ordered: Tensor, fractions: Tensor) -> Tensor:

@@ -150,7 +150,7 @@ class N2uqActivationQuantizer(ActivationQuantizer):
     def quantize(self, x: Tensor) -> Tensor:
         """Codes in ``0 … 2^n - 1``, uint8, of the shape of ``x``."""
         scaled = at_least_float32(x) * self.log_input_scale.exp()
-        return torch.bucketize(scaled, self.thresholds()).to(torch.uint8)
+        return torch.bucketize(scaled.contiguous(), self.thresholds()).to(torch.uint8)
 
     def levels(self) -> Tensor:
         """The uniform output levels (2^n,)."""
@@ -187,7 +187,8 @@ class N2uqWeightQuantizer(WeightQuantizer):
 
     def __init__(self, bit_width: int) -> None:
         super().__init__(bit_width)
-        base = 2 * torch.arange(2**bit_width) / (2**bit_width - 1) - 1
+        self.num_steps: int = 2**bit_width - 1
+        base = 2 * torch.arange(self.num_steps + 1) / self.num_steps - 1
         self.register_buffer("base", base, persistent=False)
 
     def calibrate(self, values: Tensor, seed: int = 0) -> None:
@@ -210,7 +211,7 @@ class N2uqWeightQuantizer(WeightQuantizer):
         """Indices into :meth:`levels`, uint8."""
         scale = self.output_scale(x)
         scaled = (at_least_float32(x) / torch.where(scale > 0, scale, 1.0)).clamp(-1, 1)
-        return ((scaled + 1) / 2 * (2**self.bit_width - 1)).round().to(torch.uint8)
+        return ((scaled + 1) / 2 * self.num_steps).round().to(torch.uint8)
 
     def levels(self) -> Tensor:
         """The 2^b levels on [-1, 1], before the scale."""
@@ -221,5 +222,5 @@ class N2uqWeightQuantizer(WeightQuantizer):
         """The scale s of each channel, (C_out, 1, …); 0 where a channel is all zero."""
         # Flattened in logical order, so that the memory format does not change the sum.
         mean = at_least_float32(weight).flatten(1).abs().mean(1)
-        gamma = (2**self.bit_width - 1) / 2 ** (self.bit_width - 1)
+        gamma = 2 * self.num_steps / (self.num_steps + 1)
         return (gamma * mean).view(-1, *[1] * (weight.dim() - 1))
