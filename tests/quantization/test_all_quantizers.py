@@ -121,7 +121,7 @@ draws = given(
 
 
 @each_choice
-@settings(deadline=None, max_examples=25)
+@settings(deadline=None, max_examples=15)
 @draws
 def test_forward_gives_the_levels_that_the_codes_stand_for(
     group, name, seed, shape, bits, factor, signed
@@ -150,7 +150,7 @@ def test_every_bit_width_keeps_the_contract_and_the_order(group, name, bits):
     ("group", "name"),
     [choice for choice in CHOICES if choice != ("activation_quantizer", "n2uq")],
 )
-@settings(deadline=None, max_examples=25)
+@settings(deadline=None, max_examples=15)
 @draws
 def test_every_value_gets_the_nearest_level(group, name, seed, shape, bits, factor, signed):
     x = drawn(seed, shape, factor, signed)
@@ -163,7 +163,7 @@ def test_every_value_gets_the_nearest_level(group, name, seed, shape, bits, fact
 
 
 @each_choice
-@settings(deadline=None, max_examples=25)
+@settings(deadline=None, max_examples=15)
 @draws
 def test_a_result_is_quantized_to_itself(group, name, seed, shape, bits, factor, signed):
     x = drawn(seed, shape, factor, signed)
@@ -172,7 +172,7 @@ def test_a_result_is_quantized_to_itself(group, name, seed, shape, bits, factor,
     if (group, name) in IDEMPOTENT:
         assert torch.equal(quantizer(once), once)
     else:
-        # Equal values stay equal and none passes another, within a channel.
+        # No value passes another of its channel.
         for first, second in zip(once.flatten(1), quantizer(once).detach().flatten(1), strict=True):
             assert (second[first.argsort(stable=True)].diff() >= 0).all()
 

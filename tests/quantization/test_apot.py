@@ -132,6 +132,10 @@ def test_weights_are_normalised_projected_and_scaled(bits, rescale):
     normal = (weight.double() - mean) / deviation
     factor = deviation if rescale else 1.0
     expected = levels[(normal[..., None] - levels).abs().argmin(-1)] * factor
+    scale = quantizer.output_scale(weight)
+    torch.testing.assert_close(scale.double(), torch.as_tensor(factor, dtype=torch.float64))
+    codes = quantizer.quantize(weight).long()
+    assert torch.equal(quantizer(weight), quantizer.levels()[codes] * scale)
     off = (quantizer(weight).double() - expected).abs() > 1e-5 * alpha * factor
     assert off.float().mean() < 0.01  # float32 may put a value on a border elsewhere
     assert not off.any() or bits > 3

@@ -8,7 +8,7 @@ from torch import nn
 
 from adq_train.artifacts import LayerBits, LayerSensitivity, SensitivityTable
 from adq_train.quantization.adq import AdqWeightQuantizer
-from adq_train.quantization.n2uq import N2uqActivationQuantizer
+from adq_train.quantization.n2uq import N2uqActivationQuantizer, N2uqWeightQuantizer
 from adq_train.quantization.prepare import quantize_layer
 from adq_train.reporting import plots
 
@@ -56,6 +56,20 @@ def test_levels_are_drawn_on_the_histogram_of_the_weights(model):
         np.testing.assert_allclose(drawn, model[index].weight_quantizer.levels(), rtol=1e-6)
         (histogram,) = axes.patches
         assert histogram.get_data().values.sum() == model[index].weight.numel()
+
+
+def test_weights_are_drawn_in_the_units_of_the_levels(model):
+    layer = model[0]
+    layer.weight_quantizer = N2uqWeightQuantizer(3)
+    with torch.no_grad():
+        layer.weight[0] = 0  # a scale of zero
+        layer.weight[1] *= 100
+    (histogram,) = plots.weights_and_levels(model).axes[0].patches
+    largest = max(
+        (channel.abs() / channel.abs().mean()).max().item() for channel in layer.weight[1:]
+    )
+    edges = histogram.get_data().edges
+    assert abs(edges).max() == pytest.approx(largest * 4 / 7, rel=1e-5)
 
 
 def test_codebooks_over_time():

@@ -205,6 +205,9 @@ class AdqWeightQuantizer(WeightQuantizer):
         dead_threshold: A level whose EMA count is smaller is moved; 0 never moves one.
         clip_gradient: Whether weights beyond the outermost levels get no gradient.
         commitment: β ≥ 0; adds β (W - Ŵ) to each weight's gradient.
+
+    Raises:
+        ValueError: An argument lies outside its range.
     """
 
     codebook: Tensor

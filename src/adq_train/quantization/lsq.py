@@ -18,7 +18,8 @@ def lsq(x: Tensor, step: Tensor, low: int, high: int, num_elements: int) -> Tens
     """LSQ's quantizer, equations 1–3 of the paper.
 
     ŷ = step · round(clip(x / step, low, high)), with the straight-through gradient of the
-    rounding and the gradient of the step multiplied by 1 / sqrt(num_elements · high).
+    rounding and the gradient of the step multiplied by 1 / sqrt(num_elements · high). A value
+    exactly on an end of the range counts as within it; in equation 3 it counts as beyond.
 
     Args:
         x: Any shape.
@@ -48,7 +49,12 @@ def lsq_indices(x: Tensor, step: Tensor, low: int, high: int) -> Tensor:
 
 
 def initial_step(values: Tensor, high: int) -> Tensor:
-    """The paper's initialisation, 2 · mean|x| / sqrt(high); 1 for a tensor of zeros."""
+    """The paper's initialisation (section 2.1), 2 · mean|x| / sqrt(high); 1 for zeros.
+
+    Args:
+        values: Any shape.
+        high: Largest code, Q_P.
+    """
     step = 2 * values.detach().float().abs().mean() / high**0.5
     return torch.where(step > 0, step, 1.0)
 
@@ -56,7 +62,7 @@ def initial_step(values: Tensor, high: int) -> Tensor:
 class LsqWeightQuantizer(WeightQuantizer):
     """Signed weights with one learned step per layer: codes -2^(b-1) … 2^(b-1) - 1.
 
-    Section 2.1 of the paper: Q_N = 2^(b-1) and Q_P = 2^(b-1) - 1 for weights. The gradient of the
+    Section 2 of the paper: Q_N = 2^(b-1) and Q_P = 2^(b-1) - 1 for weights. The gradient of the
     step is that of equation 3 times 1 / sqrt(N · Q_P) (section 2.2), with N the number of weights.
     The step is used by its magnitude, so that levels stay in order.
 
@@ -101,7 +107,7 @@ class LsqWeightQuantizer(WeightQuantizer):
 class LsqActivationQuantizer(RangedActivationQuantizer):
     """A learned step on a layer's input: codes 0 … 2^b - 1, signed where calibration asks for it.
 
-    Section 2.1 of the paper: Q_N = 0 and Q_P = 2^b - 1 for unsigned data, as weights otherwise.
+    Section 2 of the paper: Q_N = 0 and Q_P = 2^b - 1 for unsigned data, as weights otherwise.
     N of the gradient's scale is the number of features of one input (section 2.2).
 
     Args:

@@ -87,6 +87,9 @@ class N2uqActivationQuantizer(ActivationQuantizer):
             squared error smallest; ``quantile``: thresholds with equal mass between them.
         learn_input_scale: Whether a factor on the input is learned too, as in N2UQ; thresholds
             can express it already, so it changes the dynamics of training alone.
+
+    Raises:
+        ValueError: An argument lies outside its range.
     """
 
     zero_point: Tensor
