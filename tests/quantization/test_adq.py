@@ -421,14 +421,16 @@ def lloyd_max_of_density(cdf, moment, num_levels):
 @pytest.mark.parametrize(("level_set", "num_levels"), [("symmetric", 7), ("no_zero", 8)])
 def test_centroids_end_at_the_lloyd_max_codebook_of_a_density(density, level_set, num_levels):
     cdf, moment, ppf = DENSITIES[density]
-    # The weights are evenly spaced in probability, so that no draw disturbs the comparison.
-    weight = torch.from_numpy(ppf((np.arange(20_000) + 0.5) / 20_000)).float().view(20, -1)
+    # The weights are the means of cells of equal mass, so that no draw disturbs the comparison.
+    inner = moment(ppf(np.arange(1, 8_000) / 8_000))
+    weight = torch.from_numpy(8_000 * np.diff([0.0, *inner, 0.0])).float().view(20, -1)
     quantizer = calibrated(weight, level_set=level_set, decay=0.5)
     expected = lloyd_max_of_density(cdf, moment, num_levels)
     assert np.abs(quantizer.levels().numpy() - expected).max() > 0.1
-    for step in range(500):
+    for step in range(300):
         quantizer.adapt(weight, step)
-    np.testing.assert_allclose(quantizer.levels(), expected, atol=0.01)
+    # Steps end where no weight changes its cell any more, a little before the density's optimum.
+    np.testing.assert_allclose(quantizer.levels(), expected, rtol=0.005, atol=0.005)
 
 
 @pytest.fixture(scope="module")

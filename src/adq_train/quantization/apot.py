@@ -73,9 +73,9 @@ class ApotWeightQuantizer(WeightQuantizer):
     """Weights normalized to mean 0 and deviation 1 per layer, then APoT levels under a clip α.
 
     Section 2.4 of the paper: W̃ = (W - μ) / σ is what is quantized, so that the clip sees the same
-    distribution in every step. μ and σ follow the weights; no gradient passes through them (as in
-    the authors' first code). Without spread (σ = 0) all weights become 0. Since μ and σ of a result
-    are others than those of the weights, quantizing it once more may change it.
+    distribution in every step. μ and σ follow the weights; no gradient passes through them (this
+    project's choice). Without spread (σ = 0) all weights become 0. Since μ and σ of a result are
+    others than those of the weights, quantizing it once more may change it.
 
     α, in units of σ, starts at the clip of least squared error that is not beyond the largest
     weight (this project's choice; the authors start at 3), and is used by its magnitude.
