@@ -24,7 +24,7 @@ demo: $(STAMP)  ## Run the main job: a small ResNet on digits, through all stage
 	$(BIN)/adq-train experiment=quickstart
 
 test: $(STAMP)  ## Run the tests, with coverage
-	$(BIN)/python -m pytest --cov --cov-report=term:skip-covered
+	$(BIN)/python -m pytest --numprocesses=auto --maxprocesses=4 --dist=worksteal --cov --cov-report=term:skip-covered
 
 lint: $(STAMP)  ## Check style and types
 	$(BIN)/ruff check .

@@ -3,7 +3,9 @@
 from adq_train.artifacts import (
     BitAllocation,
     LayerBits,
+    LayerLevels,
     LayerSensitivity,
+    LevelCounts,
     RunResult,
     SensitivityTable,
 )
@@ -43,4 +45,5 @@ ALLOCATION = BitAllocation(
     objective=0.125,
     optimal=True,
 )
+LEVELS = LevelCounts((LayerLevels("first", 100, 99, 256, 17), LayerLevels("second", 3, 3, 4, 4)))
 RESULT = RunResult(90.0, 50.0, 88.0, 99.0, 400, {"qat": 1.5})

@@ -7,7 +7,9 @@ from hypothesis import strategies as st
 from adq_train.artifacts import (
     BitAllocation,
     LayerBits,
+    LayerLevels,
     LayerSensitivity,
+    LevelCounts,
     RunResult,
     SensitivityTable,
     require_finite,
@@ -35,8 +37,9 @@ ALLOCATION = BitAllocation(
     optimal=True,
 )
 RESULT = RunResult(92.6, 10.0, 91.05, 99.7, 10_000, {"profile": 1.5, "qat": 60.25})
+LEVELS = LevelCounts((LayerLevels("conv1", 27, 26, 256, 17), LayerLevels("fc", 3, 3, 4, 4)))
 each_artifact = pytest.mark.parametrize(
-    "artifact", [TABLE, ALLOCATION, RESULT], ids=lambda x: type(x).__name__
+    "artifact", [TABLE, ALLOCATION, LEVELS, RESULT], ids=lambda x: type(x).__name__
 )
 
 

@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 
 CONTRACT = {
     "config.yaml",
+    "levels.json",
     "manifest.json",
     "status.json",
     "train.log",

@@ -1,3 +1,24 @@
 """Train networks at two to four bits: sensitivity profiling, bit allocation and QAT."""
 
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from adq_train.api import follow, quantize
+    from adq_train.training.loop import parameter_groups
+
 __version__ = "0.1.0"
+__all__ = ["follow", "parameter_groups", "quantize"]
+
+_HOMES = {
+    "follow": "adq_train.api",
+    "parameter_groups": "adq_train.training.loop",
+    "quantize": "adq_train.api",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Imports a function on its first use: the command line must answer before torch is loaded."""
+    if name not in _HOMES:
+        raise AttributeError(f"module 'adq_train' has no attribute {name!r}")
+    return getattr(import_module(_HOMES[name]), name)

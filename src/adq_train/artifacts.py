@@ -140,6 +140,49 @@ class BitAllocation:
 
 
 @dataclass(frozen=True)
+class LayerLevels:
+    """How many levels one layer has, and how many occur after QAT.
+
+    Attributes:
+        name: The layer's name.
+        weight_levels: Levels of the codebook, or the number of weights if that is smaller.
+        weight_levels_used: Distinct levels among the quantized weights.
+        activation_levels: Levels of the input.
+        activation_levels_used: Distinct levels of the input on the calibration images.
+    """
+
+    name: str
+    weight_levels: int
+    weight_levels_used: int
+    activation_levels: int
+    activation_levels_used: int
+
+
+@dataclass(frozen=True)
+class LevelCounts:
+    """The levels of every quantized layer."""
+
+    layers: tuple[LayerLevels, ...]
+
+    def to_json(self) -> str:
+        """The content of ``levels.json``."""
+        return _dump(asdict(self))
+
+    @classmethod
+    def from_json(cls, text: str) -> LevelCounts:
+        """Reads what :meth:`to_json` wrote.
+
+        Raises:
+            UserError: The text is something else.
+        """
+        content = _parse(text, "a count of levels")
+        try:
+            return cls(tuple(LayerLevels(**x) for x in content["layers"]))
+        except (KeyError, TypeError) as error:
+            raise UserError(f"not a count of levels: {error!r}") from error
+
+
+@dataclass(frozen=True)
 class RunResult:
     """The figures of a run, on the test split.
 

@@ -24,6 +24,7 @@ from adq_train.stages import (
     Context,
     allocate_bits,
     evaluate_models,
+    keep_levels,
     keep_result,
     prepare_and_calibrate,
     pretrain,
@@ -121,6 +122,7 @@ def execute(config: dict[str, Any], parts: Parts, path: Path, command: list[str]
             train_quantized(run, quantized, allocation)
         with folder.stage("evaluate"):
             figures = evaluate_models(run, model, calibrated, quantized)
+            keep_levels(run, quantized)
         result = keep_result(run, *figures)
         report.write(folder, table, allocation, result, quantized)
     return result

@@ -18,6 +18,7 @@ from adq_train.allocation.budget import Problem, allocate
 from adq_train.artifacts import (
     BitAllocation,
     LayerInfo,
+    LevelCounts,
     RunResult,
     SensitivityTable,
     require_finite,
@@ -25,6 +26,7 @@ from adq_train.artifacts import (
 from adq_train.data.base import ImageData
 from adq_train.errors import UserError
 from adq_train.files import write_text, written_whole
+from adq_train.quantization.levels import count_levels
 from adq_train.quantization.prepare import collect_inputs, prepare
 from adq_train.reporting.progress import Progress
 from adq_train.reporting.recorder import Recorder, read_metrics
@@ -248,6 +250,14 @@ def evaluate_models(
     """
     test = run.data.test
     return evaluate(model, test), evaluate(calibrated, test), evaluate(quantized, test)
+
+
+def keep_levels(run: Context, quantized: nn.Module) -> LevelCounts:
+    """Counts the levels that the trained network uses, on the calibration images."""
+    images = (images for images, _ in run.data.calibration.epoch(0))
+    levels = LevelCounts(count_levels(quantized, images))
+    run.folder.save("levels.json", levels)
+    return levels
 
 
 def keep_result(

@@ -6,7 +6,7 @@ from torch import nn
 
 from adq_train.artifacts import LayerInfo
 from adq_train.errors import UserError
-from adq_train.quantization.describe import describe_layers
+from adq_train.quantization.describe import describe_layers, same_weight
 
 
 class Reordered(nn.Module):
@@ -44,6 +44,10 @@ class Twice(nn.Module):
         pytest.param(nn.Conv2d(2, 4, 3, dilation=2), (2, 9, 7), 4 * 5 * 3 * 18, id="dilated"),
         pytest.param(nn.Conv1d(3, 4, 5), (3, 9), 4 * 5 * 15, id="1d"),
         pytest.param(nn.Conv3d(1, 2, 2), (1, 3, 4, 5), 2 * 2 * 3 * 4 * 8, id="3d"),
+        pytest.param(nn.ConvTranspose2d(3, 4, 2), (3, 5, 6), 3 * 5 * 6 * 16, id="transposed"),
+        pytest.param(
+            nn.ConvTranspose2d(4, 6, 3, 2, groups=2), (4, 5, 6), 4 * 5 * 6 * 27, id="its groups"
+        ),
         pytest.param(nn.Linear(7, 4), (7,), 28, id="linear"),
         pytest.param(nn.Linear(7, 4), (3, 7), 3 * 28, id="linear on a sequence"),
     ],
@@ -82,7 +86,51 @@ def test_a_subclass_is_left_alone(caplog):
     with caplog.at_level(logging.WARNING):
         layers = describe_layers(model, torch.zeros(1, 2))
     assert [x.name for x in layers] == ["0"]
-    assert caplog.messages == ["1 stays in full precision: Own is a kind of its own"]
+    assert caplog.messages == ["1 stays in full precision: weights of a Own are not quantized"]
+
+
+def test_layers_with_the_same_weight_count_as_one():
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 4))
+    model[2].weight = model[0].weight
+    layers = describe_layers(model, torch.zeros(1, 4))
+    assert layers == (LayerInfo("0", 16, 32, 8), LayerInfo("1", 16, 16, 4))
+    assert same_weight(model, "0") == ["0", "2"]
+    assert same_weight(model, "2") == ["2", "0"]
+    assert same_weight(model, "1") == ["1"]
+
+
+class Attention(nn.Module):
+    """Weights that nothing can intercept: used through functional calls, or of other kinds."""
+
+    def __init__(self):
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(1, 1, 8))
+        self.position = nn.Parameter(torch.zeros(5, 8))
+        self.embed = nn.Linear(3, 8)
+        self.attention = nn.MultiheadAttention(8, 2, batch_first=True)
+        self.recurrent = nn.GRU(8, 8, batch_first=True)
+        self.functional = nn.Linear(8, 8)
+        self.norm = nn.LayerNorm(8)
+
+    def forward(self, x):
+        x = self.embed(x) * self.scale + self.position
+        x, _ = self.attention(x, x, x)
+        x, _ = self.recurrent(x)
+        return nn.functional.linear(self.norm(x), self.functional.weight).mean(1)
+
+
+def test_weights_that_cannot_be_quantized_are_named(caplog):
+    with caplog.at_level(logging.WARNING):
+        layers = describe_layers(Attention(), torch.zeros(1, 5, 3))
+    assert [x.name for x in layers] == ["embed"]
+    named = [message.split(" stays in full precision: ") for message in caplog.messages]
+    assert named == [
+        ["the model's own weight", "weights of a Attention are not quantized"],
+        ["attention", "weights of a MultiheadAttention are not quantized"],
+        ["attention.out_proj", "weights of a NonDynamicallyQuantizableLinear are not quantized"],
+        ["recurrent", "weights of a GRU are not quantized"],
+        ["functional", "its forward() is never called"],
+    ]
 
 
 @pytest.mark.parametrize("fails", [False, True])

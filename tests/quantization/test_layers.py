@@ -8,6 +8,7 @@ from adq_train.quantization.layers import (
     QuantConv1d,
     QuantConv2d,
     QuantConv3d,
+    QuantConvTranspose2d,
     QuantLinear,
     quantized,
 )
@@ -33,7 +34,9 @@ CONVOLUTIONS = [
 
 
 @pytest.mark.parametrize(
-    ("make", "kind", "convolve", "size", "options"), CONVOLUTIONS, ids=lambda x: str(x)
+    ("make", "kind", "convolve", "size", "options"),
+    CONVOLUTIONS,
+    ids=[f"{make.__name__} {options}" for make, *_, options in CONVOLUTIONS],
 )
 def test_convolutions_work_on_quantized_tensors(make, kind, convolve, size, options):
     x = torch.randn(2, 4, *size)
@@ -47,6 +50,42 @@ def test_convolutions_work_on_quantized_tensors(make, kind, convolve, size, opti
     functional = {k: v for k, v in options.items() if k != "bias"}
     expected = convolve(x_quantized, weight, layer.bias, **functional)
     torch.testing.assert_close(quantized_layer(x), expected)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"bias": False}, {"groups": 2, "stride": 2, "padding": 1, "output_padding": 1, "dilation": 2}],
+    ids=str,
+)
+def test_a_transposed_convolution_works_on_quantized_tensors(options):
+    x = torch.randn(2, 4, 5, 6)
+    layer = nn.ConvTranspose2d(4, 6, 3, **options)
+    quantized_layer = quantize(layer, x)
+    assert type(quantized_layer) is QuantConvTranspose2d
+    weight = quantized_layer.weight_quantizer(layer.weight)
+    functional = {k: v for k, v in options.items() if k != "bias"}
+    expected = F.conv_transpose2d(
+        quantized_layer.input_quantizer(x), weight, layer.bias, **functional
+    )
+    torch.testing.assert_close(quantized_layer(x), expected)
+
+
+def test_a_transposed_convolution_takes_an_output_size():
+    x = torch.randn(2, 4, 5, 6)
+    layer = nn.ConvTranspose2d(4, 6, 3, stride=2)
+    assert quantize(layer, x)(x, output_size=[12, 13]).shape == layer(x, [12, 13]).shape
+
+
+def test_hooks_and_attributes_come_along_and_the_float_layer_keeps_its_own():
+    layer, calls = nn.Linear(4, 3), []
+    layer.label = "mine"
+    layer.register_forward_hook(lambda *_: calls.append(1))
+    quantized_layer = quantize(layer, torch.randn(8))
+    quantized_layer(torch.randn(2, 4))
+    assert quantized_layer.label == "mine"
+    assert calls == [1]
+    assert dict(layer.named_children()) == {}
+    assert [name for name, _ in layer.named_parameters()] == ["weight", "bias"]
 
 
 @pytest.mark.parametrize("mode", ["reflect", "replicate", "circular"])
@@ -105,7 +144,7 @@ class OwnLinear(nn.Linear):
 
 
 @pytest.mark.parametrize(
-    "layer", [nn.ConvTranspose2d(2, 2, 3), OwnLinear(2, 2), nn.BatchNorm1d(2)], ids=repr
+    "layer", [nn.ConvTranspose1d(2, 2, 3), OwnLinear(2, 2), nn.BatchNorm1d(2)], ids=repr
 )
 def test_other_layers_are_refused(layer):
     with pytest.raises(TypeError, match=f"cannot quantize a {type(layer).__name__}"):

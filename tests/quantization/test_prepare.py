@@ -14,6 +14,7 @@ from adq_train.quantization.prepare import (
     collect_inputs,
     prepare,
     quantized_layers,
+    quantized_weights,
     replaced,
 )
 
@@ -102,9 +103,26 @@ def test_a_layer_with_two_names_is_replaced_under_both():
     assert torch.equal(quantized(x), layer(layer(x)))
 
 
+def test_layers_that_share_a_weight_share_its_quantizer():
+    model, x = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4)).eval(), torch.randn(9, 4)
+    model[2].weight = model[0].weight
+    inputs = collect_inputs(model, ["0"], [x], seed=0)
+    assert list(inputs) == ["0", "2"]
+    quantized = prepared(model, {"0": (2, 3)}, inputs)
+    first, second = quantized_layers(quantized).values()
+    assert first.weight is second.weight
+    assert first.weight_quantizer is second.weight_quantizer
+    assert first.bias is not second.bias
+    for layer, name in ((first, "0"), (second, "2")):
+        expected = LsqActivationQuantizer(3)
+        expected.calibrate(inputs[name])
+        assert torch.equal(layer.input_quantizer.levels(), expected.levels())
+    assert quantized_weights(quantized) == [(first.weight_quantizer, first.weight)]
+
+
 def test_random_initialisation_depends_on_the_seed_and_the_layer():
     twins = nn.Sequential(nn.Linear(16, 16), nn.Linear(16, 16))
-    twins[1].weight = twins[0].weight
+    twins[1].weight.data.copy_(twins[0].weight.data)
     inputs = collect_inputs(twins, ["0", "1"], [torch.randn(5, 16)], seed=0)
     make = partial(AdqWeightQuantizer, initialization="random")
 
@@ -158,7 +176,7 @@ def test_a_replaced_layer_comes_back_even_after_an_error(model, images):
     original, expected = model[3][0], model(images)
 
     def fail():
-        with replaced(model, "3.0", nn.Identity()):
+        with replaced(model, {"3.0": nn.Identity()}):
             assert isinstance(model[3][0], nn.Identity)
             raise ZeroDivisionError
 

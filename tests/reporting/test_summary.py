@@ -4,15 +4,18 @@ import io
 from pathlib import Path
 
 import pytest
-from helpers import ALLOCATION, RESULT, TABLE
+from helpers import ALLOCATION, LEVELS, RESULT, TABLE
 from rich.console import Console
 
-from adq_train.reporting.summary import kilobytes, render, total_bytes
+from adq_train.artifacts import LayerLevels, LevelCounts
+from adq_train.reporting.summary import kilobytes, render, total_bytes, unused_levels
 
 
 def text_of(**changes):
     file = io.StringIO()
-    arguments = {"table": TABLE, "allocation": ALLOCATION, "result": RESULT} | changes
+    arguments = {
+        "table": TABLE, "allocation": ALLOCATION, "levels": LEVELS, "result": RESULT,
+    } | changes  # fmt: skip
     content = render(**arguments, num_float_values=50, folder=Path("a/run"))
     Console(file=file, width=120).print(content)
     return file.getvalue()
@@ -40,6 +43,19 @@ def test_negative_sensitivities_are_shown_as_they_are():
     assert "-1.00e-03" in text_of()
 
 
+def test_a_layer_without_its_levels_is_named():
+    assert "first uses 99 of 100 weight levels and 17 of 256 activation levels" in text_of()
+    assert "second uses" not in text_of()
+
+
+def test_many_layers_without_their_levels_are_counted():
+    layers = tuple(LayerLevels(f"layer{i}", 4, 3, 4, 4) for i in range(9))
+    lines = unused_levels(LevelCounts(layers), most=4)
+    assert lines[0] == "layer0 uses 3 of 4 weight levels"
+    assert lines[4:] == ["… and 5 more layers (levels.json)"]
+    assert len(unused_levels(LevelCounts(layers[:4]), most=4)) == 4
+
+
 @pytest.mark.parametrize(("optimal", "expected"), [(True, "ilp, proven optimal"), (False, "ilp)")])
 def test_optimality_is_claimed_only_where_it_is_proven(optimal, expected):
     from dataclasses import replace
@@ -58,6 +74,6 @@ def test_long_paths_are_not_cut(tmp_path):
     file = io.StringIO()
     folder = Path("x" * 200)
     Console(file=file, width=80, soft_wrap=True).print(
-        render(TABLE, ALLOCATION, RESULT, num_float_values=50, folder=folder)
+        render(TABLE, ALLOCATION, LEVELS, RESULT, num_float_values=50, folder=folder)
     )
     assert f"tensorboard --logdir {folder}" in file.getvalue()

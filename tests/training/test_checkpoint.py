@@ -161,8 +161,7 @@ def copy_of(folder, to):
     return CheckpointFolder(to)
 
 
-@pytest.mark.parametrize("best", [False, True])
-@pytest.mark.parametrize("saved_before", [1, 2])
+@pytest.mark.parametrize(("saved_before", "best"), [(1, False), (2, True)])
 def test_a_kill_at_any_line_leaves_the_old_or_the_new_checkpoint(
     folder, tmp_path, saved_before, best
 ):

@@ -11,20 +11,19 @@ from torch import Tensor, nn
 
 from adq_train.artifacts import LayerInfo
 from adq_train.errors import UserError
+from adq_train.quantization.layers import QUANTIZED
 
 log = logging.getLogger(__name__)
 
-# Exact types: a subclass may be called in ways that a quantized layer would not see, as
-# nn.MultiheadAttention does with the weights of its projections.
-QUANTIZABLE = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
 
-
-def count_macs(layer: nn.Module, output: Tensor) -> int:
+def count_macs(layer: nn.Module, input: Tensor, output: Tensor) -> int:
     """Multiply-accumulates behind one output (1, …) of a convolution or linear layer."""
     weight = layer.weight
     assert isinstance(weight, Tensor)
     # Each output element is a dot product with one filter: (C_out, …) has numel / C_out entries.
-    return output.numel() * weight.numel() // weight.shape[0]
+    # In a transposed convolution it is each input element that meets a filter, (C_in, …).
+    elements = input if isinstance(layer, nn.ConvTranspose2d) else output
+    return elements.numel() * weight.numel() // weight.shape[0]
 
 
 @torch.no_grad()
@@ -36,18 +35,25 @@ def describe_layers(model: nn.Module, image: Tensor) -> tuple[LayerInfo, ...]:
         image: (1, C, H, W).
 
     Raises:
-        UserError: The network has no such layer.
+        UserError: The network has no such layer, or is one itself.
     """
+    if type(model) in QUANTIZED:
+        raise UserError(
+            "model: it is a single layer, which cannot be replaced; wrap it in a module"
+        )
     found: dict[str, LayerInfo] = {}
+    name_of: dict[Tensor, str] = {}
 
     def record(name: str, layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        earlier = found.get(name, LayerInfo(name, 0, 0, 0))  # a shared layer runs more than once
         weight = layer.weight
         assert isinstance(weight, Tensor)
+        # A weight that is used more than once, by one layer or by several, counts once.
+        name = name_of.setdefault(weight, name)
+        earlier = found.get(name, LayerInfo(name, 0, 0, 0))
         found[name] = LayerInfo(
             name,
             weight.numel(),
-            earlier.macs + count_macs(layer, output),
+            earlier.macs + count_macs(layer, inputs[0], output),
             earlier.num_inputs + inputs[0].numel(),
         )
 
@@ -57,18 +63,33 @@ def describe_layers(model: nn.Module, image: Tensor) -> tuple[LayerInfo, ...]:
         {
             name: partial(record, name)
             for name, module in model.named_modules()
-            if type(module) in QUANTIZABLE
+            if type(module) in QUANTIZED
         },
     )
     if not found:
         raise UserError("model: it has no convolution or linear layer that could be quantized")
     for name, module in model.named_modules():
-        if isinstance(module, QUANTIZABLE) and name not in found:
-            why = "its forward() is never called"
-            if type(module) not in QUANTIZABLE:
-                why = f"{type(module).__name__} is a kind of its own"
-            log.warning("%s stays in full precision: %s", name, why)
+        # Scales and offsets, of whatever shape, have one axis that is longer than 1.
+        matrices = [
+            x for x in module.parameters(recurse=False) if x.numel() > max(x.shape, default=1)
+        ]
+        if not all(x in name_of for x in matrices):
+            why = f"weights of a {type(module).__name__} are not quantized"
+            if type(module) in QUANTIZED:
+                why = "its forward() is never called"
+            log.warning("%s stays in full precision: %s", name or "the model's own weight", why)
     return tuple(found.values())
+
+
+def same_weight(model: nn.Module, name: str) -> list[str]:
+    """The layers that use the weight of the layer ``name``, itself first, one name for each."""
+    weight = model.get_submodule(name).weight
+    others = [
+        other
+        for other, module in model.named_modules()
+        if type(module) in QUANTIZED and module.weight is weight and other != name
+    ]
+    return [name, *others]
 
 
 def run_with_hooks(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 from torch import Tensor, nn
@@ -50,6 +51,31 @@ class QuantConv3d(nn.Conv3d):
         return _convolve(self, input)
 
 
+class QuantConvTranspose2d(nn.ConvTranspose2d):
+    """A ConvTranspose2d whose weight and input are quantized.
+
+    Its weight is (C_in, C_out / groups, kH, kW), so a quantizer with one scale for each row of
+    the weight has one for each input channel here.
+    """
+
+    weight_quantizer: WeightQuantizer
+    input_quantizer: ActivationQuantizer
+
+    def forward(self, input: Tensor, output_size: list[int] | None = None) -> Tensor:
+        """Maps (N, C_in, H, W) to (N, C_out, H_out, W_out)."""
+        geometry: Any = (self.stride, self.padding, self.kernel_size, 2, self.dilation)
+        return F.conv_transpose2d(
+            self.input_quantizer(input),
+            self.weight_quantizer(self.weight),
+            self.bias,
+            self.stride,
+            self.padding,  # type: ignore[arg-type]
+            self._output_padding(input, output_size, *geometry),
+            self.groups,
+            self.dilation,
+        )
+
+
 class QuantLinear(nn.Linear):
     """A Linear whose weight and input are quantized."""
 
@@ -61,13 +87,16 @@ class QuantLinear(nn.Linear):
         return F.linear(self.input_quantizer(input), self.weight_quantizer(self.weight), self.bias)
 
 
-QuantLayer = QuantConv1d | QuantConv2d | QuantConv3d | QuantLinear
+QuantLayer = QuantConv1d | QuantConv2d | QuantConv3d | QuantConvTranspose2d | QuantLinear
 
-
-QUANTIZED: dict[type[nn.Module], Any] = {
+# Exact types: a subclass may be called in ways that a quantized layer would not see, as
+# nn.MultiheadAttention does with the weights of its projections.
+QUANTIZED: dict[type[nn.Module], type[QuantLayer]] = {
     nn.Conv1d: QuantConv1d,
     nn.Conv2d: QuantConv2d,
     nn.Conv3d: QuantConv3d,
+    nn.ConvTranspose2d: QuantConvTranspose2d,
+    nn.Linear: QuantLinear,
 }
 
 
@@ -77,34 +106,18 @@ def quantized(
     """The quantized form of a float layer; it shares the layer's parameters.
 
     Args:
-        layer: Exactly a Conv1d, Conv2d, Conv3d or Linear.
+        layer: Exactly one of the types in :data:`QUANTIZED`.
         weight_quantizer: For its weight.
         input_quantizer: For its input.
 
     Raises:
         TypeError: Another kind of layer.
     """
-    new: QuantLayer
-    # On the meta device the new layer has no memory of its own: its parameters are replaced.
-    if type(layer) is nn.Linear:
-        has_bias = layer.bias is not None
-        new = QuantLinear(layer.in_features, layer.out_features, has_bias, device="meta")
-    elif isinstance(layer, nn.Conv1d | nn.Conv2d | nn.Conv3d) and type(layer) in QUANTIZED:
-        new = QUANTIZED[type(layer)](
-            layer.in_channels,
-            layer.out_channels,
-            layer.kernel_size,
-            layer.stride,
-            layer.padding,
-            layer.dilation,
-            layer.groups,
-            layer.bias is not None,
-            layer.padding_mode,
-            device="meta",
-        )
-    else:
+    kind = QUANTIZED.get(type(layer))
+    if kind is None:
         raise TypeError(f"cannot quantize a {type(layer).__name__}")
-    new.weight, new.bias = layer.weight, layer.bias
+    # The same layer under another class: parameters and hooks are shared, their registers not.
+    new = kind.__new__(kind)
+    new.__dict__.update({name: copy.copy(value) for name, value in vars(layer).items()})
     new.weight_quantizer, new.input_quantizer = weight_quantizer, input_quantizer
-    new.train(layer.training)
     return new

@@ -12,8 +12,12 @@ from torch import Tensor, nn
 from adq_train.artifacts import BitAllocation, LayerBits
 from adq_train.data.base import derived_seed
 from adq_train.errors import UserError
-from adq_train.quantization.base import MakeActivationQuantizer, MakeWeightQuantizer
-from adq_train.quantization.describe import run_with_hooks
+from adq_train.quantization.base import (
+    MakeActivationQuantizer,
+    MakeWeightQuantizer,
+    WeightQuantizer,
+)
+from adq_train.quantization.describe import run_with_hooks, same_weight
 from adq_train.quantization.layers import QuantLayer, quantized
 
 
@@ -29,7 +33,7 @@ def collect_inputs(
 
     Args:
         model: The float network.
-        names: The layers' qualified names.
+        names: The layers' qualified names; those that share a weight with them are added.
         batches: Images (N, C, H, W), normalised.
         seed: Which values are drawn.
         values_per_batch: At most this many values of each layer and batch.
@@ -37,7 +41,8 @@ def collect_inputs(
     Returns:
         One flat float32 tensor per layer.
     """
-    samples: dict[str, list[Tensor]] = {name: [] for name in names}
+    every = (x for name in names for x in same_weight(model, name))
+    samples: dict[str, list[Tensor]] = {name: [] for name in every}
 
     def record(name: str, layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
         values = inputs[0].detach().float().flatten()
@@ -54,36 +59,42 @@ def collect_inputs(
 
 
 def quantize_layer(
-    layer: nn.Module,
+    model: nn.Module,
     bits: LayerBits,
     make_weight_quantizer: MakeWeightQuantizer,
     make_activation_quantizer: MakeActivationQuantizer,
-    inputs: Tensor,
+    inputs: Mapping[str, Tensor],
     seed: int,
-) -> QuantLayer:
-    """The quantized form of one layer, initialised from its weights and a sample of its inputs.
+) -> dict[str, QuantLayer]:
+    """The quantized form of a layer, and of those that share its weight, initialised from data.
 
     Args:
-        layer: The float layer; the result shares its parameters.
-        bits: Its name and bit-widths.
-        make_weight_quantizer: Maps a bit-width to a quantizer.
-        make_activation_quantizer: Maps a bit-width to a quantizer.
-        inputs: A sample of its inputs, any shape.
+        model: The float network; the result shares its parameters.
+        bits: The layer's name and bit-widths.
+        make_weight_quantizer: Maps a bit-width to a quantizer; a shared weight has one codebook.
+        make_activation_quantizer: Maps a bit-width to a quantizer; each layer has its own.
+        inputs: A sample of each layer's inputs, any shape.
         seed: For random initialisations.
+
+    Returns:
+        Quantized layers by name; a single one where the weight is not shared.
 
     Raises:
         UserError: Weights or inputs are NaN or infinite; the layer is named.
     """
-    weight = layer.weight
+    weight = model.get_submodule(bits.name).weight
     assert isinstance(weight, Tensor)
     weight_quantizer = make_weight_quantizer(bits.weight_bits).to(weight.device)
-    input_quantizer = make_activation_quantizer(bits.activation_bits).to(weight.device)
+    forms = {}
     try:
         weight_quantizer.calibrate(weight.detach(), derived_seed(seed, bits.name))
-        input_quantizer.calibrate(inputs)
+        for name in same_weight(model, bits.name):
+            input_quantizer = make_activation_quantizer(bits.activation_bits).to(weight.device)
+            input_quantizer.calibrate(inputs[name])
+            forms[name] = quantized(model.get_submodule(name), weight_quantizer, input_quantizer)
     except ValueError as error:
         raise UserError(f"layer {bits.name}: {error}; check the float model") from error
-    return quantized(layer, weight_quantizer, input_quantizer)
+    return forms
 
 
 def prepare(
@@ -107,37 +118,43 @@ def prepare(
     Raises:
         UserError: The allocation names a layer that the model does not have.
     """
-    modules = dict(model.named_modules())
+    names = {name for name, _ in model.named_modules()}
     for bits in allocation.layers:
-        if bits.name not in modules:
+        if bits.name not in names:
             raise UserError(f"allocation: the model has no layer {bits.name!r}")
-        layer = quantize_layer(
-            modules[bits.name],
-            bits,
-            make_weight_quantizer,
-            make_activation_quantizer,
-            inputs[bits.name],
-            seed,
+        forms = quantize_layer(
+            model, bits, make_weight_quantizer, make_activation_quantizer, inputs, seed
         )
-        _swap(model, modules[bits.name], layer)
+        _swap(model, forms)
 
 
-def _swap(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
-    """Puts ``new`` wherever ``old`` stands: a shared layer has more than one name."""
+def _swap(model: nn.Module, layers: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
+    """Puts ``layers`` wherever the modules of these names stand, and returns those.
+
+    A module that stands in more than one place is replaced in all of them.
+    """
+    before = {name: model.get_submodule(name) for name in layers}
+    after = {id(old): layers[name] for name, old in before.items()}
     for name, module in list(model.named_modules(remove_duplicate=False)):
-        if module is old:
-            model.set_submodule(name, new)
+        if id(module) in after:
+            model.set_submodule(name, after[id(module)])
+    return before
 
 
 @contextmanager
-def replaced(model: nn.Module, name: str, layer: nn.Module) -> Iterator[None]:
-    """Puts ``layer`` in the place of the module ``name`` for the duration of a with block."""
-    original = model.get_submodule(name)
-    _swap(model, original, layer)
+def replaced(model: nn.Module, layers: Mapping[str, nn.Module]) -> Iterator[None]:
+    """Puts ``layers`` in the places of the modules of these names during a with block."""
+    before = _swap(model, layers)
     try:
         yield
     finally:
-        _swap(model, layer, original)
+        _swap(model, before)
+
+
+def quantized_weights(model: nn.Module) -> list[tuple[WeightQuantizer, Tensor]]:
+    """Every weight quantizer of a prepared network with its weight; a shared one once."""
+    layers = quantized_layers(model).values()
+    return list({layer.weight_quantizer: layer.weight for layer in layers}.items())
 
 
 def quantized_layers(model: nn.Module) -> dict[str, QuantLayer]:

@@ -13,7 +13,7 @@ from torch import nn
 from torch.utils.tensorboard import SummaryWriter
 from torch.utils.tensorboard.summary import hparams
 
-from adq_train.artifacts import BitAllocation, LayerInfo, RunResult, SensitivityTable
+from adq_train.artifacts import BitAllocation, LayerInfo, LevelCounts, RunResult, SensitivityTable
 from adq_train.errors import UserError
 from adq_train.files import written_whole
 from adq_train.reporting import plots, summary
@@ -23,8 +23,8 @@ from adq_train.run_folder import RunFolder, read_manifest
 
 def num_float_values(model: nn.Module, layers: Sequence[LayerInfo]) -> int:
     """Parameters and float statistics of a float model outside the weights to be quantized."""
-    state = model.state_dict().values()
-    floats: int = sum(x.numel() for x in state if x.is_floating_point())
+    values = (*model.parameters(), *model.buffers())  # each once, whatever its names
+    floats: int = sum(x.numel() for x in values if x.is_floating_point())
     return floats - sum(layer.num_weights for layer in layers)
 
 
@@ -117,6 +117,7 @@ def show(path: Path) -> None:
     kinds: dict[str, Any] = {
         "sensitivity.json": SensitivityTable,
         "allocation.json": BitAllocation,
+        "levels.json": LevelCounts,
         "result.json": RunResult,
     }
     loaded: list[Any] = []
@@ -125,4 +126,4 @@ def show(path: Path) -> None:
             raise UserError(f"{path / name} is missing; delete the folder to run it anew")
         loaded.append(kind.from_json((path / name).read_text(encoding="utf-8")))
     values = read_manifest(path)["model"]["num_float_values"]
-    summary.show(summary.render(loaded[0], loaded[1], loaded[2], values, path))
+    summary.show(summary.render(loaded[0], loaded[1], loaded[2], loaded[3], values, path))

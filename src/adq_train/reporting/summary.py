@@ -13,7 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from adq_train.allocation.budget import packed_bytes
-from adq_train.artifacts import BitAllocation, RunResult, SensitivityTable
+from adq_train.artifacts import BitAllocation, LevelCounts, RunResult, SensitivityTable
 
 log = logging.getLogger(__name__)
 
@@ -36,9 +36,33 @@ def total_bytes(allocation: BitAllocation, num_float_values: int) -> int:
     return allocation.model_size_bytes + FLOAT_BYTES * (tables + num_float_values)
 
 
+def unused_levels(levels: LevelCounts, most: int = 4) -> list[str]:
+    """A line for each layer that does not use the levels that its bits promise.
+
+    Args:
+        levels: The counts of a run.
+        most: At most so many layers are named.
+    """
+    lines = []
+    for layer in levels.layers:
+        uses = [
+            f"{used} of {of} {what} levels"
+            for used, of, what in (
+                (layer.weight_levels_used, layer.weight_levels, "weight"),
+                (layer.activation_levels_used, layer.activation_levels, "activation"),
+            )
+            if used < of
+        ]
+        if uses:
+            lines.append(f"{layer.name} uses {' and '.join(uses)}")
+    hidden = len(lines) - most
+    return lines if hidden <= 0 else [*lines[:most], f"… and {hidden} more layers (levels.json)"]
+
+
 def render(
     table: SensitivityTable,
     allocation: BitAllocation,
+    levels: LevelCounts,
     result: RunResult,
     num_float_values: int,
     folder: Path,
@@ -48,6 +72,7 @@ def render(
     Args:
         table: Sensitivities.
         allocation: Bits.
+        levels: Levels in use.
         result: Accuracies and times.
         num_float_values: Parameters and statistics outside the quantized weights.
         folder: Where everything was written.
@@ -129,6 +154,7 @@ def render(
         blank,
         Text(f"Layers (Ω: {table.metric}; bits: {solved})", style="bold blue"),
         layers,
+        *(Text(x) for x in unused_levels(levels)),
         blank,
         Text("Top-1 accuracy on the test set", style="bold blue"),
         accuracy,

@@ -77,20 +77,21 @@ class Perturbation:
         for info in layers:
             values: dict[int, float] = {}
             for bit_width in bit_widths:
-                layer = quantize_layer(
-                    model.get_submodule(info.name),
+                forms = quantize_layer(
+                    model,
                     LayerBits(info.name, bit_width, bit_width),
                     make_weight_quantizer,
                     make_activation_quantizer,
-                    inputs[info.name],
+                    inputs,
                     seed,
                 )
                 # A quantizer that is not under test gives way to one that does nothing.
-                if self.tensors == "activations":
-                    layer.weight_quantizer = nn.Identity()  # type: ignore[assignment]
-                if self.tensors == "weights":
-                    layer.input_quantizer = nn.Identity()  # type: ignore[assignment]
-                with replaced(model, info.name, layer.eval()):
+                for layer in forms.values():
+                    if self.tensors == "activations":
+                        layer.weight_quantizer = nn.Identity()  # type: ignore[assignment]
+                    if self.tensors == "weights":
+                        layer.input_quantizer = nn.Identity()  # type: ignore[assignment]
+                with replaced(model, forms):
                     values[bit_width] = self._difference(model, batches, reference)
             yield LayerSensitivity(info.name, info.num_weights, info.macs, values)
 

@@ -17,7 +17,7 @@ from torch.optim import Optimizer
 from adq_train.data.base import Batches, ImageData
 from adq_train.errors import UserError
 from adq_train.quantization.base import Quantizer
-from adq_train.quantization.prepare import quantized_layers
+from adq_train.quantization.prepare import quantized_layers, quantized_weights
 from adq_train.reporting.progress import Progress
 from adq_train.training.checkpoint import CheckpointFolder
 from adq_train.training.evaluate import evaluate
@@ -42,7 +42,7 @@ class EpochReport:
 
 
 def parameter_groups(
-    model: nn.Module, lr: float, weight_decay: float, quantizer_lr_factor: float
+    model: nn.Module, lr: float, weight_decay: float, quantizer_lr_factor: float = 1.0
 ) -> list[dict[str, Any]]:
     """Three optimizer groups: weights, norms and biases, quantizer parameters.
 
@@ -96,7 +96,8 @@ def train_epoch(
         The mean training loss.
     """
     model.train()
-    layers = list(quantized_layers(model).values())
+    weights = quantized_weights(model)
+    inputs = [layer.input_quantizer for layer in quantized_layers(model).values()]
     total = torch.zeros((), dtype=torch.float64)
     count = 0
     for step, (images, targets) in enumerate(batches.epoch(epoch), epoch * len(batches)):
@@ -105,14 +106,15 @@ def train_epoch(
         loss = F.cross_entropy(model(images), targets, label_smoothing=label_smoothing)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()  # type: ignore[no-untyped-call]
-        for layer in layers:
-            layer.weight_quantizer.regularize(layer.weight)
-            layer.input_quantizer.regularize()
+        for quantizer, weight in weights:
+            quantizer.regularize(weight)
+        for input_quantizer in inputs:
+            input_quantizer.regularize()
         if gradient_clip_norm is not None:
             nn.utils.clip_grad_norm_(model.parameters(), gradient_clip_norm)
         optimizer.step()
-        for layer in layers:
-            layer.weight_quantizer.adapt(layer.weight, step + 1)
+        for quantizer, weight in weights:
+            quantizer.adapt(weight, step + 1)
         total = total.to(loss.device) + loss.detach().double() * len(targets)
         count += len(targets)
     return float(total) / count

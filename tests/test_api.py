@@ -1,0 +1,174 @@
+"""Quantizing from Python, with networks that nobody here has written for it."""
+
+import re
+import runpy
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+import adq_train
+from adq_train.errors import UserError
+from adq_train.quantization.adq import AdqWeightQuantizer
+from adq_train.quantization.lsq import LsqActivationQuantizer, LsqWeightQuantizer
+from adq_train.quantization.prepare import quantized_layers
+from adq_train.sensitivity.perturbation import Perturbation
+
+DOCS = Path(__file__).parents[1] / "docs"
+
+
+def test_the_documented_example_runs_and_keeps_the_accuracy(tmp_path, capsys):
+    (code,) = re.findall(r"```python\n(.*?)```", (DOCS / "python.md").read_text(), re.DOTALL)
+    (tmp_path / "example.py").write_text(code)
+    names = runpy.run_path(str(tmp_path / "example.py"))
+    assert names["before"] > 0.85
+    assert names["after"] > names["before"] - 0.05
+    layers = quantized_layers(names["quantized"])
+    assert list(layers) == ["0", "2", "4", "7", "9"]
+    assert {layer.weight_quantizer.bit_width for layer in layers.values()} <= {2, 3, 4, 8}
+    assert not quantized_layers(names["model"])
+    assert "QuantConv2d" in capsys.readouterr().out
+
+
+class Odd(nn.Module):
+    """Depthwise, grouped and transposed convolutions, a shared layer, a tied weight, attention."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem = nn.Conv2d(3, 8, 3, padding=1)
+        self.depthwise = nn.Conv2d(8, 8, 3, padding=1, groups=8)
+        self.grouped = nn.Conv2d(8, 8, 1, groups=2)
+        self.down = nn.Conv2d(8, 8, 2, stride=2)
+        self.up = nn.ConvTranspose2d(8, 8, 2, stride=2)
+        self.attention = nn.MultiheadAttention(8, 2, batch_first=True)
+        self.mix, self.tied = nn.Linear(8, 8), nn.Linear(8, 8)
+        self.tied.weight = self.mix.weight
+        self.head = nn.Linear(8, 5)
+
+    def forward(self, x):
+        x = torch.relu(self.stem(x))
+        x = torch.relu(self.grouped(self.depthwise(self.depthwise(x))))
+        x = self.up(torch.relu(self.down(x))).flatten(2).transpose(1, 2)
+        x = x + self.attention(x, x, x)[0]
+        return self.head(torch.relu(self.tied(torch.relu(self.mix(x)))).mean(1))
+
+
+@pytest.fixture
+def batches():
+    return [(torch.randn(6, 3, 6, 6), torch.randint(5, (6,))) for _ in range(2)]
+
+
+def average_bits(model):
+    """Over the weights of the layers that are not the first or the last."""
+    weights = {
+        x.weight: x.weight_quantizer.bit_width for x in list(quantized_layers(model).values())[1:-1]
+    }
+    return sum(w.numel() * bits for w, bits in weights.items()) / sum(w.numel() for w in weights)
+
+
+def test_an_odd_network_is_quantized_and_trained(batches, caplog):
+    model = Odd()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    quantized = adq_train.quantize(model, batches, bit_widths=(2, 4), average_bits=3)
+    assert model.state_dict().keys() == before.keys()
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert "attention stays in full precision" in caplog.text
+
+    layers = quantized_layers(quantized)
+    assert list(layers) == [
+        "stem", "depthwise", "grouped", "down", "up", "mix", "tied", "head",
+    ]  # fmt: skip
+    assert layers["stem"].weight_quantizer.bit_width == 8
+    assert layers["head"].input_quantizer.bit_width == 8
+    assert layers["mix"].weight_quantizer is layers["tied"].weight_quantizer
+    assert 2 <= average_bits(quantized) <= 3
+
+    groups = adq_train.parameter_groups(quantized, lr=0.05, weight_decay=0.0)
+    optimizer = torch.optim.SGD(groups)
+    adq_train.follow(quantized, optimizer)
+    images, targets = batches[0]
+    losses, levels = [], layers["up"].weight_quantizer.levels().clone()
+    for _ in range(30):
+        loss = nn.functional.cross_entropy(quantized(images), targets)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(float(loss))
+    assert losses[-1] < losses[0]
+    assert not torch.equal(layers["up"].weight_quantizer.levels(), levels)
+
+
+def test_inputs_alone_give_the_same_as_pairs(batches):
+    model = Odd().eval()
+    alone = adq_train.quantize(model, (x for x, _ in batches), average_bits=3)
+    pairs = adq_train.quantize(model, batches, average_bits=3)
+    x = batches[0][0]
+    assert torch.equal(alone.eval()(x), pairs.eval()(x))
+
+
+def test_choices_reach_the_quantizers(batches):
+    quantized = adq_train.quantize(
+        Odd(),
+        batches,
+        bit_widths=[3, 2],
+        average_bits=2.5,
+        first_last_bits=None,
+        pinned={"*wise": 5},
+        make_weight_quantizer=LsqWeightQuantizer,
+        make_activation_quantizer=LsqActivationQuantizer,
+        sensitivity=Perturbation(criterion="loss"),
+    )
+    layers = quantized_layers(quantized)
+    assert all(isinstance(x.weight_quantizer, LsqWeightQuantizer) for x in layers.values())
+    assert layers["depthwise"].weight_quantizer.bit_width == 5
+    others = {x.weight_quantizer.bit_width for n, x in layers.items() if n != "depthwise"}
+    assert others == {2, 3}
+
+
+def test_following_counts_its_steps_and_regularizes_before_them():
+    calls = []
+
+    class Spy(AdqWeightQuantizer):
+        def regularize(self, weight):
+            calls.append(("regularize", float(weight.detach().sum())))
+
+        def adapt(self, weight, step):
+            calls.append(("adapt", step, float(weight.detach().sum())))
+
+    model = adq_train.quantize(
+        nn.Sequential(nn.Linear(4, 2)), [torch.randn(5, 4)], average_bits=4, first_last_bits=None,
+        make_weight_quantizer=Spy,
+    )  # fmt: skip
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    adq_train.follow(model, optimizer, step=7)
+    start = float(model[0].weight.detach().sum())
+    for _ in range(2):
+        model(torch.ones(3, 4)).sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    kinds = [call[:-1] for call in calls]
+    assert kinds == [("regularize",), ("adapt", 8), ("regularize",), ("adapt", 9)]
+    assert calls[0][-1] == start
+    assert calls[1][-1] == calls[2][-1] != start
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"calibration_batches": []}, "calibration_batches: there are none"),
+        ({"average_bits": 1.5}, "1.5 cannot be reached"),
+        ({"pinned": {"missing": 4}}, "no layer is called 'missing'"),
+        ({"model": nn.Flatten()}, "no convolution or linear layer"),
+        ({"model": nn.Conv2d(3, 2, 1)}, "wrap it in a module"),
+    ],
+    ids=lambda x: str(x)[:30],
+)
+def test_what_cannot_be_done_is_said(batches, change, message):
+    with pytest.raises(UserError, match=message):
+        adq_train.quantize(**{"model": Odd(), "calibration_batches": batches, **change})
+
+
+def test_an_unknown_name_is_an_attribute_error():
+    with pytest.raises(AttributeError, match="no attribute 'quantise'"):
+        _ = adq_train.quantise
