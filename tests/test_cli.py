@@ -79,6 +79,14 @@ def test_an_ablation_wins_over_the_experiment(cli):
     )
 
 
+def test_an_ablation_wins_over_the_comparison(cli):
+    arguments = ["+experiment=quickstart", "+comparison=adq_mixed", "+ablation=uniform_bits"]
+    for order in (arguments, arguments[::-1]):
+        config = config_of(cli, *order)
+        assert config["allocator"]["_target_"].endswith("UniformAllocator")
+        assert config["budget"]["average_weight_bits"] == 2.81
+
+
 def test_the_command_line_wins_over_both(cli):
     config = config_of(
         cli,

@@ -6,6 +6,7 @@ import pytest
 from hydra import compose, initialize_config_module
 from omegaconf import OmegaConf
 
+from adq_train.data.synthetic import SHAPES
 from adq_train.schema import GROUPS, register
 from adq_train.validate import Parts, validate
 
@@ -26,7 +27,7 @@ def composed(*overrides):
 
 
 def test_the_groups_on_disk_are_those_of_the_schema():
-    assert {group for group, _ in CHOICES} == {*GROUPS, "experiment", "ablation"}
+    assert {group for group, _ in CHOICES} == {*GROUPS, "experiment", "comparison", "ablation"}
 
 
 @pytest.mark.parametrize(("group", "choice"), CHOICES)
@@ -72,7 +73,7 @@ def test_every_knob_of_a_part_is_in_its_file():
 
 @pytest.mark.parametrize("name", EXPERIMENTS)
 def test_every_experiment_runs_dry_on_synthetic_data(cli, tmp_path, name):
-    like = {"quickstart": "digits"}.get(name, name.split("_", 1)[-1])
+    like = next((shape for shape in SHAPES if name.endswith(shape)), "digits")
     pretrained = ["model.weights=null"] if "imagenet" in name else []
     outcome = cli(
         f"experiment={name}",
@@ -89,3 +90,19 @@ def test_every_experiment_runs_dry_on_synthetic_data(cli, tmp_path, name):
     assert outcome.code == 0, outcome.err
     assert "dry run passed" in outcome.out
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("experiment", EXPERIMENTS)
+@pytest.mark.parametrize("bits", [2, 3, 4])
+@pytest.mark.parametrize("rival", [x for g, x in CHOICES if g == "comparison" and x != "adq_mixed"])
+def test_a_rival_gets_the_same_bits_everywhere(experiment, rival, bits):
+    """No limit of the experiment may hold back what budget.average_weight_bits allows."""
+    cfg = composed(
+        f"experiment={experiment}", f"comparison={rival}", f"budget.average_weight_bits={bits}"
+    )
+    assert cfg.allocator._target_.endswith(".UniformAllocator")
+    assert {k for k, v in cfg.budget.items() if v is not None} == {"average_weight_bits"}
+    weights = "dorefa" if rival == "pact" else rival
+    assert cfg.weight_quantizer._target_.split(".")[-2] == weights
+    activations = {"adq": "n2uq"}.get(rival, rival)
+    assert cfg.activation_quantizer._target_.split(".")[-2] == activations

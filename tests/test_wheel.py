@@ -39,7 +39,8 @@ def test_it_carries_every_config_and_every_module(wheel):
     names = set(zipfile.ZipFile(wheel).namelist())
     for path in (ROOT / "configs").rglob("*.yaml"):
         assert f"adq_train/configs/{path.relative_to(ROOT / 'configs')}" in names
-    for path in (ROOT / "src").rglob("*.py"):
+    source = (ROOT / "src").rglob
+    for path in (*source("*.py"), *source("*.yaml"), *source("*.css")):
         assert str(path.relative_to(ROOT / "src")) in names
     assert "adq_train/py.typed" in names
 

@@ -27,7 +27,7 @@ from adq_train.schema import register
 def main() -> None:
     """``adq-train``: float model → sensitivity → bit allocation → QAT → result."""
     # Appending an experiment would let it win over an ablation; selecting it keeps the order.
-    argv = [re.sub(r"^\+(experiment|ablation)=", r"\1=", argument) for argument in sys.argv[1:]]
+    argv = [re.sub(r"^\+(experiment|comparison|ablation)=", r"\1=", text) for text in sys.argv[1:]]
     args = get_args_parser().parse_args(argv)
     register()
     if not (args.help or args.hydra_help or args.shell_completion):

@@ -340,3 +340,11 @@ def test_a_given_folder_is_never_downloaded_into(tmp_path, monkeypatch):
 def test_bad_values(tmp_path, name, padding, message):
     with pytest.raises(ValueError, match=message):
         load(tmp_path, name, crop_padding=padding)
+
+
+def test_a_limit_takes_the_first_training_images(tmp_path):
+    write(tmp_path, "cifar10")
+    some = load(tmp_path, "cifar10", train_images=7)
+    found = [t for x in (some.train, some.validation, some.calibration) for t in targets(x)]
+    assert sorted(found) == sorted(label("cifar10", i) for i in range(7))
+    assert some.fingerprint != load(tmp_path, "cifar10").fingerprint

@@ -59,3 +59,10 @@ def test_some_images_must_be_for_testing_and_some_not(number):
 def test_negative_padding_is_refused():
     with pytest.raises(ValueError, match="crop_padding"):
         load(crop_padding=-1)
+
+
+def test_a_limit_leaves_the_test_part_and_changes_the_fingerprint():
+    whole, half = load(), load(train_images=700)
+    assert len(part(half, "train")[1]) == 700 - 150 - 100
+    assert torch.equal(part(whole, "test")[1], part(half, "test")[1])
+    assert whole.fingerprint == load(train_images=1347).fingerprint != half.fingerprint

@@ -215,3 +215,12 @@ def test_the_real_files():
     assert torch.cat(parts[:3]).bincount().tolist() == [6000] * 10
     assert parts[3].bincount().tolist() == [1000] * 10
     assert parts[3][:10].tolist() == [9, 2, 1, 1, 6, 1, 4, 6, 5, 7]
+
+
+def test_a_limit_takes_the_first_training_images(tmp_path):
+    write(tmp_path)
+    some, every = load(tmp_path, train_images=5), load(tmp_path)
+    found = torch.cat([targets(x) for x in (some.train, some.validation, some.calibration)])
+    assert sorted(found.tolist()) == [0, 1, 2, 3, 4]
+    assert torch.equal(targets(some.test), targets(every.test))
+    assert some.fingerprint != every.fingerprint

@@ -12,6 +12,7 @@ from adq_train.data.base import HeldOut, Loading
 from adq_train.data.in_memory import (
     Augmentation,
     InMemoryBatches,
+    Limited,
     crop_and_flip,
     split_in_memory,
 )
@@ -243,3 +244,21 @@ def test_fingerprint_tells_one_pixel_and_one_label():
         found.add(split(train, test).fingerprint)
     assert len(found) == 5
     assert all(len(fingerprint) == 64 for fingerprint in found)
+
+
+@given(count=st.integers(1, 30), limit=st.none() | st.integers(1, 30))
+def test_a_limit_takes_the_first_images_or_says_that_there_are_fewer(count, limit):
+    knobs = Limited(validation_images=1, calibration_images=1, train_images=limit)
+    images, targets = uint8_images(count), torch.arange(count)
+    if limit is not None and limit > count:
+        with pytest.raises(UserError, match=f"{limit} are asked for and there are {count}"):
+            knobs.limit(images, targets)
+        return
+    some, labels = knobs.limit(images, targets)
+    assert labels.tolist() == list(range(count))[: limit or count]
+    assert torch.equal(some, images[labels])
+
+
+def test_a_limit_of_nothing_is_refused():
+    with pytest.raises(ValueError, match="train_images must be at least 1 or null, got 0"):
+        Limited(validation_images=1, calibration_images=1, train_images=0)

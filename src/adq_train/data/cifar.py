@@ -17,8 +17,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from adq_train.data.base import HeldOut, ImageData, Loading
-from adq_train.data.in_memory import Augmentation, split_in_memory
+from adq_train.data.base import ImageData, Loading
+from adq_train.data.in_memory import Augmentation, Limited, split_in_memory
 from adq_train.errors import UserError
 
 CACHE_FOLDER = Path("~/.cache/adq-train")
@@ -205,7 +205,7 @@ def download(root: Path, layout: Layout) -> None:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Cifar(HeldOut):
+class Cifar(Limited):
     """CIFAR-10 or CIFAR-100.
 
     Attributes:
@@ -254,7 +254,7 @@ class Cifar(HeldOut):
         train_images, train_targets = zip(*parts[:-1], strict=True)
         return split_in_memory(
             self.name,
-            (torch.cat(train_images), torch.cat(train_targets)),
+            self.limit(torch.cat(train_images), torch.cat(train_targets)),
             parts[-1],
             num_classes=layout.num_classes,
             held_out=self,

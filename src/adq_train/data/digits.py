@@ -6,14 +6,14 @@ from dataclasses import dataclass
 
 import torch
 
-from adq_train.data.base import HeldOut, ImageData, Loading
-from adq_train.data.in_memory import Augmentation, split_in_memory
+from adq_train.data.base import ImageData, Loading
+from adq_train.data.in_memory import Augmentation, Limited, split_in_memory
 
 NUM_IMAGES = 1797
 
 
 @dataclass(frozen=True, kw_only=True)
-class Digits(HeldOut):
+class Digits(Limited):
     """The digits; the set has no test part of its own, so a fixed random part of it serves.
 
     Attributes:
@@ -45,7 +45,7 @@ class Digits(HeldOut):
         test, train = order[: self.test_images], order[self.test_images :]
         return split_in_memory(
             "digits",
-            (images[train], targets[train]),
+            self.limit(images[train], targets[train]),
             (images[test], targets[test]),
             num_classes=10,
             held_out=self,

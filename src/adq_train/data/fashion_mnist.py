@@ -13,8 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from adq_train.data.base import HeldOut, ImageData, Loading
-from adq_train.data.in_memory import Augmentation, split_in_memory
+from adq_train.data.base import ImageData, Loading
+from adq_train.data.in_memory import Augmentation, Limited, split_in_memory
 from adq_train.errors import UserError
 
 # Where Debian's package dataset-fashion-mnist puts the files.
@@ -93,7 +93,7 @@ def locate(root: str | None) -> list[Path]:
 
 
 @dataclass(frozen=True, kw_only=True)
-class FashionMnist(HeldOut):
+class FashionMnist(Limited):
     """Fashion-MNIST from its IDX files.
 
     Attributes:
@@ -126,7 +126,7 @@ class FashionMnist(HeldOut):
                 )
         return split_in_memory(
             "fashion_mnist",
-            (tensors[0].unsqueeze(1), tensors[1].long()),
+            self.limit(tensors[0].unsqueeze(1), tensors[1].long()),
             (tensors[2].unsqueeze(1), tensors[3].long()),
             num_classes=10,
             held_out=self,

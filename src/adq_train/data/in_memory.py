@@ -10,6 +10,36 @@ import torch
 from torch import Tensor
 
 from adq_train.data.base import Batch, HeldOut, ImageData, Loading, derived_seed
+from adq_train.errors import UserError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Limited(HeldOut):
+    """The knobs of a data set of which a part may do.
+
+    Attributes:
+        train_images: Only the first so many training images, before any are held out; None: all.
+    """
+
+    train_images: int | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.train_images is not None and self.train_images < 1:
+            raise ValueError(f"train_images must be at least 1 or null, got {self.train_images}")
+
+    def limit(self, images: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        """The first training images (M, C, H, W) with their targets (M,).
+
+        Raises:
+            UserError: There are fewer than asked for.
+        """
+        if self.train_images is not None and self.train_images > len(images):
+            raise UserError(
+                f"data.train_images: {self.train_images} are asked for and there are "
+                f"{len(images)}; null takes all"
+            )
+        return images[: self.train_images], targets[: self.train_images]
 
 
 @dataclass(frozen=True)

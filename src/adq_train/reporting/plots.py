@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from matplotlib.axes import Axes
 from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
-from torch import nn
 
 from adq_train.artifacts import BitAllocation, RunResult, SensitivityTable
-from adq_train.quantization.layers import QuantLayer
-from adq_train.quantization.prepare import quantized_layers
+
+if TYPE_CHECKING:  # adq-report draws without torch
+    from torch import nn
+
+    from adq_train.quantization.layers import QuantLayer
 
 BLUE, ORANGE, GREY, RED = "#2b6cb0", "#dd6b20", "#a0aec0", "#c53030"
 MOST_PANELS = 24
@@ -41,7 +43,9 @@ def draw_sensitivity(axes: Axes, table: SensitivityTable) -> None:
             color = "white" if value > middle * 3 else "black"
             axes.text(column, row, f"{value:.2g}", ha="center", va="center", fontsize=6,
                       color=color)  # fmt: skip
-    axes.figure.colorbar(image, ax=axes, fraction=0.03, pad=0.01)
+    # Plain numbers: the powers of ten of a logarithmic scale would need mathematical text.
+    bar = axes.figure.colorbar(image, ax=axes, fraction=0.03, pad=0.01, format="%g")
+    bar.ax.yaxis.set_minor_formatter("")
     axes.set_title(f"Sensitivity ({table.metric})", loc="left", fontsize=10)
 
 
@@ -112,7 +116,8 @@ def codebooks(records: Sequence[dict[str, Any]]) -> Figure:
     epochs = [x["epoch"] for x in history]
     figure, panels = _panels(names)
     for axes, name in zip(panels, names, strict=False):
-        axes.plot(epochs, [x["codebooks"][name] for x in history], color=BLUE, linewidth=0.9)
+        values = [x["codebooks"][name] for x in history]
+        axes.plot(epochs, values, ".-" if len(epochs) == 1 else "-", color=BLUE, linewidth=0.9)
         axes.set_title(name, fontsize=7)
         axes.tick_params(labelsize=6)
         _tidy(axes)
@@ -135,6 +140,8 @@ def allocation(bits: BitAllocation) -> Figure:
 
 def weights_and_levels(model: nn.Module) -> Figure:
     """Every layer's weights with its levels (evenly chosen layers where there are many)."""
+    from adq_train.quantization.prepare import quantized_layers
+
     layers = quantized_layers(model)
     names = list(layers)
     if len(names) > MOST_PANELS:
@@ -172,6 +179,8 @@ def summary(
     model: nn.Module,
 ) -> Figure:
     """One picture of the whole line: sensitivity, allocation, accuracy, and two layers' levels."""
+    from adq_train.quantization.prepare import quantized_layers
+
     figure = Figure(figsize=(11, 6.4), layout="constrained")
     halves: Any = figure.subfigures(2, 1, height_ratios=(1, 1.15))
     upper, lower = halves

@@ -1,0 +1,52 @@
+#!/usr/bin/env bash
+# Makes one table: every run of it, then the report of their folders.
+#
+#   scripts/reproduce.sh ablation   quickstart                  0,1,2
+#   scripts/reproduce.sh ablation   resnet8_fashion_mnist       0,1,2
+#   scripts/reproduce.sh ablation   resnet8_narrow_fashion_mnist 0,1,2
+#   scripts/reproduce.sh ablation   resnet20_fashion_mnist      0,1,2
+#   scripts/reproduce.sh ablation   resnet20_cifar10            0,1,2
+#   scripts/reproduce.sh ablation   resnet18_imagenet           0,1,2 data.root=/data/imagenet
+#   scripts/reproduce.sh comparison quickstart                  0,1,2
+#   … and so on: the first word is the table, the second any experiment of configs/experiment.
+#
+# Further words are settings of every run (trainer.epochs=5, trainer.device=cuda:1 …).
+# Stopped? The same command goes on with what is not done. After a failed run the others still
+# run, the report names it, and the script ends with an error.
+# The float models are trained once, for both tables. Times have not been measured yet.
+#
+# A table has as many runs as configs/ablation has files (without grid.yaml), or 3 bit-widths for
+# each file of configs/comparison and 1 for adq_mixed.yaml, times the seeds.
+set -euo pipefail
+
+usage() { sed -n '2,20s/^# \{0,1\}//p' "$0" >&2; exit 2; }
+[ $# -ge 2 ] || usage
+table=$1 experiment=$2 seeds=${3:-0,1,2}
+shift $(($# < 3 ? $# : 3))
+cd "$(dirname "$0")/.."
+bin=${BIN:-.venv/bin}
+[ -x "$bin/adq-train" ] || { echo "$bin/adq-train is missing; run make setup, or set BIN" >&2; exit 2; }
+
+# names GROUP EXCEPT: the choices of a config group, with commas.
+names() { ls "configs/$1" | sed -n 's/\.yaml$//p' | grep -vx "$2" | paste -sd, -; }
+
+# sweep SETTING…: the table's own words come first, so that the folders' names begin with them.
+failed=0
+sweep() { "$bin/adq-train" -m "$@" "experiment=$experiment" "seed=$seeds" "${more[@]}" || failed=1; }
+more=("$@")
+
+case $table in
+  ablation)
+    sweep "ablation=$(names ablation grid)" ;;
+  comparison)
+    sweep "comparison=$(names comparison adq_mixed)" budget.average_weight_bits=2,3,4
+    sweep comparison=adq_mixed ;;
+  *) usage ;;
+esac
+
+root=outputs
+for word in "${more[@]}"; do
+  case $word in output_root=*) root=${word#output_root=} ;; esac
+done
+"$bin/adq-report" "$root/$experiment/$table"=* --output "$root/reports/$table-$experiment" || failed=1
+exit $failed

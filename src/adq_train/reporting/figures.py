@@ -1,0 +1,161 @@
+"""Pictures across runs, and how a picture gets into a page."""
+
+from __future__ import annotations
+
+import base64
+import contextlib
+import io
+import textwrap
+from collections.abc import Collection, Iterator, Sequence
+from statistics import fmean
+from typing import Any
+
+import matplotlib as mpl
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.colors import BoundaryNorm
+from matplotlib.figure import Figure
+
+from adq_train.reporting.groups import Row
+from adq_train.reporting.statistics import summarize
+
+GREY = "#718096"
+MARKERS = "osD^v<>PX*hd"
+LINE, MOST_LINES = 52, 3
+
+
+@contextlib.contextmanager
+def drawing() -> Iterator[None]:
+    """Drawing for a page: names taken literally, and the same bytes for the same runs."""
+    with mpl.rc_context({"text.parse_math": False, "svg.hashsalt": "adq", "font.size": 9}):
+        yield
+
+
+def data_uri(figure: Figure) -> str:
+    """The figure as SVG on a transparent ground, in the text of a link."""
+    content = io.BytesIO()
+    figure.savefig(content, format="svg", transparent=True, metadata={"Date": None})
+    return "data:image/svg+xml;base64," + base64.b64encode(content.getvalue()).decode()
+
+
+def label(row: Row) -> str:
+    """A row's name in a few lines; what is longer ends in an ellipsis."""
+    lines = textwrap.wrap(row.name, LINE)
+    return "\n".join(lines[:MOST_LINES]) + ("…" if len(lines) > MOST_LINES else "")
+
+
+def height(rows: Sequence[Row]) -> float:
+    """Inches that the labels of all rows need, one above the other."""
+    return sum(0.18 + 0.15 * (1 + label(row).count("\n")) for row in rows)
+
+
+def draw_float(panel: Axes, rows: Sequence[Row], colors: Sequence[Any]) -> None:
+    """A line for the float model, or one for each row where the rows' models are not the same."""
+    by_seed: dict[int, set[float]] = {}
+    for row in rows:
+        for run in row.runs:
+            if run.result:
+                by_seed.setdefault(run.seed, set()).add(run.result.fp_top1_percent)
+    if all(len(values) == 1 for values in by_seed.values()):
+        mean = fmean(value for values in by_seed.values() for value in values)
+        panel.axhline(mean, color=GREY, linestyle="--", label=f"float: {mean:.2f} %")
+        return
+    for index, (row, color) in enumerate(zip(rows, colors, strict=True)):
+        found = row.summary("fp_top1_percent")
+        assert found is not None
+        name = "float, in the colour of each run" if index == 0 else None
+        panel.axhline(found.mean, color=color, linestyle="--", linewidth=0.9, label=name)
+
+
+def accuracy_and_cost(rows: Sequence[Row]) -> Figure:
+    """Top-1 against average bits and against size, a point with its spread for each row."""
+    figure = Figure(figsize=(10, 4 + height(rows)), layout="constrained")
+    panels = figure.subplots(1, 2, sharey=True)
+    palette = mpl.colormaps["tab10" if len(rows) <= 10 else "tab20"]
+    colors = [palette(index % palette.N) for index in range(len(rows))]
+    for panel, cost, unit in zip(
+        panels,
+        ("average_weight_bits", "model_size_bytes"),
+        ("average bits of the weights", "packed weights, kB"),
+        strict=True,
+    ):
+        scale = 1e3 if cost == "model_size_bytes" else 1
+        for index, row in enumerate(rows):
+            x, y = row.summary(cost), row.summary("qat_top1_percent")
+            assert x is not None
+            assert y is not None
+            panel.errorbar(
+                x.mean / scale,
+                y.mean,
+                xerr=(x.std or 0) / scale,
+                yerr=y.std or 0,
+                fmt=MARKERS[index % len(MARKERS)],
+                color=colors[index],
+                capsize=3,
+                label=label(row),
+            )
+        draw_float(panel, rows, colors)
+        panel.set_xlabel(unit)
+        panel.spines[["top", "right"]].set_visible(False)
+        panel.grid(alpha=0.25)
+    panels[0].set_ylabel("top-1 after QAT, %")
+    handles, labels = panels[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower left", frameon=False, ncols=1)
+    return figure
+
+
+def bars(rows: Sequence[Row], references: Collection[str]) -> Figure:
+    """Top-1 after QAT minus that of the same seed's float model: bars from zero, with spread.
+
+    Args:
+        rows: One bar each.
+        references: Names of those drawn darker.
+    """
+    figure = Figure(figsize=(10, 0.9 + height(rows)), layout="constrained")
+    axes = figure.subplots()
+    for position, row in enumerate(rows):
+        found = summarize(
+            [r.result.qat_top1_percent - r.result.fp_top1_percent for r in row.runs if r.result]
+        )
+        assert found is not None
+        axes.barh(
+            position,
+            found.mean,
+            xerr=found.std or None,
+            color="#2b6cb0" if row.name in references else "#90b4dc",
+            ecolor=GREY,
+            capsize=3,
+            height=0.7,
+        )
+    axes.set_yticks(range(len(rows)), [label(row) for row in rows])
+    axes.invert_yaxis()
+    axes.axvline(0, color=GREY, linewidth=1)
+    axes.set_xlabel("top-1 after QAT minus float, points (mean ± standard deviation)")
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(axis="x", alpha=0.25)
+    return figure
+
+
+def bits(rows: Sequence[Row]) -> Figure:
+    """Bits of every layer's weights in every row, averaged over the seeds."""
+    allocations = [[r.allocation for r in row.runs if r.allocation] for row in rows]
+    names = [layer.name for layer in allocations[0][0].layers]
+    values = np.array(
+        [
+            np.mean([[x.bits()[n].weight_bits if n in x.bits() else np.nan for n in names]
+                     for x in found], axis=0)
+            for found in allocations
+        ]
+    )  # fmt: skip
+    tall = 0.6 + height(rows) + 0.06 * max(map(len, names))
+    figure = Figure(figsize=(10, tall), layout="constrained")
+    axes = figure.subplots()
+    norm = BoundaryNorm(np.arange(0.5, 9), 256)
+    axes.imshow(values, aspect="auto", cmap="Blues", norm=norm)
+    for (row, column), value in np.ndenumerate(values):
+        color = "white" if value > 5 else "black"
+        axes.text(column, row, f"{value:.2g}", ha="center", va="center", fontsize=7, color=color)
+    axes.set_yticks(range(len(rows)), [label(row) for row in rows])
+    axes.set_xticks(range(len(names)), names, rotation=90, fontsize=7)
+    axes.spines[:].set_visible(False)
+    return figure

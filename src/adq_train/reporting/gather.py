@@ -1,0 +1,231 @@
+"""Runs read back from their folders, finished or not; nothing that is found is left out."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+from omegaconf import OmegaConf
+
+from adq_train.artifacts import BitAllocation, RunResult, SensitivityTable
+from adq_train.errors import UserError
+from adq_train.run_folder import identity, read_manifest, read_status
+
+# Folders of an output root that are no runs.
+SHARED = "shared"
+PAGE = "report.html"
+
+V = TypeVar("V")
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run as its folder tells it.
+
+    Attributes:
+        path: The folder.
+        state: ``done``, ``failed``, ``unfinished`` or ``damaged``.
+        note: Why it is not done, or what is missing of it; empty where all is well.
+        config: The resolved configuration; empty where it cannot be read.
+        manifest: Command, versions, data; empty where it cannot be read.
+        result: Figures on the test split; None unless done.
+        allocation: Bits; None unless done.
+        sensitivity: The table, where there is one.
+        records: Of ``metrics.jsonl``.
+    """
+
+    path: Path
+    state: str
+    note: str
+    config: dict[str, Any]
+    manifest: dict[str, Any]
+    result: RunResult | None
+    allocation: BitAllocation | None
+    sensitivity: SensitivityTable | None
+    records: tuple[dict[str, Any], ...]
+
+    @property
+    def seed(self) -> int:
+        """The run's seed."""
+        seed: int = self.config["seed"]
+        return seed
+
+    @property
+    def final_train_loss(self) -> float | None:
+        """Training loss of the last epoch of QAT; None without QAT."""
+        losses = [x.get("train_loss") for x in self.records if x.get("stage") == "qat"]
+        last: Any = losses[-1] if losses else None
+        return float(last) if _is_number(last) else None
+
+
+def gather(folders: Iterable[Path]) -> list[Run]:
+    """Every run in or below the folders, each once, by path.
+
+    Raises:
+        UserError: A folder is missing or holds no run.
+    """
+    found: dict[Path, Run] = {}
+    for folder in folders:
+        if not folder.is_dir():
+            raise UserError(f"{folder} is not a folder; give the folder of a run or of a sweep")
+        runs = {path.resolve(): path for path in run_folders(folder)}
+        if not any((path / "config.yaml").exists() for path in runs.values()):
+            raise UserError(
+                f"{folder} holds no run: no config.yaml in it or below; give the folder of a run "
+                "or of a sweep"
+            )
+        found |= {key: read_run(path) for key, path in runs.items() if key not in found}
+    return sorted(found.values(), key=lambda run: str(run.path))
+
+
+def run_folders(folder: Path) -> Iterator[Path]:
+    """Folders of runs, and folders beside them that should have been some."""
+    for place, names, files in os.walk(folder):
+        path = Path(place)
+        if "config.yaml" in files:
+            names.clear()  # a run holds no other run
+            yield path
+            continue
+        names[:] = sorted(n for n in names if n != SHARED and not (path / n / PAGE).exists())
+        # A kill in the first moment leaves a folder without a configuration beside the others.
+        inside = {
+            name: any("config.yaml" in x for _, _, x in os.walk(path / name)) for name in names
+        }
+        if any((path / name / "config.yaml").exists() for name in names):
+            yield from (path / name for name, holds in inside.items() if not holds)
+
+
+def read_run(path: Path) -> Run:
+    """Reads one folder; whatever is wrong with it ends up in ``state`` and ``note``."""
+    notes: list[str] = []
+
+    def part(name: str, read: Callable[[Path], V]) -> V | None:
+        try:
+            return read(path / name)
+        except FileNotFoundError:
+            notes.append(f"{name} is missing")
+        except (UserError, OSError, UnicodeDecodeError) as error:
+            notes.append(f"{name} is {' '.join(str(error).split())}")
+        return None
+
+    config = part("config.yaml", read_config)
+    if config is None:
+        return Run(path, "damaged", "; ".join(notes), {}, {}, None, None, None, ())
+    status = read_status(path)
+    if not isinstance(status, dict) or status.get("state") not in ("done", "failed", "running"):
+        note = "status.json is missing or damaged"
+        return Run(path, "damaged", note, config, {}, None, None, None, ())
+    try:
+        manifest = read_manifest(path)
+        if not isinstance(manifest, dict):
+            raise UserError("not a JSON object")
+    except UserError:
+        manifest = {}
+        notes.append("manifest.json is missing or damaged")
+    records = tuple(part("metrics.jsonl", read_records) or ())
+    if status["state"] != "done":
+        state = "failed" if status["state"] == "failed" else "unfinished"
+        note = _progress(status, records, config)
+        return Run(path, state, note, config, manifest, None, None, None, records)
+    sensitivity = part("sensitivity.json", read_sensitivity)
+    lacking = len(notes)
+    result = part("result.json", read_result)
+    allocation = part("allocation.json", read_allocation)
+    if len(notes) > lacking:
+        note = "; ".join(notes[lacking:])
+        return Run(path, "damaged", note, config, manifest, None, None, None, records)
+    return Run(
+        path, "done", "; ".join(notes), config, manifest, result, allocation, sensitivity, records
+    )
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """A run's resolved configuration.
+
+    Raises:
+        FileNotFoundError: There is none.
+        UserError: It is not one of a run.
+    """
+    if not path.exists():
+        raise FileNotFoundError(path)
+    try:
+        config: Any = OmegaConf.to_container(OmegaConf.load(path))
+        same = identity(config)
+        for section in ("data", "model", "weight_quantizer", "activation_quantizer"):
+            str(same[section]["_target_"])
+        same["budget"].items()
+        if not isinstance(same["seed"], int):
+            raise ValueError(f"seed is {same['seed']!r}")
+    except Exception as error:  # YAML, OmegaConf and a missing section have errors of their own
+        raise UserError(f"not the configuration of a run ({error!r})") from error
+    found: dict[str, Any] = config
+    return found
+
+
+def read_result(path: Path) -> RunResult:
+    """The figures of a run, every one a number."""
+    result = RunResult.from_json(path.read_text(encoding="utf-8"))
+    names = ("fp_top1_percent", "ptq_top1_percent", "qat_top1_percent", "qat_top5_percent")
+    _require_numbers(result, (*names, "num_test_images"))
+    if not isinstance(result.seconds, dict) or not all(map(_is_number, result.seconds.values())):
+        raise UserError("not a run result: seconds is not a map to numbers")
+    return result
+
+
+def read_allocation(path: Path) -> BitAllocation:
+    """The bits of a run, every cost a number."""
+    allocation = BitAllocation.from_json(path.read_text(encoding="utf-8"))
+    names = ("average_weight_bits", "average_weight_bits_all_layers", "average_activation_bits")
+    _require_numbers(allocation, (*names, "model_size_bytes", "bops"))
+    if not allocation.layers:
+        raise UserError("damaged: it has no layers")
+    return allocation
+
+
+def read_sensitivity(path: Path) -> SensitivityTable:
+    """The sensitivities of a run, one for every layer and bit-width."""
+    table = SensitivityTable.from_json(path.read_text(encoding="utf-8"))
+    whole = all(set(table.bit_widths) <= set(layer.sensitivity) for layer in table.layers)
+    if not (table.layers and table.bit_widths and whole):
+        raise UserError("damaged: a layer or a bit-width is missing")
+    return table
+
+
+def read_records(path: Path) -> list[dict[str, Any]]:
+    """The records of ``metrics.jsonl``; lines that are cut off or no record are left out."""
+    records = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            record = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(record, dict):
+            records.append(record)
+    return records
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _require_numbers(value: object, names: Iterable[str]) -> None:
+    for name in names:
+        if not _is_number(getattr(value, name)):
+            raise UserError(f"damaged: {name} is {getattr(value, name)!r}, not a number")
+
+
+def _progress(status: dict[str, Any], records: Iterable[dict[str, Any]], config: Any) -> str:
+    """How far a run came: its stage, the epoch of a training stage, and the error."""
+    stage = str(status.get("stage"))
+    words = f"in stage {stage}"
+    epochs = [x.get("epoch") for x in records if x.get("stage") == stage]
+    if epochs:
+        section = config["pretrain" if stage == "pretrain" else "trainer"]
+        words += f", {epochs[-1]} of {section.get('epochs')} epochs done"
+    if status["state"] == "failed":
+        return f"{words}: {' '.join(str(status.get('error')).split())}"
+    return f"stopped or still running {words}"

@@ -1,0 +1,96 @@
+"""A report for other programs: one CSV row per run, and JSON."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import Any
+
+from adq_train.reporting import published
+from adq_train.reporting.gather import Run
+from adq_train.reporting.groups import Row
+from adq_train.reporting.statistics import Difference
+from adq_train.reporting.tables import Report, plain
+
+FIGURES = ("fp_top1_percent", "ptq_top1_percent", "qat_top1_percent", "qat_top5_percent")
+COSTS = (
+    "average_weight_bits",
+    "average_weight_bits_all_layers",
+    "average_activation_bits",
+    "model_size_bytes",
+    "bops",
+)
+COLUMNS = ("data", "model", "row", "seed", "state", "note", *FIGURES, "final_train_loss",
+           "num_test_images", *COSTS, "seconds", "path")  # fmt: skip
+
+
+def csv_text(report: Report) -> str:
+    """One row for each run that was found, finished or not; empty where there is no value."""
+    text = io.StringIO(newline="")
+    writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
+    writer.writeheader()
+    placed = {
+        run.path: {"data": section.data, "model": section.model, "row": row.name, "seed": run.seed}
+        for section in report.sections
+        for row in section.rows
+        for run in row.members
+    }
+    for run in report.runs:
+        writer.writerow({**placed.get(run.path, {}), **_figures(run)})
+    return text.getvalue()
+
+
+def _figures(run: Run) -> dict[str, Any]:
+    values: dict[str, Any] = {"state": run.state, "note": run.note, "path": str(run.path)}
+    values["final_train_loss"] = run.final_train_loss
+    if run.result and run.allocation:
+        values |= {name: getattr(run.result, name) for name in (*FIGURES, "num_test_images")}
+        values |= {name: getattr(run.allocation, name) for name in COSTS}
+        values["seconds"] = sum(run.result.seconds.values())
+    return values
+
+
+def as_json(report: Report) -> dict[str, Any]:
+    """What the tables say, as plain values; null where there is no value."""
+    return {
+        "sections": [
+            {
+                "data": section.data,
+                "model": section.model,
+                "common": section.common,
+                "rows": [
+                    _row(row, reference, difference, figures)
+                    for row, reference, difference in zip(
+                        section.rows, section.references, section.differences, strict=True
+                    )
+                ],
+                "published": [asdict(x) for x in figures],
+            }
+            for section in report.sections
+            for figures in [published.for_section(section, list(report.known))]
+        ],
+        "problems": report.problems(),
+    }
+
+
+def _row(
+    row: Row,
+    reference: str | None,
+    difference: Difference | None,
+    figures: Sequence[published.Published],
+) -> dict[str, Any]:
+    summaries = {
+        name: found and {key: plain(value) for key, value in asdict(found).items()}
+        for name in (*FIGURES, "final_train_loss", *COSTS)
+        for found in [row.summary(name)]
+    }
+    return {
+        "name": row.name,
+        "seeds": [run.seed for run in row.runs],
+        "reference": reference,
+        **summaries,
+        "difference": difference and asdict(difference),
+        "published": [asdict(x) for x in published.for_row(row, list(figures))],
+    }

@@ -1,0 +1,197 @@
+"""The tables of a report: their cells, and the report as Markdown."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from adq_train.reporting import published
+from adq_train.reporting.gather import Run
+from adq_train.reporting.groups import Row, Section
+from adq_train.reporting.statistics import FEWEST_SEEDS, LEVEL, Difference, Summary
+from adq_train.reporting.summary import kilobytes
+
+NONE = "–"
+HEADINGS = (
+    "run",
+    "n",
+    "bits W / A",
+    "bits W, all layers",
+    "weights",
+    "float top-1, %",
+    "top-1, %",
+    "final training loss",
+    "to reference, points",
+    "what the seeds support",
+    "published top-1",
+)
+READING = (
+    "Mean ± sample standard deviation over n seeds, on the test split. Bits are averages over the "
+    "layers whose bits are chosen; weights are the packed weights of all quantized layers.",
+    f"A difference is called a gain or a loss where p < {LEVEL} after Holm's correction over the "
+    f"rows of a table, else not shown. With {FEWEST_SEEDS} common seeds or more the test is a "
+    "paired t-test over these, else Welch's, two-sided; with fewer there is none.",
+    "Published figures are others' and were not measured here; training, float model and what the "
+    "average of the bits counts differ.",
+)
+
+
+@dataclass(frozen=True)
+class Report:
+    """Everything that a report says.
+
+    Attributes:
+        runs: All that were found.
+        sections: The tables.
+        known: Published figures.
+    """
+
+    runs: tuple[Run, ...]
+    sections: tuple[Section, ...]
+    known: tuple[published.Published, ...]
+
+    def problems(self) -> list[str]:
+        """What the tables lack: unfinished, failed and damaged runs, missing seeds, remarks."""
+        lines = [f"{run.path}: {run.state}, {run.note}" for run in self.runs if run.state != "done"]
+        lines += [
+            f"{run.path}: {run.note}" for run in self.runs if run.state == "done" and run.note
+        ]
+        for section in self.sections:
+            place = f"{section.model} on {section.data}"
+            lines += [f"{place}: {text}" for text in (*section.problems, *section.remarks)]
+        return lines
+
+
+def plus_minus(summary: Summary | None, form: str = ".2f") -> str:
+    """``mean ± standard deviation``, or the mean of a single run."""
+    if summary is None:
+        return NONE
+    spread = "" if summary.std is None else f" ± {summary.std:{form}}"
+    return f"{summary.mean:{form}}{spread}"
+
+
+def wording(difference: Difference | None, is_reference: bool) -> str:
+    """What may be said about a difference, with the test behind it."""
+    if is_reference:
+        return "reference"
+    if difference is None:
+        return NONE
+    n = " and ".join(map(str, difference.n))
+    if difference.p_value is None:
+        return f"{difference.verdict} (n = {n})"
+    return (
+        f"{difference.verdict}: {difference.test}, n = {n}, p = {difference.p_value:.2g}, "
+        f"Holm {difference.p_holm:.2g}"
+    )
+
+
+def cells(section: Section, known: Sequence[published.Published]) -> list[list[str]]:
+    """The table of a section, a list of texts for each row, in the order of ``HEADINGS``."""
+    figures = published.for_section(section, list(known))
+    return [
+        _cells(
+            row,
+            row.name in section.references_in_use(),
+            difference,
+            published.for_row(row, figures),
+        )
+        for row, difference in zip(section.rows, section.differences, strict=True)
+    ]
+
+
+def _cells(
+    row: Row,
+    is_reference: bool,
+    difference: Difference | None,
+    figures: Sequence[published.Published],
+) -> list[str]:
+    if not row.runs:
+        return [row.name, "0", *[NONE] * (len(HEADINGS) - 2)]
+    weights, activations, every, size = (
+        row.summary(name)
+        for name in (
+            "average_weight_bits",
+            "average_activation_bits",
+            "average_weight_bits_all_layers",
+            "model_size_bytes",
+        )
+    )
+    assert weights
+    assert activations
+    assert every
+    assert size
+    return [
+        row.name,
+        str(len(row.runs)),
+        f"{weights.mean:.2f} / {activations.mean:.2f}",
+        f"{every.mean:.2f}",
+        kilobytes(size.mean),
+        plus_minus(row.summary("fp_top1_percent")),
+        plus_minus(row.summary("qat_top1_percent")),
+        plus_minus(row.summary("final_train_loss"), ".3g"),
+        NONE if difference is None else f"{difference.mean:+.2f}",
+        wording(difference, is_reference),
+        "; ".join(f"{x}, {x.source}" for x in figures) or NONE,
+    ]
+
+
+def others(section: Section, known: Sequence[published.Published]) -> list[str]:
+    """Published figures for the section's data set and model that no row stands beside."""
+    figures = published.for_section(section, list(known))
+    beside = {x for row in section.rows for x in published.for_row(row, figures)}
+    return [f"{x}, {x.source}" for x in figures if x not in beside]
+
+
+def heading(section: Section) -> str:
+    """Model, data set, and what all runs share."""
+    return f"{section.model} on {section.data}"
+
+
+def compared_with(section: Section) -> str:
+    """Which rows the others are compared with."""
+    names = [row.name for row in section.rows if row.name in section.references_in_use()]
+    if len(names) < 2:
+        return f"Compared with {names[0]}." if names else ""
+    return f"Each row is compared with the reference above it: {'; '.join(names)}."
+
+
+def escaped(text: str) -> str:
+    """Text that Markdown shows as it is, on one line."""
+    text = " ".join(text.split())
+    text = text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+    text = re.sub(r"([\\`*\[\]|~#!])", r"\\\1", text)
+    return re.sub(r"(?<!\w)_|_(?!\w)", r"\\_", text)
+
+
+def markdown(report: Report) -> str:
+    """The report as Markdown, without pictures."""
+    lines = ["# Report", ""]
+    problems = report.problems()
+    if problems:
+        lines += ["## Not in the tables, and remarks", ""]
+        lines += [*(f"- {escaped(text)}" for text in problems), ""]
+    for section in report.sections:
+        lines += [f"## {escaped(heading(section))}", ""]
+        if section.common:
+            lines += [f"All runs: {escaped(section.common)}", ""]
+        lines += ["| " + " | ".join(HEADINGS) + " |"]
+        lines += ["|" + "|".join(":--" if i in (0, 9, 10) else "--:" for i in range(11)) + "|"]
+        for row in cells(section, report.known):
+            lines.append("| " + " | ".join(map(escaped, row)) + " |")
+        lines.append("")
+        if compared_with(section):
+            lines += [escaped(compared_with(section)), ""]
+        left = others(section, report.known)
+        if left:
+            lines += ["Also published for this network and data set:", ""]
+            lines += [*(f"- {escaped(text)}" for text in left), ""]
+    lines += ["## How to read this", "", *(f"{text}\n" for text in map(escaped, READING))]
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def plain(value: Any) -> Any:
+    """A number that JSON can hold: None for NaN and infinity."""
+    is_odd = isinstance(value, float) and not -float("inf") < value < float("inf")
+    return None if is_odd else value

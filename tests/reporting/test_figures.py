@@ -1,0 +1,51 @@
+import pytest
+from made_up import make_run, make_sweep
+from matplotlib.figure import Figure
+
+from adq_train.reporting import figures
+from adq_train.reporting.gather import gather
+from adq_train.reporting.groups import sections
+
+
+def rows_of(folder):
+    return sections(gather([folder]))[0].rows
+
+
+def float_lines(rows):
+    axes = Figure().subplots()
+    figures.draw_float(axes, rows, ["red"] * len(rows))
+    return [line.get_ydata()[0] for line in axes.lines]
+
+
+def test_runs_from_one_float_model_share_its_line(tmp_path):
+    make_sweep(tmp_path, {"ablation=none": [90, 91, 92], "ablation=a": [80, 81, 82]})
+    assert float_lines(rows_of(tmp_path)) == [92.0]
+
+
+def test_runs_from_several_float_models_have_a_line_each(tmp_path):
+    make_run(tmp_path / "a", overrides=("x=1",), float_top1=93.0)
+    changes = {"pretrain": {"epochs": 9}}
+    make_run(tmp_path / "b", overrides=("x=2",), changes=changes, float_top1=95.0)
+    assert float_lines(rows_of(tmp_path)) == [93.0, 95.0]
+
+
+def test_bars_start_at_zero_and_pair_each_seed_with_its_float_model(tmp_path):
+    for seed, (top1, float_top1) in enumerate(((90, 92), (91, 92), (95, 95))):
+        make_run(tmp_path / str(seed), top1, seed=seed, float_top1=float_top1)
+    (axes,) = figures.bars(rows_of(tmp_path), []).axes
+    (bar,) = axes.patches
+    assert (bar.get_x(), bar.get_width()) == (0, pytest.approx(-1))
+    (spread,) = axes.collections
+    ends = spread.get_segments()[0][:, 0]
+    assert ends == pytest.approx([-2, 0])  # the standard deviation of −2, −1, 0 is 1
+
+
+def test_a_long_name_is_broken_and_cut(tmp_path):
+    make_run(tmp_path / "a", overrides=("x=1",))
+    long = tuple(f"some.setting.number{i}=value" for i in range(9))
+    make_run(tmp_path / "b", overrides=long, changes={"trainer": {"epochs": 9}})
+    short, cut = sorted(map(figures.label, rows_of(tmp_path)), key=len)
+    assert short == "x=1"
+    assert cut.count("\n") == 2
+    assert cut.endswith("…")
+    assert max(map(len, cut.splitlines())) <= 53
