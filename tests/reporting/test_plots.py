@@ -6,10 +6,10 @@ import torch
 from helpers import ALLOCATION, RESULT, TABLE
 from torch import nn
 
-from adq_train.artifacts import LayerBits, LayerSensitivity, SensitivityTable
+from adq_train.artifacts import LayerSensitivity, SensitivityTable
 from adq_train.quantization.adq import AdqWeightQuantizer
+from adq_train.quantization.layers import quantized
 from adq_train.quantization.n2uq import N2uqActivationQuantizer, N2uqWeightQuantizer
-from adq_train.quantization.prepare import quantize_layer
 from adq_train.reporting import plots
 
 
@@ -17,14 +17,10 @@ from adq_train.reporting import plots
 def model():
     layers = nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Conv2d(4, 4, 3))
     for index, bits in ((0, 8), (2, 3)):
-        layers[index] = quantize_layer(
-            layers[index],
-            LayerBits(str(index), bits, bits),
-            AdqWeightQuantizer,
-            N2uqActivationQuantizer,
-            torch.rand(100),
-            seed=0,
-        )
+        weights, inputs = AdqWeightQuantizer(bits), N2uqActivationQuantizer(bits)
+        weights.calibrate(layers[index].weight)
+        inputs.calibrate(torch.rand(100))
+        layers[index] = quantized(layers[index], weights, inputs)
     return layers
 
 
