@@ -3,7 +3,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy import stats
 from sklearn.cluster import KMeans
+from sklearn.datasets import load_digits
 
 from adq_train.quantization.adq import (
     ADAPTATIONS,
@@ -349,6 +351,114 @@ def test_centroids_converge_to_lloyd_max_at_fixed_weights(level_set, decay):
         quantizer.adapt(weight, step)
 
     np.testing.assert_allclose(quantizer.levels(), expected, atol=1e-5)
+
+
+def slow_ema(weights_of_steps, codebook, fixed, decay):
+    """The EMA of the codebook, weight by weight, in Python's own float64."""
+    levels, counts = list(codebook), [0.0] * len(codebook)
+
+    def nearest(value):
+        return min(range(len(levels)), key=lambda k: abs(value - levels[k]))
+
+    for value in weights_of_steps[0]:
+        counts[nearest(value)] += 1
+    sums = [n * c for n, c in zip(counts, levels, strict=True)]
+    for weights in weights_of_steps[1:]:
+        new_counts, new_sums = [0.0] * len(levels), [0.0] * len(levels)
+        for value in weights:
+            k = nearest(value)
+            new_counts[k] += 1
+            new_sums[k] += value
+        for k in range(len(levels)):
+            counts[k] = decay * counts[k] + (1 - decay) * new_counts[k]
+            sums[k] = decay * sums[k] + (1 - decay) * new_sums[k]
+            if k != fixed:
+                levels[k] = sums[k] / counts[k]
+    return levels, counts, sums
+
+
+@pytest.mark.parametrize("decay", [0.5, 0.99])
+@pytest.mark.parametrize("level_set", LEVEL_SETS)
+def test_many_centroid_steps_are_those_of_a_slow_loop(level_set, decay):
+    steps = [torch.randn(4, 30)]
+    for _ in range(40):
+        steps.append(steps[-1] + 0.05 * torch.randn(4, 30))
+    quantizer = calibrated(steps[0], level_set=level_set, decay=decay, dead_threshold=0)
+    codebook = quantizer.levels().tolist()
+    fixed = None if level_set == "no_zero" else codebook.index(0)
+    for step, weight in enumerate(steps[1:], 1):
+        quantizer.adapt(weight, step)
+    drawn = [weight.flatten().tolist() for weight in steps]
+    levels, counts, sums = slow_ema(drawn, codebook, fixed, decay)
+    assert max(abs(a - b) for a, b in zip(levels, codebook, strict=True)) > 0.02  # it did move
+    np.testing.assert_allclose(quantizer.levels(), levels, rtol=1e-3, atol=1e-4)
+    np.testing.assert_allclose(quantizer.counts, counts, rtol=1e-3, atol=1e-3)
+    np.testing.assert_allclose(quantizer.sums, sums, rtol=1e-3, atol=1e-3)
+
+
+# Distribution function, ∫ t f(t) dt from -∞, and inverse distribution function, in closed form.
+DENSITIES = {
+    "gauss": (stats.norm.cdf, lambda x: -stats.norm.pdf(x), stats.norm.ppf),
+    "laplace": (
+        stats.laplace.cdf,
+        lambda x: -0.5 * np.exp(-abs(x)) * (1 + abs(x)),
+        stats.laplace.ppf,
+    ),
+}
+
+
+def lloyd_max_of_density(cdf, moment, num_levels):
+    """The Lloyd–Max codebook of a density: for these two it is unique."""
+    levels = np.linspace(-2, 2, num_levels)
+    for _ in range(1500):
+        inner = (levels[1:] + levels[:-1]) / 2
+        mass = np.diff(np.concatenate([[0.0], cdf(inner), [1.0]]))
+        levels = np.diff(np.concatenate([[0.0], moment(inner), [0.0]])) / mass
+    return levels
+
+
+@pytest.mark.parametrize("density", DENSITIES)
+@pytest.mark.parametrize(("level_set", "num_levels"), [("symmetric", 7), ("no_zero", 8)])
+def test_centroids_end_at_the_lloyd_max_codebook_of_a_density(density, level_set, num_levels):
+    cdf, moment, ppf = DENSITIES[density]
+    # The weights are the means of cells of equal mass, so that no draw disturbs the comparison.
+    inner = moment(ppf(np.arange(1, 8_000) / 8_000))
+    weight = torch.from_numpy(8_000 * np.diff([0.0, *inner, 0.0])).float().view(20, -1)
+    quantizer = calibrated(weight, level_set=level_set, decay=0.5)
+    expected = lloyd_max_of_density(cdf, moment, num_levels)
+    assert np.abs(quantizer.levels().numpy() - expected).max() > 0.1
+    for step in range(300):
+        quantizer.adapt(weight, step)
+    # Steps end where no weight changes its cell any more, a little before the density's optimum.
+    np.testing.assert_allclose(quantizer.levels(), expected, rtol=0.005, atol=0.005)
+
+
+@pytest.fixture(scope="module")
+def trained_weight():
+    """The weights of a linear classifier of the digits, trained for a moment."""
+    digits = load_digits()
+    images, targets = torch.tensor(digits.data / 16).float(), torch.tensor(digits.target)
+    layer = torch.nn.Linear(64, 10)
+    optimizer = torch.optim.Adam(layer.parameters(), lr=0.02)
+    for _ in range(100):
+        optimizer.zero_grad()
+        torch.nn.functional.cross_entropy(layer(images), targets).backward()
+        optimizer.step()
+    assert (layer(images).argmax(1) == targets).float().mean() > 0.9
+    return layer.weight.detach()
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4])
+def test_centroids_end_at_a_lloyd_max_codebook_of_trained_weights(trained_weight, bits):
+    quantizer = calibrated(trained_weight, bits, decay=0.8)
+    before = (quantizer(trained_weight) - trained_weight).square().mean()
+    for step in range(400):
+        quantizer.adapt(trained_weight, step)
+    levels = quantizer.levels().double().numpy()
+    weights = trained_weight.flatten().double().numpy()
+    moved = lloyd_by_hand(weights, levels, levels.tolist().index(0))
+    np.testing.assert_allclose(levels, moved, atol=1e-5)
+    assert (quantizer(trained_weight) - trained_weight).square().mean() < before
 
 
 @pytest.mark.parametrize("granularity", GRANULARITIES)

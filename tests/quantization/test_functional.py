@@ -8,12 +8,16 @@ from sklearn.cluster import KMeans
 from adq_train.quantization.functional import (
     CodebookSTE,
     GeneralizedSTE,
+    StraightThrough,
     assign,
+    at_least_float32,
     best_clip,
+    best_codebook_scale,
     cell_statistics,
     interval_edges,
     lloyd_max,
     midpoints,
+    positive,
     quantiles,
     round_ste,
     scale_gradient,
@@ -177,7 +181,7 @@ def gradients(function, inputs, incoming):
     return torch.autograd.grad(function(*leaves, inputs[4]), leaves, incoming)
 
 
-CASES = (SEEDS, st.integers(1, 5), st.integers(1, 60))
+CASES = (SEEDS, st.integers(1, 8), st.integers(1, 60))
 
 
 @settings(deadline=None, max_examples=40)
@@ -210,7 +214,7 @@ def test_generalized_ste_has_the_exact_gradient_of_the_step(seed, bits, size):
     torch.testing.assert_close(grad_step, (incoming * (codes - zero_point)).sum())
 
 
-@pytest.mark.parametrize("bits", [1, 2, 3, 4, 5])
+@pytest.mark.parametrize("bits", [1, 2, 3, 4, 5, 8])
 def test_generalized_ste_agrees_with_finite_differences(bits):
     x, start, widths, step, zero_point, _ = random_case(bits, bits, 200)
     distances = (x[:, None] - interval_edges(start, widths)).abs().amin(1)
@@ -325,3 +329,57 @@ def test_best_clip_is_the_best_of_its_candidates(seed, low, high, factor):
 def test_best_clip_of_values_on_a_grid_and_of_zeros():
     assert best_clip(torch.arange(-4.0, 4.0) / 2, 4, 3) == 0.5
     assert best_clip(torch.zeros(5), 3, 4) == 0.25
+
+
+def test_straight_through_gives_the_value_bitwise_and_the_gradient_to_the_other():
+    x = torch.randn(100, requires_grad=True)
+    value = 1e-8 * torch.randn(100, requires_grad=True)
+    y = StraightThrough.apply(x, value)
+    y.backward(torch.arange(100.0))
+    assert torch.equal(y, value)
+    assert torch.equal(x.grad, torch.arange(100.0))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_at_least_float32(dtype):
+    x = torch.tensor([0.5, -2.0], dtype=dtype)
+    lifted = at_least_float32(x)
+    assert lifted.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+    assert lifted.tolist() == [0.5, -2.0]
+
+
+def test_positive():
+    x = torch.tensor([-2.0, 0.0, 3.0], requires_grad=True)
+    y = positive(x)
+    y.sum().backward()
+    assert y.tolist() == [2.0, torch.finfo(torch.float32).tiny, 3.0]
+    assert x.grad.tolist() == [-1.0, 0.0, 1.0]
+
+
+@settings(deadline=None, max_examples=30)
+@given(SEEDS, st.integers(1, 6), st.booleans(), st.sampled_from([1e-30, 1.0, 1e30]))
+def test_best_codebook_scale_is_the_best_of_its_candidates(seed, count, signed, factor):
+    rng = np.random.default_rng(seed)
+    values = rng.normal(size=100)
+    levels = np.sort(rng.uniform(0.1, 2, size=count))
+    if signed:
+        levels = np.sort(np.append(levels, -rng.uniform(0.1, 2)))
+    else:
+        values = abs(values)
+
+    def error(scale):
+        return np.square(np.abs(values[:, None] - levels * scale).min(1)).mean()
+
+    reach = values.max() / levels[-1]
+    if signed:
+        reach = max(reach, values.min() / levels[0])
+    best = min(error(reach * k / 100) for k in range(1, 101))
+    scale = best_codebook_scale(
+        torch.tensor(values * factor, dtype=torch.float32),
+        torch.tensor(levels, dtype=torch.float32),
+    )
+    assert error(float(scale) / factor) <= best * (1 + 1e-4)
+
+
+def test_best_codebook_scale_of_zeros():
+    assert best_codebook_scale(torch.zeros(5), torch.tensor([-1.0, 0.0, 1.0])) == 1

@@ -1,5 +1,7 @@
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from adq_train.quantization.lsq import (
     LsqActivationQuantizer,
@@ -29,6 +31,61 @@ def test_gradients_are_equation_3_of_the_paper():
     assert x.grad.tolist() == [0, 2, 3, 4, 5, 0]
     expected = (incoming * torch.tensor(by_hand)).sum() / (num_elements * high) ** 0.5
     torch.testing.assert_close(step.grad, expected)
+
+
+def equation_3(ratio, low, high):
+    """The gradient of one output to the step, by region; ``ratio`` is v / s."""
+    if ratio <= low:
+        return low
+    if ratio >= high:
+        return high
+    return -ratio + round(ratio)
+
+
+@settings(deadline=None, max_examples=50)
+@given(
+    seed=st.integers(0, 2**31),
+    bits=st.integers(2, 8),
+    signed=st.booleans(),
+    size=st.floats(0.01, 2),
+)
+def test_gradients_are_the_papers_in_float64(seed, bits, signed, size):
+    generator = torch.Generator().manual_seed(seed)
+    low = -(2 ** (bits - 1)) if signed else 0
+    high = low + 2**bits - 1
+    # Half of the values lie outside of the range, at any number of bits.
+    x = size * 2 * high * torch.randn(40, generator=generator, dtype=torch.float64)
+    incoming = torch.randn(40, generator=generator, dtype=torch.float64)
+    step = torch.tensor(size, dtype=torch.float64, requires_grad=True)
+    x.requires_grad_()
+    lsq(x, step, low, high, 40).backward(incoming)
+
+    ratios = (x.detach() / size).tolist()
+    by_hand = torch.tensor([equation_3(r, low, high) for r in ratios], dtype=torch.float64)
+    torch.testing.assert_close(step.grad, (incoming * by_hand).sum() / (40 * high) ** 0.5)
+    inside = torch.tensor([low < r < high for r in ratios])
+    torch.testing.assert_close(x.grad, incoming * inside)
+
+
+@pytest.mark.parametrize("low", [-4, 0])
+def test_the_gradient_of_the_step_agrees_with_finite_differences(low):
+    """With the rounding errors held as they are, the output is differentiable."""
+    high, start = low + 7, 0.3
+    x = torch.randn(200, dtype=torch.float64)
+    # No kink within reach of a difference.
+    x = x[((x / start - low).abs() > 1e-3) & ((x / start - high).abs() > 1e-3)]
+    incoming = torch.randn(len(x), dtype=torch.float64)
+    clipped = (x / start).clamp(low, high)
+    rounding = clipped.round() - clipped
+
+    def loss(step):
+        return (((x / step).clamp(low, high) + rounding) * step * incoming).sum()
+
+    step = torch.tensor(start, dtype=torch.float64, requires_grad=True)
+    lsq(x, step, low, high, 1).backward(incoming)
+    h = 1e-6
+    expected = (loss(start + h) - loss(start - h)) / (2 * h) / high**0.5
+    torch.testing.assert_close(step.grad, expected, rtol=1e-6, atol=1e-7)
 
 
 @pytest.mark.parametrize("bits", range(2, 9))

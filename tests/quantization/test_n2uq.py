@@ -4,7 +4,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from adq_train.quantization.n2uq import N2uqActivationQuantizer
+from adq_train.quantization.n2uq import N2uqActivationQuantizer, N2uqWeightQuantizer
 
 INITIALIZATIONS = ("mse", "quantile")
 SAMPLES = {
@@ -215,3 +215,53 @@ def test_options_out_of_range_are_named(options):
     (name,) = options
     with pytest.raises(ValueError, match=name):
         N2uqActivationQuantizer(**{"bit_width": 2, **options})
+
+
+# --- Weights
+
+
+@pytest.mark.parametrize("bits", range(2, 9))
+@pytest.mark.parametrize("shape", [(5, 12), (3, 4, 2, 2), (2, 3, 4)])
+def test_weights_are_the_papers_formula_channel_by_channel(bits, shape):
+    weight = torch.randn(shape) * torch.logspace(-2, 1, shape[0]).view(-1, *[1] * (len(shape) - 1))
+    quantizer = N2uqWeightQuantizer(bits)
+    quantizer.calibrate(weight)
+    steps = 2**bits - 1
+    got = quantizer(weight)
+    off = 0
+    for channel, quantized in zip(weight.double().numpy(), got.double().numpy(), strict=True):
+        # W' = 2^(b-1) / (2^b - 1) · |W| / ‖W‖_1 · W, with |W| the number of weights.
+        factor = 2 ** (bits - 1) / steps * channel.size / np.abs(channel).sum()
+        unit = np.round((np.clip(factor * channel, -1, 1) + 1) / 2 * steps) * 2 / steps - 1
+        off += (np.abs(quantized - unit / factor) > 1e-4 / factor).sum()
+    assert off <= 0.02 * weight.numel()  # float32 may put a value on a border elsewhere
+    assert off == 0 or bits > 4
+
+
+@pytest.mark.parametrize("bits", range(2, 9))
+def test_weight_levels_are_even_and_without_a_zero(bits):
+    levels = N2uqWeightQuantizer(bits).levels()
+    torch.testing.assert_close(levels, torch.linspace(-1, 1, 2**bits), atol=1e-6, rtol=0)
+    assert (levels != 0).all()
+
+
+def test_weights_of_common_distributions_fill_the_levels_about_evenly():
+    """What the scale is for: at two bits no level holds less than a sixth of the weights."""
+    for weight in (torch.randn(1, 40_000), torch.rand(1, 40_000) - 0.5):
+        shares = torch.bincount(N2uqWeightQuantizer(2).quantize(weight).long().flatten()) / 40_000
+        assert len(shares) == 4
+        assert shares.min() > 1 / 6
+
+
+def test_the_gradient_of_weights_passes_unchanged_and_not_through_the_scale():
+    weight = torch.randn(4, 30, requires_grad=True)
+    incoming = torch.randn(4, 30)
+    N2uqWeightQuantizer(3)(weight).backward(incoming)
+    assert torch.equal(weight.grad, incoming)
+
+
+def test_a_channel_of_zeros_stays_zero():
+    weight = torch.cat([torch.zeros(1, 8), torch.randn(1, 8)])
+    quantizer = N2uqWeightQuantizer(2)
+    assert quantizer.output_scale(weight)[0] == 0
+    assert (quantizer(weight)[0] == 0).all()

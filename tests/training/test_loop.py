@@ -13,6 +13,7 @@ from adq_train.errors import UserError
 from adq_train.quantization.adq import AdqWeightQuantizer
 from adq_train.quantization.layers import quantized
 from adq_train.quantization.n2uq import N2uqActivationQuantizer
+from adq_train.quantization.pact import PactActivationQuantizer
 from adq_train.training.checkpoint import CheckpointFolder
 from adq_train.training.loop import fit, parameter_groups, train_epoch
 from adq_train.training.schedule import Cosine
@@ -133,6 +134,23 @@ def test_the_steps_count_on_from_epoch_to_epoch():
     model = network()
     train_epoch(model, Drawn(), 2, sgd(model), lambda step: seen.append(step) or 1.0)
     assert sorted(set(seen)) == [6, 7, 8]
+
+
+def test_the_regularization_of_activation_quantizers_reaches_the_gradient():
+    models = []
+    for decay in (0.0, 0.3):
+        model = network()
+        for index in (0, 3):
+            inputs = PactActivationQuantizer(3, decay=decay)
+            inputs.calibrate(torch.linspace(0, 1, 50))
+            model[index].input_quantizer = inputs
+        start = model[0].input_quantizer.alpha.item()
+        torch.manual_seed(1)
+        train_epoch(model, Drawn(sizes=(6,)), 0, sgd(model), lambda step: 1.0)
+        models.append(model)
+    plain, decayed = (model[0].input_quantizer.alpha.item() for model in models)
+    # One step of SGD at the quantizers' rate, 0.1 · 0.5.
+    assert plain - decayed == pytest.approx(0.05 * 0.3 * start, rel=1e-4)
 
 
 def test_the_commitment_term_reaches_the_gradient():

@@ -10,10 +10,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from adq_train.quantization.base import WeightQuantizer, check_choice
+from adq_train.quantization.base import WeightQuantizer, check_choice, check_finite
 from adq_train.quantization.functional import (
     CodebookSTE,
     assign,
+    at_least_float32,
     best_clip,
     cell_statistics,
     lloyd_max,
@@ -204,6 +205,9 @@ class AdqWeightQuantizer(WeightQuantizer):
         dead_threshold: A level whose EMA count is smaller is moved; 0 never moves one.
         clip_gradient: Whether weights beyond the outermost levels get no gradient.
         commitment: β ≥ 0; adds β (W - Ŵ) to each weight's gradient.
+
+    Raises:
+        ValueError: An argument lies outside its range.
     """
 
     codebook: Tensor
@@ -262,8 +266,7 @@ class AdqWeightQuantizer(WeightQuantizer):
         Raises:
             ValueError: A weight is NaN or infinite.
         """
-        if not torch.isfinite(values).all():
-            raise ValueError("the weights hold NaN or infinite values")
+        check_finite("weights", values)
         self.scale = self._channel_scale(values)
         weights = self._scaled(values)
         if self.initialization == "uniform":
@@ -282,6 +285,7 @@ class AdqWeightQuantizer(WeightQuantizer):
 
     def forward(self, x: Tensor) -> Tensor:
         """Maps a weight tensor to the levels nearest to it, times the channel scale."""
+        x = at_least_float32(x)
         if self.granularity == "layer":
             quantized: Tensor = CodebookSTE.apply(x, self.codebook, self.clip_gradient)
             return quantized
@@ -290,11 +294,15 @@ class AdqWeightQuantizer(WeightQuantizer):
 
     def quantize(self, x: Tensor) -> Tensor:
         """Indices into the codebook, uint8, of the shape of ``x``."""
-        return assign(x / self.scale, self.codebook).to(torch.uint8)
+        return assign(at_least_float32(x) / self.scale, self.codebook).to(torch.uint8)
 
     def levels(self) -> Tensor:
         """The codebook (K,), of the weights divided by their channel's scale."""
         return self.codebook
+
+    def output_scale(self, weight: Tensor) -> Tensor:
+        """The channel scale in use, (C_out, 1, …), which follows the weights; (1,) per layer."""
+        return self.scale
 
     @torch.no_grad()
     def adapt(self, weight: Tensor, step: int) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -29,6 +30,9 @@ class Quantizer(nn.Module, ABC):
         Args:
             values: The weight tensor, or a sample of activations of any shape.
             seed: For initialisations that draw random numbers.
+
+        Raises:
+            ValueError: A value is NaN or infinite.
         """
 
     @abstractmethod
@@ -49,7 +53,22 @@ class Quantizer(nn.Module, ABC):
 
 
 class WeightQuantizer(Quantizer):
-    """A quantizer of weights, which may follow them during training."""
+    """A quantizer of weights, which may follow them during training.
+
+    ``forward(w)`` equals ``levels()[quantize(w).long()] * output_scale(w)``, bit for bit.
+    """
+
+    @torch.no_grad()
+    def output_scale(self, weight: Tensor) -> Tensor:
+        """What levels are multiplied by to stand for ``weight``: positive or 0, without gradient.
+
+        Args:
+            weight: (C_out, …).
+
+        Returns:
+            A tensor that broadcasts to the shape of ``weight``; 1 for methods without a scale.
+        """
+        return torch.ones((), device=weight.device)
 
     @torch.no_grad()
     def adapt(self, weight: Tensor, step: int) -> None:
@@ -61,7 +80,47 @@ class WeightQuantizer(Quantizer):
 
 
 class ActivationQuantizer(Quantizer):
-    """A quantizer of a layer's input."""
+    """A quantizer of a layer's input; ``forward(x)`` equals ``levels()[quantize(x).long()]``."""
+
+    @torch.no_grad()
+    def regularize(self) -> None:
+        """Called before each optimizer step; may add to the gradients of its own parameters."""
+
+
+class RangedActivationQuantizer(ActivationQuantizer):
+    """Codes ``low`` … ``high`` around 0, signed where calibration has seen a negative value.
+
+    The buffer ``zero_point`` is the index of the level 0; it tells a state dict's reader the sign.
+
+    Args:
+        bit_width: Bits of a code, 2 … 8.
+    """
+
+    zero_point: Tensor
+
+    def __init__(self, bit_width: int) -> None:
+        super().__init__(bit_width)
+        self.register_buffer("zero_point", torch.zeros(()))
+        self.low, self.high = self.code_range(signed=False)
+
+    def code_range(self, signed: bool) -> tuple[int, int]:
+        """Smallest and largest code: 0 … 2^b - 1, or symmetric, ± (2^(b-1) - 1)."""
+        reach = 2 ** (self.bit_width - 1) - 1
+        return (-reach, reach) if signed else (0, 2**self.bit_width - 1)
+
+    def set_signed(self, signed: bool) -> None:
+        """Chooses the signed or the unsigned range."""
+        self.low, self.high = self.code_range(signed)
+        self.zero_point.fill_(-self.low)
+
+    def codes(self) -> Tensor:
+        """All codes, (high - low + 1,), in the dtype and on the device of the quantizer."""
+        like = self.zero_point
+        return torch.arange(self.low, self.high + 1, device=like.device, dtype=like.dtype)
+
+    def _load_from_state_dict(self, *arguments: Any) -> None:
+        super()._load_from_state_dict(*arguments)
+        self.set_signed(bool(self.zero_point > 0))
 
 
 MakeWeightQuantizer = Callable[[int], WeightQuantizer]
@@ -76,3 +135,13 @@ def check_choice(name: str, value: str, allowed: tuple[str, ...]) -> None:
     """
     if value not in allowed:
         raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {value!r}")
+
+
+def check_finite(what: str, values: Tensor) -> None:
+    """Refuses NaN and infinite values.
+
+    Raises:
+        ValueError: Says what holds them.
+    """
+    if not torch.isfinite(values).all():
+        raise ValueError(f"the {what} hold NaN or infinite values")

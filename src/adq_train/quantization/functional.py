@@ -12,6 +12,23 @@ import torch
 from torch import Tensor
 
 
+def at_least_float32(x: Tensor) -> Tensor:
+    """``x`` in float32 if it is float16 or bfloat16: quantizers keep their precision in autocast.
+
+    A scalar parameter of float32 alone would not lift a low-precision tensor.
+    """
+    return x if x.dtype == torch.float64 else x.float()
+
+
+def positive(x: Tensor) -> Tensor:
+    """The magnitude of ``x``, at least the smallest normal number.
+
+    Learned steps and clips pass through it, so that a long optimizer step across zero leaves
+    levels in order.
+    """
+    return x.abs().clamp_min(torch.finfo(x.dtype).tiny)
+
+
 def midpoints(codebook: Tensor) -> Tensor:
     """The K - 1 borders between the cells of a sorted codebook (K,)."""
     return (codebook[1:] + codebook[:-1]) / 2
@@ -27,7 +44,7 @@ def assign(values: Tensor, codebook: Tensor) -> Tensor:
     Returns:
         The shape of ``values``, in ``0 … K - 1``.
     """
-    return torch.bucketize(values, midpoints(codebook))
+    return torch.bucketize(values.contiguous(), midpoints(codebook))
 
 
 def quantiles(ordered: Tensor, fractions: Tensor) -> Tensor:
@@ -115,6 +132,24 @@ class CodebookSTE(torch.autograd.Function):
         """The incoming gradient, masked where ``clip`` asks for it."""
         saved = ctx.saved_tensors
         return (grads[0] * saved[0] if saved else grads[0]), None, None
+
+
+class StraightThrough(torch.autograd.Function):
+    """A value in the place of another; the gradient passes to the one that it replaces.
+
+    Bengio et al. 2013 (arXiv 1308.3432). Unlike ``x + (value - x).detach()`` it gives ``value``
+    bit for bit.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, value: Tensor) -> Tensor:
+        """Maps two tensors of the same shape to the second one."""
+        return value.view_as(value)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        """The incoming gradient, to the first tensor."""
+        return grads[0], None
 
 
 class GeneralizedSTE(torch.autograd.Function):
@@ -221,3 +256,29 @@ def best_clip(values: Tensor, low_codes: int, high_codes: int, candidates: int =
          for s in steps]
     )  # fmt: skip
     return (steps[errors.argmin()] * reach).to(values.dtype)
+
+
+def best_codebook_scale(values: Tensor, levels: Tensor, candidates: int = 100) -> Tensor:
+    """The factor on a set of levels that makes the squared error smallest.
+
+    Args:
+        values: (n,) sample.
+        levels: (K,) sorted, the largest one positive.
+        candidates: Factors tried, evenly spaced up to the one that clips nothing.
+
+    Returns:
+        () positive factor; 1 where no factor is needed, as for values that are all zero.
+    """
+    reach = values.max() / levels[-1]
+    if levels[0] < 0:
+        reach = torch.maximum(reach, values.min() / levels[0])
+    if reach <= 0:
+        return torch.ones_like(reach)
+    # Relative to the reach, so that no square overflows or vanishes. Sorted first: a stride
+    # through a filter bank can meet one corner of the kernels alone.
+    relative = values.sort().values[:: max(1, len(values) // 2**16)] / reach
+    factors = torch.arange(1, candidates + 1, device=values.device) / candidates
+    errors = torch.stack(
+        [(levels[assign(relative / f, levels)] * f - relative).square().mean() for f in factors]
+    )
+    return factors[errors.argmin()] * reach

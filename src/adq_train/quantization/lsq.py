@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 
-from adq_train.quantization.base import ActivationQuantizer, WeightQuantizer
-from adq_train.quantization.functional import round_ste, scale_gradient
+from adq_train.quantization.base import RangedActivationQuantizer, WeightQuantizer, check_finite
+from adq_train.quantization.functional import (
+    at_least_float32,
+    positive,
+    round_ste,
+    scale_gradient,
+)
 
 
 def lsq(x: Tensor, step: Tensor, low: int, high: int, num_elements: int) -> Tensor:
     """LSQ's quantizer, equations 1–3 of the paper.
 
     ŷ = step · round(clip(x / step, low, high)), with the straight-through gradient of the
-    rounding and the gradient of the step multiplied by 1 / sqrt(num_elements · high).
+    rounding and the gradient of the step multiplied by 1 / sqrt(num_elements · high). A value
+    exactly on an end of the range counts as within it; in equation 3 it counts as beyond.
 
     Args:
         x: Any shape.
@@ -31,8 +35,26 @@ def lsq(x: Tensor, step: Tensor, low: int, high: int, num_elements: int) -> Tens
     return round_ste((x / step).clamp(low, high)) * step
 
 
+def lsq_indices(x: Tensor, step: Tensor, low: int, high: int) -> Tensor:
+    """Equation 1 of the paper, counted from ``low``: round(clip(x / step, low, high)) - low, uint8.
+
+    Args:
+        x: Any shape.
+        step: () positive.
+        low: Smallest code, ≤ 0.
+        high: Largest code, > 0.
+    """
+    codes = (at_least_float32(x) / step).clamp(low, high).round()
+    return (codes - low).to(torch.uint8)
+
+
 def initial_step(values: Tensor, high: int) -> Tensor:
-    """The paper's initialisation, 2 · mean|x| / sqrt(high); 1 for a tensor of zeros."""
+    """The paper's initialisation (section 2.1), 2 · mean|x| / sqrt(high); 1 for zeros.
+
+    Args:
+        values: Any shape.
+        high: Largest code, Q_P.
+    """
     step = 2 * values.detach().float().abs().mean() / high**0.5
     return torch.where(step > 0, step, 1.0)
 
@@ -40,8 +62,15 @@ def initial_step(values: Tensor, high: int) -> Tensor:
 class LsqWeightQuantizer(WeightQuantizer):
     """Signed weights with one learned step per layer: codes -2^(b-1) … 2^(b-1) - 1.
 
+    Section 2 of the paper: Q_N = 2^(b-1) and Q_P = 2^(b-1) - 1 for weights. The gradient of the
+    step is that of equation 3 times 1 / sqrt(N · Q_P) (section 2.2), with N the number of weights.
+    The step is used by its magnitude, so that levels stay in order.
+
     Args:
         bit_width: b, 2 … 8.
+
+    Raises:
+        ValueError: ``bit_width`` lies outside its range.
     """
 
     def __init__(self, bit_width: int) -> None:
@@ -52,70 +81,72 @@ class LsqWeightQuantizer(WeightQuantizer):
 
     @torch.no_grad()
     def calibrate(self, values: Tensor, seed: int = 0) -> None:
-        """Initialises the step from a weight tensor."""
-        if not torch.isfinite(values).all():
-            raise ValueError("the weights hold NaN or infinite values")
+        """Initialises the step from a weight tensor of any shape.
+
+        Raises:
+            ValueError: A weight is NaN or infinite.
+        """
+        check_finite("weights", values)
         self.step.copy_(initial_step(values, self.high))
 
     def forward(self, x: Tensor) -> Tensor:
         """Fake-quantized weights of the same shape."""
-        return lsq(x, self.step, self.low, self.high, x.numel())
+        x = at_least_float32(x)
+        return lsq(x, positive(self.step), self.low, self.high, x.numel())
 
     def quantize(self, x: Tensor) -> Tensor:
         """Indices into :meth:`levels`, uint8."""
-        codes = (x / self.step).clamp(self.low, self.high).round()
-        return (codes - self.low).to(torch.uint8)
+        return lsq_indices(x, positive(self.step), self.low, self.high)
 
     def levels(self) -> Tensor:
         """The 2^b uniform levels."""
         codes = torch.arange(self.low, self.high + 1, device=self.step.device)
-        return codes * self.step.detach()
+        return codes * positive(self.step.detach())
 
 
-class LsqActivationQuantizer(ActivationQuantizer):
+class LsqActivationQuantizer(RangedActivationQuantizer):
     """A learned step on a layer's input: codes 0 … 2^b - 1, signed where calibration asks for it.
+
+    Section 2 of the paper: Q_N = 0 and Q_P = 2^b - 1 for unsigned data, as weights otherwise.
+    N of the gradient's scale is the number of features of one input (section 2.2).
 
     Args:
         bit_width: b, 2 … 8.
-    """
 
-    zero_point: Tensor
+    Raises:
+        ValueError: ``bit_width`` lies outside its range.
+    """
 
     def __init__(self, bit_width: int) -> None:
         super().__init__(bit_width)
         self.step = nn.Parameter(torch.ones(()))
-        self.register_buffer("zero_point", torch.zeros(()))
-        self.low: int = 0
-        self.high: int = 2**bit_width - 1
+
+    def code_range(self, signed: bool) -> tuple[int, int]:
+        """Smallest and largest code: all 2^b of them, also in a signed range."""
+        low = -(2 ** (self.bit_width - 1)) if signed else 0
+        return low, low + 2**self.bit_width - 1
 
     @torch.no_grad()
     def calibrate(self, values: Tensor, seed: int = 0) -> None:
-        """Initialises the step from a sample of inputs; negative values make the range signed."""
-        if not torch.isfinite(values).all():
-            raise ValueError("the inputs hold NaN or infinite values")
-        self._set_signed(bool(values.min() < 0))
-        self.step.copy_(initial_step(values, self.high))
+        """Initialises the step from a sample of inputs; negative values make the range signed.
 
-    def _set_signed(self, signed: bool) -> None:
-        self.low = -(2 ** (self.bit_width - 1)) if signed else 0
-        self.high = self.low + 2**self.bit_width - 1
-        self.zero_point.fill_(-self.low)
+        Raises:
+            ValueError: A value is NaN or infinite.
+        """
+        check_finite("inputs", values)
+        self.set_signed(bool(values.min() < 0))
+        self.step.copy_(initial_step(values, self.high))
 
     def forward(self, x: Tensor) -> Tensor:
         """Fake-quantized input of shape (N, …)."""
+        x = at_least_float32(x)
         features = x[0].numel() if x.dim() > 1 else x.numel()
-        return lsq(x, self.step, self.low, self.high, features)
+        return lsq(x, positive(self.step), self.low, self.high, features)
 
     def quantize(self, x: Tensor) -> Tensor:
         """Indices into :meth:`levels`, uint8."""
-        codes = (x / self.step).clamp(self.low, self.high).round()
-        return (codes - self.low).to(torch.uint8)
+        return lsq_indices(x, positive(self.step), self.low, self.high)
 
     def levels(self) -> Tensor:
         """The 2^b uniform levels."""
-        codes = torch.arange(self.low, self.high + 1, device=self.step.device)
-        return codes * self.step.detach()
-
-    def _load_from_state_dict(self, *arguments: Any) -> None:
-        super()._load_from_state_dict(*arguments)
-        self._set_signed(bool(self.zero_point > 0))
+        return self.codes() * positive(self.step.detach())

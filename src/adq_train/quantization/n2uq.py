@@ -1,13 +1,23 @@
-"""N2UQ activations: learned thresholds, uniform levels (Liu et al. 2022, arXiv 2111.14826)."""
+"""N2UQ: activations with learned thresholds, weights scaled per channel.
+
+Liu et al. 2022 (arXiv 2111.14826).
+"""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
 
-from adq_train.quantization.base import ActivationQuantizer, check_choice
+from adq_train.quantization.base import (
+    ActivationQuantizer,
+    WeightQuantizer,
+    check_choice,
+    check_finite,
+)
 from adq_train.quantization.functional import (
     GeneralizedSTE,
+    StraightThrough,
+    at_least_float32,
     best_clip,
     interval_edges,
     midpoints,
@@ -77,6 +87,9 @@ class N2uqActivationQuantizer(ActivationQuantizer):
             squared error smallest; ``quantile``: thresholds with equal mass between them.
         learn_input_scale: Whether a factor on the input is learned too, as in N2UQ; thresholds
             can express it already, so it changes the dynamics of training alone.
+
+    Raises:
+        ValueError: An argument lies outside its range.
     """
 
     zero_point: Tensor
@@ -103,8 +116,7 @@ class N2uqActivationQuantizer(ActivationQuantizer):
         Raises:
             ValueError: A value is NaN or infinite.
         """
-        if not torch.isfinite(values).all():
-            raise ValueError("the inputs hold NaN or infinite values")
+        check_finite("inputs", values)
         sample = values.detach().float().flatten()
         num_steps = len(self.log_widths)
         start, step, zero_point = uniform_range(sample, num_steps)
@@ -127,6 +139,7 @@ class N2uqActivationQuantizer(ActivationQuantizer):
 
     def forward(self, x: Tensor) -> Tensor:
         """Maps an input of shape (N, …) to ``step · (code - zero_point)``."""
+        x = at_least_float32(x)
         features = x[0].numel() if x.dim() > 1 else x.numel()
         factor = (features * len(self.log_widths)) ** -0.5
         start = scale_gradient(self.start, factor)
@@ -139,8 +152,8 @@ class N2uqActivationQuantizer(ActivationQuantizer):
 
     def quantize(self, x: Tensor) -> Tensor:
         """Codes in ``0 … 2^n - 1``, uint8, of the shape of ``x``."""
-        scaled = x * self.log_input_scale.exp()
-        return torch.bucketize(scaled, self.thresholds()).to(torch.uint8)
+        scaled = at_least_float32(x) * self.log_input_scale.exp()
+        return torch.bucketize(scaled.contiguous(), self.thresholds()).to(torch.uint8)
 
     def levels(self) -> Tensor:
         """The uniform output levels (2^n,)."""
@@ -150,3 +163,67 @@ class N2uqActivationQuantizer(ActivationQuantizer):
     def thresholds(self) -> Tensor:
         """The N thresholds T_i, sorted, on the scaled input."""
         return midpoints(interval_edges(self.start, self.log_widths.exp())).detach()
+
+
+class N2uqWeightQuantizer(WeightQuantizer):
+    """N2UQ's own weights: uniform levels on [-1, 1] after a scale per output channel.
+
+    The paper's entropy-preserving weight regularization divides each channel by
+
+        s = (2^b - 1) / 2^(b-1) · mean|W|,
+
+    at which weights of common distributions fill the levels about evenly. The result is clipped
+    to [-1, 1] and rounded to 2^b evenly spaced levels, none of which is zero; the output is
+    multiplied by s again. The mean is not subtracted. As in the authors' code, s follows the
+    weights in every step, nothing is learned, no gradient passes through s, and clipped weights
+    keep their gradient. That code passes the gradient of the scaled weights, that is, divided by
+    s, which Adam cancels; here it passes as it is, so that other optimizers work too.
+
+    Args:
+        bit_width: b, 2 … 8.
+
+    Raises:
+        ValueError: ``bit_width`` lies outside its range.
+    """
+
+    base: Tensor
+
+    def __init__(self, bit_width: int) -> None:
+        super().__init__(bit_width)
+        self.num_steps: int = 2**bit_width - 1
+        base = 2 * torch.arange(self.num_steps + 1) / self.num_steps - 1
+        self.register_buffer("base", base, persistent=False)
+
+    def calibrate(self, values: Tensor, seed: int = 0) -> None:
+        """Checks the weights; there is nothing to initialise.
+
+        Raises:
+            ValueError: A weight is NaN or infinite.
+        """
+        check_finite("weights", values)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Fake-quantized weights of the shape (C_out, …) of ``x``."""
+        x = at_least_float32(x)
+        value = self.base[self.quantize(x).long()] * self.output_scale(x)
+        quantized: Tensor = StraightThrough.apply(x, value)
+        return quantized
+
+    @torch.no_grad()
+    def quantize(self, x: Tensor) -> Tensor:
+        """Indices into :meth:`levels`, uint8."""
+        scale = self.output_scale(x)
+        scaled = (at_least_float32(x) / torch.where(scale > 0, scale, 1.0)).clamp(-1, 1)
+        return ((scaled + 1) / 2 * self.num_steps).round().to(torch.uint8)
+
+    def levels(self) -> Tensor:
+        """The 2^b levels on [-1, 1], before the scale."""
+        return self.base
+
+    @torch.no_grad()
+    def output_scale(self, weight: Tensor) -> Tensor:
+        """The scale s of each channel, (C_out, 1, …); 0 where a channel is all zero."""
+        # Flattened in logical order, so that the memory format does not change the sum.
+        mean = at_least_float32(weight).flatten(1).abs().mean(1)
+        gamma = 2 * self.num_steps / (self.num_steps + 1)
+        return (gamma * mean).view(-1, *[1] * (weight.dim() - 1))

@@ -17,7 +17,7 @@ from torch.optim import Optimizer
 from adq_train.data.base import Batches, ImageData
 from adq_train.errors import UserError
 from adq_train.quantization.base import Quantizer
-from adq_train.quantization.prepare import quantized_weights
+from adq_train.quantization.prepare import quantized_layers, quantized_weights
 from adq_train.reporting.progress import Progress
 from adq_train.training.checkpoint import CheckpointFolder
 from adq_train.training.evaluate import evaluate
@@ -97,6 +97,7 @@ def train_epoch(
     """
     model.train()
     weights = quantized_weights(model)
+    inputs = [layer.input_quantizer for layer in quantized_layers(model).values()]
     total = torch.zeros((), dtype=torch.float64)
     count = 0
     for step, (images, targets) in enumerate(batches.epoch(epoch), epoch * len(batches)):
@@ -107,6 +108,8 @@ def train_epoch(
         loss.backward()  # type: ignore[no-untyped-call]
         for quantizer, weight in weights:
             quantizer.regularize(weight)
+        for input_quantizer in inputs:
+            input_quantizer.regularize()
         if gradient_clip_norm is not None:
             nn.utils.clip_grad_norm_(model.parameters(), gradient_clip_norm)
         optimizer.step()
