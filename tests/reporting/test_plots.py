@@ -1,15 +1,17 @@
 """Pictures show the values that they are given."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 from helpers import ALLOCATION, RESULT, TABLE
 from torch import nn
 
-from adq_train.artifacts import LayerSensitivity, SensitivityTable
+from adq_train.artifacts import LayerBits, LayerSensitivity, SensitivityTable
 from adq_train.quantization.adq import AdqWeightQuantizer
-from adq_train.quantization.layers import quantized
-from adq_train.quantization.n2uq import N2uqActivationQuantizer, N2uqWeightQuantizer
+from adq_train.quantization.n2uq import N2uqActivationQuantizer
+from adq_train.quantization.prepare import quantize_layer
 from adq_train.reporting import plots
 
 
@@ -17,10 +19,16 @@ from adq_train.reporting import plots
 def model():
     layers = nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Conv2d(4, 4, 3))
     for index, bits in ((0, 8), (2, 3)):
-        weights, inputs = AdqWeightQuantizer(bits), N2uqActivationQuantizer(bits)
-        weights.calibrate(layers[index].weight)
-        inputs.calibrate(torch.rand(100))
-        layers[index] = quantized(layers[index], weights, inputs)
+        name = str(index)
+        forms = quantize_layer(
+            layers,
+            LayerBits(name, bits, bits),
+            AdqWeightQuantizer,
+            N2uqActivationQuantizer,
+            {name: torch.rand(100)},
+            seed=0,
+        )
+        layers[index] = forms[name]
     return layers
 
 
@@ -39,9 +47,22 @@ def test_a_table_without_positive_values_can_be_drawn():
 
 
 def test_the_bars_are_the_bits():
-    axes = plots.allocation(ALLOCATION).axes[0]
+    axes = plots.allocation(ALLOCATION, TABLE).axes[1]
     assert [bar.get_height() for bar in axes.patches] == [8, 2]
     assert axes.lines[0].get_ydata()[0] == ALLOCATION.average_weight_bits
+
+
+def test_the_shares_of_weights_and_of_macs():
+    axes = plots.allocation(ALLOCATION, TABLE).axes[0]
+    weights, macs = ([bar.get_height() for bar in bars] for bars in axes.containers)
+    np.testing.assert_allclose(weights, [100 * 100 / 1101, 100 * 1001 / 1101])
+    np.testing.assert_allclose(macs, [10, 90])
+
+
+def test_other_bits_of_an_input_are_marked():
+    bits = replace(ALLOCATION, layers=(LayerBits("first", 2, 4), LayerBits("second", 2, 2)))
+    (dash, _average) = plots.allocation(bits, TABLE).axes[1].lines
+    np.testing.assert_array_equal(dash.get_xydata(), [[0, 4]])
 
 
 def test_levels_are_drawn_on_the_histogram_of_the_weights(model):
@@ -52,20 +73,6 @@ def test_levels_are_drawn_on_the_histogram_of_the_weights(model):
         np.testing.assert_allclose(drawn, model[index].weight_quantizer.levels(), rtol=1e-6)
         (histogram,) = axes.patches
         assert histogram.get_data().values.sum() == model[index].weight.numel()
-
-
-def test_weights_are_drawn_in_the_units_of_the_levels(model):
-    layer = model[0]
-    layer.weight_quantizer = N2uqWeightQuantizer(3)
-    with torch.no_grad():
-        layer.weight[0] = 0  # a scale of zero
-        layer.weight[1] *= 100
-    (histogram,) = plots.weights_and_levels(model).axes[0].patches
-    largest = max(
-        (channel.abs() / channel.abs().mean()).max().item() for channel in layer.weight[1:]
-    )
-    edges = histogram.get_data().edges
-    assert abs(edges).max() == pytest.approx(largest * 4 / 7, rel=1e-5)
 
 
 def test_codebooks_over_time():
