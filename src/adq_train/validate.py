@@ -80,7 +80,7 @@ def validate(cfg: DictConfig) -> tuple[dict[str, Any], Parts]:
         config: Any = without_missing(OmegaConf.to_container(cfg, resolve=True))
     except OmegaConfBaseException as error:
         raise ConfigError([f"{error.full_key}: {str(error).splitlines()[0]}"]) from error
-    problems = [*_section_problems(config), *_untrusted(config)]
+    problems = [*_section_problems(config), *trust_problems(config)]
     device = _device(config["trainer"]["device"], problems)
     built = {}
     if not any("_target_" in problem for problem in problems):
@@ -159,7 +159,7 @@ def leaves(node: Any, path: str = "") -> Iterator[tuple[str, Any]]:
         yield path, node
 
 
-def _untrusted(config: dict[str, Any]) -> Iterator[str]:
+def trust_problems(config: dict[str, Any]) -> Iterator[str]:
     """Targets outside the trusted packages: importing one would run its code."""
     trusted = (*TRUSTED_PREFIXES, *(f"{name}." for name in config["trusted_packages"]))
     for key, value in leaves(config):
