@@ -52,6 +52,10 @@ class Layout:
     class_names: tuple[str, ...] = ()
 
 
+CIFAR10_CLASSES = (
+    "airplane", "automobile", "bird", "cat", "deer",
+    "dog", "frog", "horse", "ship", "truck",
+)  # fmt: skip
 LAYOUTS = {
     "cifar10": Layout(
         folders=("cifar-10-batches-bin", "cifar-10-batches-py"),
@@ -62,10 +66,7 @@ LAYOUTS = {
         num_classes=10,
         url="https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz",
         md5="c32a1d4ab5d03f1284b67883e8d87530",
-        class_names=(
-            "airplane", "automobile", "bird", "cat", "deer",
-            "dog", "frog", "horse", "ship", "truck",
-        ),  # fmt: skip
+        class_names=CIFAR10_CLASSES,
     ),
     "cifar100": Layout(
         folders=("cifar-100-binary", "cifar-100-python"),

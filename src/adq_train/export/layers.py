@@ -25,8 +25,7 @@ class Steps(nn.Module):
 
     def __init__(self, stairs: Staircase) -> None:
         super().__init__()
-        self.bit_width = stairs.bit_width
-        self.keeps_layout = stairs.keeps_layout
+        self.stairs = stairs
         self.register_buffer("thresholds", stairs.thresholds)
         self.register_buffer("levels", stairs.levels)
         grid = uniform_grid(stairs.levels)
@@ -36,7 +35,7 @@ class Steps(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Maps an input of any shape to levels."""
-        return self.values(self.codes(x if self.keeps_layout else x.contiguous()))
+        return self.values(self.codes(x if self.stairs.keeps_layout else x.contiguous()))
 
     def codes(self, x: Tensor) -> Tensor:
         """The number of thresholds below each value; the shape and the layout of ``x``."""

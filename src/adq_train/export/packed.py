@@ -23,7 +23,6 @@ from adq_train.export.architecture import check_builder
 from adq_train.export.bits import pack, unpack
 from adq_train.export.model import TableModel, assemble
 from adq_train.export.tables import LayerTables, Staircase, WeightTable
-from adq_train.files import written_whole
 
 FORMAT = "adq-train packed model"
 VERSION = 1
@@ -79,16 +78,16 @@ def load_packed(path: str | Path, unpack_weights: bool = True) -> nn.Module:
         raise UserError(f"{path} does not fit its own architecture: {error!r}") from error
 
 
-def write_packed(model: TableModel, path: Path, float_type: torch.dtype = torch.float32) -> Sizes:
-    """Writes a packed file, whole or not at all.
+def packed_bytes(model: TableModel, float_type: torch.dtype = torch.float32) -> tuple[bytes, Sizes]:
+    """The content of a packed file.
 
     Args:
         model: What to write.
-        path: The file; its folder is made.
         float_type: Precision of what stays float; tables are always float32.
 
     Raises:
-        UserError: A value does not fit the precision, or the disk is full.
+        UserError: The model is of no builder of this package, or a value does not fit the
+            precision.
     """
     check_builder(model.model)
     floats = [x.to(float_type).flatten() for x in model.floats.values()]
@@ -97,30 +96,22 @@ def write_packed(model: TableModel, path: Path, float_type: torch.dtype = torch.
             raise UserError(f"{name} has values that {float_type} cannot hold; use float32")
     tensors = {
         "codes": _joined([pack(x.weight.codes, x.weight.bit_width) for x in model.layers.values()]),
-        "tables": _joined([t for x in model.layers.values() for t in _tables(x)]),
+        "tables": _joined([t for x in model.layers.values() for t in tables_in_order(x)]),
         "floats": _joined(floats),
         "index": torch.frombuffer(bytearray(zlib.compress(_index(model), 9)), dtype=torch.uint8),
     }
-    data = save_tensors(
-        tensors,
-        {
-            "format": FORMAT,
-            "format_version": str(VERSION),
-            "sha256": NO_DIGEST,
-            "model": _json(model.model),
-            "run": _json(model.run),
-        },
-    )
+    metadata = {
+        "format": FORMAT,
+        "format_version": str(VERSION),
+        "sha256": NO_DIGEST,
+        "model": _json(model.model),
+        "run": _json(model.run),
+    }
+    data = save_tensors(tensors, metadata)
     place = _digest_place(data)
     data = data[: place.start] + hashlib.sha256(data).hexdigest().encode() + data[place.stop :]
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"cannot make {path.parent}: {error.strerror}") from error
-    with written_whole(path) as temporary:
-        temporary.write_bytes(data)
     codes, tables, rest = (tensors[name].nbytes for name in ("codes", "tables", "floats"))
-    return Sizes(codes, tables, rest, len(data))
+    return data, Sizes(codes, tables, rest, len(data))
 
 
 def read_packed(path: Path) -> TableModel:
@@ -187,7 +178,7 @@ def _json(content: Any) -> str:
     return json.dumps(content, separators=(",", ":"), ensure_ascii=False)
 
 
-def _tables(layer: LayerTables) -> Iterator[Tensor]:
+def tables_in_order(layer: LayerTables) -> Iterator[Tensor]:
     """The float32 tables of a layer in the order of the file."""
     yield layer.weight.codebook
     if layer.weight.scale is not None:

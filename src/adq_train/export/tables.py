@@ -152,7 +152,8 @@ def staircase(quantizer: ActivationQuantizer) -> Staircase:
     Raises:
         ValueError: The output falls somewhere, or is not one of the quantizer's levels.
     """
-    levels = quantizer.levels().detach().float().unique()
+    levels = quantizer.levels().detach().float().sort().values
+    levels = levels[torch.cat([torch.tensor([True]), levels.diff() > 0])]
     reach = torch.finfo(torch.float32).max
     low, high = (torch.full((len(levels) - 1,), _order(x)) for x in (-reach, reach))
     low, high = low - 1, high + 1  # the infinities

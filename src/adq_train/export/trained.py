@@ -8,9 +8,7 @@ from typing import Any
 
 import torch
 from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 from torch import nn
-from yaml import YAMLError
 
 from adq_train.artifacts import BitAllocation
 from adq_train.data.base import ImageData, InputFormat
@@ -68,7 +66,7 @@ def open_run(path: Path) -> FinishedRun:
         config: Any = OmegaConf.to_container(OmegaConf.load(path / "config.yaml"))
         allocation = BitAllocation.from_json((path / "allocation.json").read_text("utf-8"))
         problems = list(trust_problems(config))
-    except (OSError, YAMLError, OmegaConfBaseException, KeyError, TypeError, ValueError) as error:
+    except Exception as error:  # YAML, OmegaConf and a missing section have errors of their own
         raise UserError(f"the run in {path} is damaged ({error})") from error
     if problems:
         raise UserError(f"{path / 'config.yaml'}: {'; '.join(problems)}")
