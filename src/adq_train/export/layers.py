@@ -42,7 +42,7 @@ class Steps(nn.Module):
         if len(self.thresholds) <= FEW:
             return compare_all(x, self.thresholds)
         return torch.empty_like(x, dtype=torch.int32).copy_(
-            torch.bucketize(x, self.thresholds, out_int32=True)
+            torch.bucketize(x.contiguous(), self.thresholds, out_int32=True)
         )
 
     def values(self, codes: Tensor) -> Tensor:

@@ -79,8 +79,7 @@ def onnx_bytes(model: TableModel) -> bytes:
     for node in proto.graph.node:  # stack traces, several times the size of a small model
         node.ClearField("metadata_props")
         node.ClearField("doc_string")
-    for value in proto.graph.value_info:
-        value.ClearField("metadata_props")
+    del proto.graph.value_info[:]  # runtimes infer the shapes between the layers
     facts = {"input": model.expects.to_dict(), "data": model.data, "run": model.run}
     entry = proto.metadata_props.add()
     entry.key, entry.value = METADATA_KEY, json.dumps(facts)
