@@ -25,7 +25,7 @@ def check_builder(node: Any) -> None:
         UserError: Names the target.
     """
     target = node.get("_target_") if isinstance(node, dict) else node
-    if target not in BUILDERS:
+    if not isinstance(target, str) or target not in BUILDERS:
         raise UserError(
             f"model._target_: {target!r} is not one of the builders that a packed file may name "
             f"({', '.join(BUILDERS)}); nothing was imported"

@@ -54,39 +54,11 @@ class Steps(nn.Module):
         )
 
 
-class SearchSteps(Steps):
-    """The same in operations that ONNX has: comparisons, or a binary search by lookups."""
-
-    def codes(self, x: Tensor) -> Tensor:
-        """The number of thresholds below each value."""
-        if len(self.thresholds) <= FEW:
-            return compare_all(x, self.thresholds)
-        return binary_search(x, self.thresholds)
-
-    def values(self, codes: Tensor) -> Tensor:
-        """The level of each code."""
-        if self.zero_point is not None:
-            return (codes.float() - self.zero_point) * self.grid_step
-        return look_up(self.levels, codes.int())
-
-
 def compare_all(x: Tensor, thresholds: Tensor) -> Tensor:
     """How many thresholds (at most 255) lie below each value, uint8, by comparing with each."""
     count = (x > thresholds[0]).to(torch.uint8)
     for index in range(1, len(thresholds)):
         count = count + (x > thresholds[index]).to(torch.uint8)
-    return count
-
-
-def binary_search(x: Tensor, thresholds: Tensor) -> Tensor:
-    """How many ascending thresholds lie below each value, int32, in log2 lookups."""
-    bits = len(thresholds).bit_length()
-    missing = (1 << bits) - 1 - len(thresholds)
-    padded = torch.cat([thresholds, thresholds.new_full((missing,), torch.inf)])
-    half = 1 << (bits - 1)
-    count = (x > padded[half - 1]).to(torch.int32) * half
-    while half := half // 2:
-        count = count + (x > look_up(padded, count + (half - 1))).to(torch.int32) * half
     return count
 
 

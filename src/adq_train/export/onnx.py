@@ -19,8 +19,9 @@ import torch
 from torch import Tensor, nn
 
 from adq_train.errors import UserError
-from adq_train.export.layers import PackedLayer, SearchSteps
+from adq_train.export.layers import FEW, PackedLayer, Steps, look_up
 from adq_train.export.model import TableModel, assemble
+from adq_train.export.tables import Staircase
 
 # Of the file's own metadata; the value is JSON.
 METADATA_KEY = "adq_train"
@@ -40,12 +41,81 @@ def require(package: str) -> Any:
         ) from error
 
 
+@torch.library.custom_op("adq_train::count_below", mutates_args=())
+def count_below(x: Tensor, thresholds: Tensor) -> Tensor:
+    """How many thresholds lie below each value, int64.
+
+    One operation, so that the exporter meets one node and not the dozens that stand for it.
+
+    Args:
+        x: Any shape.
+        thresholds: (2^b - 1,) ascending.
+    """
+    return torch.bucketize(x.contiguous(), thresholds)
+
+
+@count_below.register_fake
+def _(x: Tensor, thresholds: Tensor) -> Tensor:
+    return torch.empty(x.shape, dtype=torch.int64)
+
+
+def onnx_count_below(x: Any, thresholds: Any) -> Any:
+    """:func:`count_below` in ONNX: a comparison with each threshold, or a binary search."""
+    op = require("onnxscript").opset18
+    uint8, int64 = 2, 7
+    number = int(thresholds.shape[0])
+
+    def constant(value: int) -> Any:
+        return op.Constant(value_int=value)
+
+    if number <= FEW:
+        parts = op.Split(thresholds, num_outputs=number) if number > 1 else [thresholds]
+        count = None
+        for part in parts:
+            above = op.Cast(op.Greater(x, part), to=uint8)
+            count = above if count is None else op.Add(count, above)
+        return op.Cast(count, to=int64)
+    half = (number + 1) // 2
+    middle = op.Gather(thresholds, constant(half - 1))
+    count = op.Mul(op.Cast(op.Greater(x, middle), to=int64), constant(half))
+    while half := half // 2:
+        probe = op.Gather(thresholds, op.Add(count, constant(half - 1)))
+        above = op.Cast(op.Greater(x, probe), to=int64)
+        count = op.Add(count, op.Mul(above, constant(half)))
+    return count
+
+
+class OnnxSteps(Steps):
+    """A staircase in one operation that the exporter is told how to write.
+
+    Args:
+        stairs: Thresholds and levels.
+    """
+
+    def __init__(self, stairs: Staircase) -> None:
+        super().__init__(stairs)
+        missing = 2**stairs.bit_width - 1 - len(stairs.thresholds)
+        never = stairs.thresholds.new_full((missing,), torch.inf)
+        self.thresholds = torch.cat([stairs.thresholds, never])
+
+    def codes(self, x: Tensor) -> Tensor:
+        """The number of thresholds below each value."""
+        counts: Tensor = torch.ops.adq_train.count_below(x, self.thresholds)
+        return counts
+
+    def values(self, codes: Tensor) -> Tensor:
+        """The level of each code."""
+        if self.zero_point is not None:
+            return (codes.float() - self.zero_point) * self.grid_step
+        return look_up(self.levels, codes)
+
+
 def onnx_network(model: TableModel) -> nn.Module:
     """The network in operations that ONNX has: lookups, comparisons and the float layers."""
     network = assemble(model, dense=False)
     for module in network.modules():
         if isinstance(module, PackedLayer):
-            module.steps = SearchSteps(module.steps.stairs)
+            module.steps = OnnxSteps(module.steps.stairs)
     return network
 
 
@@ -69,6 +139,9 @@ def onnx_bytes(model: TableModel) -> bytes:
                 input_names=["images"],
                 output_names=["logits"],
                 dynamic_shapes=({0: torch.export.Dim("batch")},),
+                custom_translation_table={
+                    torch.ops.adq_train.count_below.default: onnx_count_below
+                },
                 verbose=False,
             )
     except Exception as error:  # the exporter raises whatever it meets
