@@ -8,12 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 from export_helpers import quantized_network
+from helpers import QUICK
 from hydra.core.global_hydra import GlobalHydra
 
 from adq_train.cli import main
 from adq_train.export.model import TableModel
-
-from helpers import QUICK
 
 
 @pytest.fixture(scope="session")

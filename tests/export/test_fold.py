@@ -25,7 +25,7 @@ def test_every_norm_of_a_resnet_goes_into_its_convolution(tmp_path):
 
 
 def test_each_folded_layer_is_its_convolution_and_norm_in_float64():
-    network, model = quantized_network(bits=2)
+    _, model = quantized_network(bits=2)
     folded = fold_batch_norms(model)
     plain = assemble(model)
     for norm_name, name in folded.folded.items():

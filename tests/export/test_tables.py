@@ -90,7 +90,7 @@ def test_a_quantizer_without_tables_is_refused_by_the_name_of_its_layer():
     with pytest.raises(UserError, match=r"layer conv7 cannot be exported: .* NoTable"):
         tables_of("conv7", quantized(nn.Linear(3, 2), NoTable(2), LsqActivationQuantizer(2)))
     weights = LsqWeightQuantizer(2)
-    with pytest.raises(UserError, match="layer fc cannot be exported: .* does not rise"):
+    with pytest.raises(UserError, match=r"layer fc cannot be exported: .* does not rise"):
         tables_of("fc", quantized(nn.Linear(3, 2), weights, Falling(2)))
 
 
