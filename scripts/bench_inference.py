@@ -16,7 +16,6 @@ from __future__ import annotations
 import argparse
 import json
 import platform
-import resource
 import statistics
 import subprocess
 import sys
@@ -109,11 +108,25 @@ def seconds(network: nn.Module, images: Tensor) -> float:
 def peak_memory(name: str, depth: int, folder: Path, images: Tensor) -> int:
     """Bytes that loading and running a row adds to the peak of this process."""
     nn.Conv2d(3, 4, 3)(images)  # what torch itself takes at its first convolution
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    Path("/proc/self/clear_refs").write_text("5")  # the peak starts again from here
+    before = status_bytes("VmRSS")
     network = load(name, depth, folder)
     for _ in range(3):
         network(images)
-    return 1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+    return status_bytes("VmHWM") - before
+
+
+def cpu_name() -> str:
+    """The processor's name, as Linux gives it."""
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.machine()
+
+
+def status_bytes(field: str) -> int:
+    """A figure of Linux about this process."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return 1024 * next(int(x.split()[1]) for x in lines if x.startswith(f"{field}:"))
 
 
 def measure(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
@@ -146,7 +159,7 @@ def measure(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
             }
         )
     return {
-        "device": f"{platform.processor() or platform.machine()}, {arguments.threads} threads",
+        "device": f"{cpu_name()}, {arguments.threads} threads",
         "model": f"resnet{arguments.depth}",
         "batch_size": arguments.batch_size,
         "rows": rows,
