@@ -5,13 +5,15 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from adq_train.api import follow, quantize
+    from adq_train.export.packed import load_packed
     from adq_train.training.loop import parameter_groups
 
 __version__ = "0.1.0"
-__all__ = ["follow", "parameter_groups", "quantize"]
+__all__ = ["follow", "load_packed", "parameter_groups", "quantize"]
 
 _HOMES = {
     "follow": "adq_train.api",
+    "load_packed": "adq_train.export.packed",
     "parameter_groups": "adq_train.training.loop",
     "quantize": "adq_train.api",
 }

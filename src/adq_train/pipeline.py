@@ -109,6 +109,7 @@ def execute(config: dict[str, Any], parts: Parts, path: Path, command: list[str]
                 "device": str(parts.device),
                 "data": {"name": data.name, "fingerprint": data.fingerprint},
                 "checkpoint_sha256": sha256(Path(checkpoint)) if checkpoint else None,
+                "input": data.input_format.to_dict(),
                 "model": {"num_float_values": report.num_float_values(model, layers)},
             }
         )

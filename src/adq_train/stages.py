@@ -188,11 +188,16 @@ def prepare_and_calibrate(run: Context, model: nn.Module, allocation: BitAllocat
     return quantized
 
 
+def qat_key(config: dict[str, Any], allocation: BitAllocation) -> str:
+    """What QAT depends on; its checkpoints carry it."""
+    return digest([identity(config), allocation.to_json()])
+
+
 def train_quantized(run: Context, model: nn.Module, allocation: BitAllocation) -> None:
     """Quantization-aware training, in place; ends with the model that ``trainer.select`` names."""
     if not run.config["trainer"]["epochs"]:
         return
-    key = digest([identity(run.config), allocation.to_json()])
+    key = qat_key(run.config, allocation)
     checkpoints = _fit(run, model, run.folder.path, key, "qat")
     if run.config["trainer"]["select"] == "best":
         state = checkpoints.load(key, names=("best",))

@@ -86,7 +86,7 @@ def validate(cfg: DictConfig) -> tuple[dict[str, Any], Parts]:
         name: float(value) if type(value) is int else value
         for name, value in config["budget"].items()
     }
-    problems = [*_section_problems(config), *_untrusted(config)]
+    problems = [*_section_problems(config), *trust_problems(config)]
     device = _device(config["trainer"]["device"], problems)
     built = {}
     if not any("_target_" in problem for problem in problems):
@@ -194,7 +194,7 @@ def leaves(node: Any, path: str = "") -> Iterator[tuple[str, Any]]:
         yield path, node
 
 
-def _untrusted(config: dict[str, Any]) -> Iterator[str]:
+def trust_problems(config: dict[str, Any]) -> Iterator[str]:
     """Targets outside the trusted packages: importing one would run its code."""
     trusted = (*TRUSTED_PREFIXES, *(f"{name}." for name in config["trusted_packages"]))
     for key, value in leaves(config):

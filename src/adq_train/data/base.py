@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, replace
 from itertools import islice
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -29,6 +29,72 @@ class Batches(Protocol):
 
 
 @dataclass(frozen=True)
+class Pixels:
+    """How the pixels of an image file become what a model sees.
+
+    Attributes:
+        mean: Per channel, in units of the data set's own pixel values.
+        std: Per channel, in the same units.
+        peak: The data set's largest pixel value; an image file's is 255.
+        resize: Shorter side before a centre crop to the model's size; None resizes to that size.
+    """
+
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    peak: float = 255.0
+    resize: int | None = None
+
+
+@dataclass(frozen=True)
+class InputFormat:
+    """What a trained model expects and what its outputs mean; goes wherever the model goes.
+
+    Attributes:
+        num_classes: Number of logits.
+        image_shape: Channels, height and width.
+        class_names: One per class, or none at all.
+        pixels: How an image file is to be read, where that is known.
+    """
+
+    num_classes: int
+    image_shape: tuple[int, int, int]
+    class_names: tuple[str, ...] = ()
+    pixels: Pixels | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, content: Mapping[str, Any]) -> InputFormat:
+        """Reads what :meth:`to_dict` gave.
+
+        Raises:
+            UserError: It is something else.
+        """
+        try:
+            channels, height, width = (int(x) for x in content["image_shape"])
+            names = tuple(str(name) for name in content["class_names"])
+            pixels = content["pixels"]
+            if pixels is not None:
+                mean, std = (tuple(float(x) for x in pixels[key]) for key in ("mean", "std"))
+                resize = pixels["resize"]
+                pixels = Pixels(
+                    mean, std, float(pixels["peak"]), None if resize is None else int(resize)
+                )
+                if not len(mean) == len(std) == channels:
+                    raise ValueError(f"{len(mean)} means for {channels} channels")
+            num_classes = int(content["num_classes"])
+            if min(num_classes, channels, height, width) < 1:
+                raise ValueError("a number of classes or pixels below 1")
+            if names and len(names) != num_classes:
+                raise ValueError(f"{len(names)} names for {num_classes} classes")
+        except (KeyError, TypeError, ValueError) as error:
+            raise UserError(f"not a description of a model's input: {error!r}") from error
+        return cls(num_classes, (channels, height, width), names, pixels)
+
+
+@dataclass(frozen=True)
 class ImageData:
     """A classification data set in four parts; the test part is read once, at the end.
 
@@ -41,6 +107,8 @@ class ImageData:
         calibration: Held out of training; initialises quantizers and measures sensitivity.
         validation: Held out of training; watched during training, chooses the best epoch.
         test: Read once, for the figures of the result.
+        class_names: One per class, or none at all.
+        pixels: How an image file of one's own is to be read.
     """
 
     name: str
@@ -51,6 +119,13 @@ class ImageData:
     calibration: Batches
     validation: Batches
     test: Batches
+    class_names: tuple[str, ...] = ()
+    pixels: Pixels | None = None
+
+    @property
+    def input_format(self) -> InputFormat:
+        """What a model trained on this data expects."""
+        return InputFormat(self.num_classes, self.image_shape, self.class_names, self.pixels)
 
     def for_dry_run(self) -> ImageData:
         """Two training batches of full size, to try the memory, and a few images elsewhere."""

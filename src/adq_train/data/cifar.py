@@ -38,6 +38,7 @@ class Layout:
         num_classes: Number of classes.
         url: The archive of the binary version.
         md5: Its published checksum.
+        class_names: One per class, or none.
     """
 
     folders: tuple[str, str]
@@ -48,8 +49,13 @@ class Layout:
     num_classes: int
     url: str
     md5: str
+    class_names: tuple[str, ...] = ()
 
 
+CIFAR10_CLASSES = (
+    "airplane", "automobile", "bird", "cat", "deer",
+    "dog", "frog", "horse", "ship", "truck",
+)  # fmt: skip
 LAYOUTS = {
     "cifar10": Layout(
         folders=("cifar-10-batches-bin", "cifar-10-batches-py"),
@@ -60,6 +66,7 @@ LAYOUTS = {
         num_classes=10,
         url="https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz",
         md5="c32a1d4ab5d03f1284b67883e8d87530",
+        class_names=CIFAR10_CLASSES,
     ),
     "cifar100": Layout(
         folders=("cifar-100-binary", "cifar-100-python"),
@@ -260,4 +267,5 @@ class Cifar(Limited):
             held_out=self,
             augmentation=Augmentation(self.crop_padding, self.flip),
             loading=loading,
+            class_names=layout.class_names,
         )

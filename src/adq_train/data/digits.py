@@ -51,4 +51,6 @@ class Digits(Limited):
             held_out=self,
             augmentation=Augmentation(self.crop_padding),
             loading=loading,
+            class_names=tuple(map(str, range(10))),
+            peak=16.0,
         )

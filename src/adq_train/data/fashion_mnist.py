@@ -24,6 +24,11 @@ FILES = tuple(
     f"{part}-{kind}-ubyte" for part in ("train", "t10k") for kind in ("images-idx3", "labels-idx1")
 )
 
+CLASSES = (
+    "T-shirt", "trouser", "pullover", "dress", "coat",
+    "sandal", "shirt", "sneaker", "bag", "ankle boot",
+)  # fmt: skip
+
 
 def read_idx(path: Path) -> Tensor:
     """Reads an IDX file of unsigned bytes, plain or gzipped.
@@ -132,4 +137,5 @@ class FashionMnist(Limited):
             held_out=self,
             augmentation=Augmentation(self.crop_padding, self.flip),
             loading=loading,
+            class_names=CLASSES,
         )

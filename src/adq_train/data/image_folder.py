@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision.datasets import ImageFolder
 from torchvision.transforms import v2
 
-from adq_train.data.base import Batch, HeldOut, ImageData, Loading, derived_seed
+from adq_train.data.base import Batch, HeldOut, ImageData, Loading, Pixels, derived_seed
 from adq_train.errors import UserError
 
 # ImageNet's customary statistics, as torchvision's pretrained weights expect them.
@@ -215,4 +215,8 @@ class Folders(HeldOut):
             calibration=batches(calibration),
             validation=batches(validation),
             test=batches(test.samples),
+            class_names=tuple(train.classes),
+            pixels=Pixels(
+                tuple(255 * x for x in MEAN), tuple(255 * x for x in STD), resize=self.resize
+            ),
         )

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from adq_train.data.base import Batch, HeldOut, ImageData, Loading, derived_seed
+from adq_train.data.base import Batch, HeldOut, ImageData, Loading, Pixels, derived_seed
 from adq_train.errors import UserError
 
 
@@ -162,6 +162,8 @@ def split_in_memory(
     held_out: HeldOut,
     augmentation: Augmentation,
     loading: Loading,
+    class_names: tuple[str, ...] = (),
+    peak: float = 255.0,
 ) -> ImageData:
     """Holds validation and calibration images out of the training part and makes the loaders.
 
@@ -175,6 +177,8 @@ def split_in_memory(
         held_out: How many images to hold out.
         augmentation: What training images go through.
         loading: Batch sizes, seed and device.
+        class_names: One per class, or none at all.
+        peak: The largest value that a pixel can have.
 
     Raises:
         UserError: Nothing would be left to train on.
@@ -211,4 +215,6 @@ def split_in_memory(
         calibration=batches(*calibration),
         validation=batches(*validation),
         test=batches(*test),
+        class_names=class_names,
+        pixels=Pixels(tuple(mean.tolist()), tuple(std.tolist()), peak),
     )

@@ -1,0 +1,1 @@
+"""Small models to ship: packed files, ONNX, and what reads and checks them."""

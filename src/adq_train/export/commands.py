@@ -1,0 +1,163 @@
+"""Entry points of ``adq-export`` and ``adq-eval``; torch waits until the arguments are read."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TypeVar
+
+from adq_train.cli import configure_logging, show_error
+from adq_train.errors import ConfigError, UserError
+from adq_train.export.settings import parse
+from adq_train.schema import choice, number
+
+EXPORT_HELP = """adq-export RUN_FOLDER [key=value ...]
+
+Writes the trained model of a finished run as one small file.
+
+  format=packed|onnx        packed: export/model.safetensors, for adq_train.load_packed
+                            onnx: export/model.onnx, verified in onnxruntime on the test set
+  output=FILE               another place
+  float_type=float32|float16   precision of norms, biases and layers that are not quantized
+  fold_batch_norm=true      fold batch norms into convolutions; logits then differ by rounding
+  json=true                 the report as one line of JSON
+  debug=true                show where an error comes from
+"""
+EVAL_HELP = """adq-eval PATH [key=value ...]
+
+Evaluates a run folder, a packed file or an .onnx file on the test images of its data set.
+
+  data=NAME data.KEY=VALUE  another data set, or other settings of it: data.root=/data/imagenet
+  batch_size=500            images of a batch
+  predict=FILE_OR_FOLDER    classify images of your own instead
+  json=true                 one line of JSON
+  debug=true                show where an error comes from
+"""
+
+
+@dataclass(frozen=True)
+class ExportSettings:
+    """The command line of ``adq-export``."""
+
+    path: str
+    format: str = choice("packed", "onnx")
+    output: str = ""
+    float_type: str = choice("float32", "float16")
+    fold_batch_norm: bool = False
+    json: bool = False
+    debug: bool = False
+
+
+@dataclass(frozen=True)
+class EvalSettings:
+    """The command line of ``adq-eval``."""
+
+    path: str
+    data: str = ""
+    data_changes: dict[str, str] = field(default_factory=dict)
+    batch_size: int = number(500, minimum=1)
+    predict: str = ""
+    json: bool = False
+    debug: bool = False
+
+
+S = TypeVar("S", ExportSettings, EvalSettings)
+
+
+def export_main() -> None:
+    """``adq-export``: a run's trained model as one small file."""
+    _main(ExportSettings, EXPORT_HELP, export)
+
+
+def eval_main() -> None:
+    """``adq-eval``: the accuracy of a model in any of its forms."""
+    _main(EvalSettings, EVAL_HELP, evaluate)
+
+
+def _main(kind: type[S], text: str, act: Callable[[S], None]) -> None:
+    """Reads the command line, acts, and reports errors as messages."""
+    arguments = sys.argv[1:]
+    if not arguments or {"-h", "--help"} & set(arguments):
+        print(text, end="")
+        sys.exit(0 if arguments else 2)
+    try:
+        settings = parse(kind, arguments)
+    except ConfigError as error:
+        show_error(error, debug=False)
+        sys.exit(2)
+    configure_logging()
+    try:
+        act(settings)
+    except UserError as error:
+        show_error(error, settings.debug)
+        sys.exit(1)
+
+
+def export(settings: ExportSettings) -> None:
+    """Writes the file and prints what it took.
+
+    Raises:
+        UserError: The run cannot be exported; no file is left.
+    """
+    from adq_train.export.write import export_run
+
+    run, suffix = Path(settings.path), "onnx" if settings.format == "onnx" else "safetensors"
+    output = Path(settings.output) if settings.output else run / "export" / f"model.{suffix}"
+    report = export_run(run, output, settings.format, settings.float_type, settings.fold_batch_norm)
+    print(json.dumps(report.to_dict()) if settings.json else report.to_text())
+
+
+def evaluate(settings: EvalSettings) -> None:
+    """Prints accuracies, or the classes of some images.
+
+    Raises:
+        UserError: The model or its data set cannot be read.
+    """
+    from rich.console import Console
+    from rich.table import Table
+
+    from adq_train.export import evaluate as forms
+    from adq_train.training.evaluate import evaluate as measure
+
+    opened = forms.open_path(Path(settings.path))
+    if settings.predict:
+        predictions = forms.predict(opened, Path(settings.predict))
+        if settings.json:
+            rows = [
+                {"image": x.image, "classes": [list(c) for c in x.classes]} for x in predictions
+            ]
+            print(json.dumps({"form": opened.form, "predictions": rows}))
+            return
+        for image, classes in ((x.image, x.classes) for x in predictions):
+            print(f"{image}  " + "  ".join(f"{name} {100 * p:.1f} %" for name, p in classes))
+        return
+    section = forms.data_section(opened.data, settings.data or None, settings.data_changes)
+    data = forms.open_data(opened, section, settings.batch_size)
+    same_data = None if opened.fingerprint is None else opened.fingerprint == data.fingerprint
+    figures = measure(opened.network, data.test)
+    if settings.json:
+        row = {
+            "form": opened.form,
+            "top1_percent": figures.top1_percent,
+            "top5_percent": figures.top5_percent,
+            "num_images": figures.num_images,
+        }
+        print(json.dumps(row))
+    else:
+        table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
+        for name in ("form", "data", "top-1", "top-5", "loss", "images"):
+            table.add_column(name, justify="left" if name in ("form", "data") else "right")
+        table.add_row(
+            opened.form,
+            data.name,
+            f"{figures.top1_percent:.2f} %",
+            f"{figures.top5_percent:.2f} %",
+            f"{figures.loss:.4f}",
+            f"{figures.num_images:,}",
+        )
+        Console(width=None if sys.stdout.isatty() else 120).print(table)
+    if same_data is False:
+        print(f"note: {data.name} is not the data that the model was trained on", file=sys.stderr)

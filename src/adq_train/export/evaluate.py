@@ -1,0 +1,202 @@
+"""``adq-eval``: a run, a packed file or an ONNX file, on its data set or on images of one's own."""
+
+from __future__ import annotations
+
+import importlib.resources
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from omegaconf import OmegaConf
+from PIL import Image
+from torch import Tensor, nn
+
+from adq_train.data.base import ImageData, InputFormat, Pixels
+from adq_train.errors import UserError, did_you_mean
+from adq_train.export.datasets import check_data_source, load_data
+from adq_train.export.model import assemble
+from adq_train.export.onnx import OnnxModel
+from adq_train.export.packed import read_packed
+from adq_train.export.trained import open_run, trained_network
+
+TOP = 5
+
+
+@dataclass(frozen=True)
+class Evaluable:
+    """A network in one of its forms, and what it says about itself.
+
+    Attributes:
+        form: ``run``, ``packed`` or ``onnx``.
+        network: Maps normalised images (N, C, H, W) to logits.
+        expects: What it expects of an image; None for an ONNX file of another program.
+        data: The ``data`` section of the run that it is from, or None.
+        fingerprint: Of the data that it was trained on, or None.
+    """
+
+    form: str
+    network: nn.Module
+    expects: InputFormat | None
+    data: dict[str, Any] | None
+    fingerprint: str | None
+
+
+def open_path(path: Path) -> Evaluable:
+    """Opens a run folder, a packed file or an ONNX file.
+
+    Raises:
+        UserError: It is none of them, or damaged.
+    """
+    if path.is_dir():
+        run = open_run(path)
+        recorded = (run.manifest.get("data") or {}).get("fingerprint")
+        data = run.config["data"]
+        return Evaluable("run", trained_network(run), run.input_format(), data, recorded)
+    if path.suffix == ".onnx":
+        network = OnnxModel(path)
+        facts = network.facts()
+        expects = InputFormat.from_dict(facts["input"]) if "input" in facts else None
+        return Evaluable("onnx", network, expects, facts.get("data"), _fingerprint(facts))
+    if not path.exists():
+        raise UserError(f"there is no {path}; give a run folder, a packed file or an .onnx file")
+    model = read_packed(path)
+    run_facts = {"run": model.run}
+    return Evaluable("packed", assemble(model), model.expects, model.data, _fingerprint(run_facts))
+
+
+def _fingerprint(facts: Mapping[str, Any]) -> str | None:
+    """The recorded data fingerprint, where a file has one."""
+    node: Any = facts
+    for key in ("run", "data", "fingerprint"):
+        node = node.get(key) if isinstance(node, dict) else None
+    return node if isinstance(node, str) else None
+
+
+def data_section(section: Any, choice: str | None, changes: Mapping[str, str]) -> dict[str, Any]:
+    """The ``data`` section to evaluate on.
+
+    Args:
+        section: What the file or the run says, or None.
+        choice: The name of another data set, or None.
+        changes: Settings to change, by name, in YAML.
+
+    Raises:
+        UserError: There is no such data set, or none at all.
+    """
+    if choice is not None:
+        folder = importlib.resources.files("adq_train.configs") / "data"
+        known = [Path(x.name).stem for x in folder.iterdir() if x.name.endswith(".yaml")]
+        if choice not in known:
+            raise UserError(
+                f"data: there is no data set {choice!r}{did_you_mean(choice, known)}; choose from "
+                f"{', '.join(sorted(known))}"
+            )
+        text = (folder / f"{choice}.yaml").read_text("utf-8")
+        section = OmegaConf.to_container(OmegaConf.create(text))
+    if not isinstance(section, dict):
+        raise UserError("data: the file does not say what it was trained on; give data=<name>")
+    try:
+        settings = OmegaConf.from_dotlist([f"{key}={value}" for key, value in changes.items()])
+        changed: Any = OmegaConf.to_container(settings)
+    except Exception as error:  # YAML and OmegaConf have errors of their own
+        raise UserError(f"data: a value cannot be read ({error})") from error
+    if "_target_" in changed:
+        raise UserError("data._target_: cannot be changed; choose a data set with data=<name>")
+    return {key: v for key, v in {**section, **changed}.items() if v != "???"}
+
+
+def open_data(opened: Evaluable, section: dict[str, Any], batch_size: int) -> ImageData:
+    """Loads the data set to evaluate on, and checks that the network fits it.
+
+    Raises:
+        UserError: It has other images or classes than the network expects.
+    """
+    if opened.form != "run":
+        check_data_source(section)
+    data = load_data(section, batch_size)
+    expects = opened.expects
+    if expects and (expects.num_classes, expects.image_shape) != (
+        data.num_classes,
+        data.image_shape,
+    ):
+        raise UserError(
+            f"data: the model expects images of {expects.image_shape} in {expects.num_classes} "
+            f"classes, {data.name} has {data.image_shape} in {data.num_classes}"
+        )
+    return data
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """The likeliest classes of one image, best first, with their probabilities."""
+
+    image: str
+    classes: tuple[tuple[str, float], ...]
+
+
+def read_image(path: Path, expects: InputFormat) -> Tensor:
+    """One image as the network sees it, (1, C, H, W).
+
+    Args:
+        path: Any file that Pillow reads.
+        expects: Shape and normalisation.
+
+    Raises:
+        UserError: It is not an image, or the network takes neither grey nor colour images.
+    """
+    channels, height, width = expects.image_shape
+    pixels = expects.pixels
+    if pixels is None or channels not in (1, 3):
+        raise UserError("predict: the model does not say how images of one's own are to be read")
+    try:
+        with Image.open(path) as file:
+            image = file.convert("L" if channels == 1 else "RGB")
+    except Exception as error:  # each of Pillow's formats has errors of its own
+        raise UserError(f"predict: cannot read the image {path} ({error})") from error
+    image = _resized(image, pixels, height, width)
+    values = torch.from_numpy(np.array(image)).float().view(height, width, channels)
+    values = values.permute(2, 0, 1) * (pixels.peak / 255)
+    mean, std = (torch.tensor(x).view(-1, 1, 1) for x in (pixels.mean, pixels.std))
+    return ((values - mean) / std).unsqueeze(0)
+
+
+def _resized(image: Image.Image, pixels: Pixels, height: int, width: int) -> Image.Image:
+    """To the network's size; by a centre crop where the data set takes one."""
+    if pixels.resize is None:
+        return image.resize((width, height), Image.Resampling.BILINEAR)
+    factor = pixels.resize / min(image.size)
+    size = max(width, round(image.width * factor)), max(height, round(image.height * factor))
+    left, top = (size[0] - width) // 2, (size[1] - height) // 2
+    scaled = image.resize(size, Image.Resampling.BILINEAR)
+    return scaled.crop((left, top, left + width, top + height))
+
+
+@torch.no_grad()
+def predict(opened: Evaluable, path: Path) -> list[Prediction]:
+    """Classifies an image, or all images of a folder.
+
+    Raises:
+        UserError: There is no image, or one cannot be read.
+    """
+    if opened.expects is None:
+        raise UserError("predict: the model does not say how images of one's own are to be read")
+    files = [path]
+    if path.is_dir():
+        suffixes = Image.registered_extensions()
+        files = sorted(x for x in path.rglob("*") if x.suffix.lower() in suffixes)
+    if not files:
+        raise UserError(f"predict: there is no image in {path}")
+    names = opened.expects.class_names or tuple(map(str, range(opened.expects.num_classes)))
+    predictions = []
+    for file in files:
+        probabilities = opened.network(read_image(file, opened.expects)).softmax(1)[0]
+        best = probabilities.topk(min(TOP, len(names)))
+        classes = [
+            (names[i], p)
+            for i, p in zip(*map(Tensor.tolist, (best.indices, best.values)), strict=True)
+        ]
+        predictions.append(Prediction(str(file), tuple(classes)))
+    return predictions

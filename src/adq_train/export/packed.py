@@ -1,0 +1,275 @@
+"""The packed file: one safetensors file with everything that evaluation needs (docs/export.md)."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load as load_tensors
+from safetensors.torch import save as save_tensors
+from torch import Tensor, nn
+
+from adq_train.data.base import InputFormat
+from adq_train.errors import UserError
+from adq_train.export.architecture import check_builder
+from adq_train.export.bits import pack, unpack
+from adq_train.export.model import TableModel, assemble
+from adq_train.export.tables import LayerTables, Staircase, WeightTable
+
+FORMAT = "adq-train packed model"
+VERSION = 1
+DIGEST = b'"sha256":"'
+NO_DIGEST = "0" * 64
+# No index of a real network comes near; a damaged or hostile one must not fill the memory.
+LARGEST_INDEX = 1 << 26
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """What the parts of a packed file take, in bytes.
+
+    Attributes:
+        codes: Packed weight codes.
+        tables: Codebooks, scales, thresholds and levels.
+        floats: What stays float.
+        file: The whole file; the rest is the header and the index.
+    """
+
+    codes: int
+    tables: int
+    floats: int
+    file: int
+
+
+def load_packed(path: str | Path, unpack_weights: bool = True) -> nn.Module:
+    """The network of a packed file, ready to evaluate on the CPU.
+
+    No code comes from the file: it names one of adq-train's model builders, and tensors. Its
+    logits are those of the trained network, bit for bit, on the CPU in float32, unless batch
+    norms were folded or float parts rounded when it was written.
+
+    Args:
+        path: A file that ``adq-export`` wrote.
+        unpack_weights: Whether to unpack the weights to float32 now. Otherwise they stay codes
+            of one byte each, and are looked up whenever their layer runs: less memory, slower.
+
+    Returns:
+        A module that maps images (N, C, H, W), normalised as in training, to logits
+        (N, num_classes).
+
+    Raises:
+        UserError: The file is missing, damaged, something else, or of a newer version.
+    """
+    path = Path(path)
+    model = read_packed(path)
+    try:
+        return assemble(model, dense=unpack_weights)
+    except UserError as error:
+        raise UserError(f"{path} does not fit its own architecture: {error}") from error
+    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+        raise UserError(f"{path} does not fit its own architecture: {error!r}") from error
+
+
+def packed_bytes(model: TableModel, float_type: torch.dtype = torch.float32) -> tuple[bytes, Sizes]:
+    """The content of a packed file.
+
+    Args:
+        model: What to write.
+        float_type: Precision of what stays float; tables are always float32.
+
+    Raises:
+        UserError: The model is of no builder of this package, or a value does not fit the
+            precision.
+    """
+    check_builder(model.model)
+    floats = [x.to(float_type).flatten() for x in model.floats.values()]
+    for name, values in zip(model.floats, floats, strict=True):
+        if not values.isfinite().all():
+            raise UserError(f"{name} has values that {float_type} cannot hold; use float32")
+    tensors = {
+        "codes": _joined([pack(x.weight.codes, x.weight.bit_width) for x in model.layers.values()]),
+        "tables": _joined([t for x in model.layers.values() for t in tables_in_order(x)]),
+        "floats": _joined(floats),
+        "index": torch.frombuffer(bytearray(zlib.compress(_index(model), 9)), dtype=torch.uint8),
+    }
+    metadata = {
+        "format": FORMAT,
+        "format_version": str(VERSION),
+        "sha256": NO_DIGEST,
+        "model": _json(model.model),
+        "run": _json(model.run),
+    }
+    data = save_tensors(tensors, metadata)
+    place = _digest_place(data)
+    data = data[: place.start] + hashlib.sha256(data).hexdigest().encode() + data[place.stop :]
+    codes, tables, rest = (tensors[name].nbytes for name in ("codes", "tables", "floats"))
+    return data, Sizes(codes, tables, rest, len(data))
+
+
+def read_packed(path: Path) -> TableModel:
+    """The content of a packed file.
+
+    Raises:
+        UserError: The file is missing, damaged, something else, or of a newer version.
+    """
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror})") from error
+    metadata = _metadata(data, path)
+    try:
+        tensors = load_tensors(data)
+        node, run = json.loads(metadata["model"]), json.loads(metadata["run"])
+        check_builder(node)
+        unzip = zlib.decompressobj()
+        text = unzip.decompress(tensors["index"].numpy().tobytes(), LARGEST_INDEX)
+        return _parsed(json.loads(text), node, run, tensors)
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from error
+    except (
+        KeyError, TypeError, ValueError, AttributeError, RuntimeError, OverflowError,
+        RecursionError, SafetensorError, zlib.error,
+    ) as error:  # fmt: skip
+        raise UserError(f"{path} is not a packed model that adq-export wrote: {error!r}") from error
+
+
+def _metadata(data: bytes, path: Path) -> dict[str, str]:
+    """The strings of the header, once the file is known to be ours and whole."""
+    try:
+        length = int.from_bytes(data[:8], "little")
+        metadata: Any = json.loads(data[8 : 8 + length]).get("__metadata__") or {}
+        kind, version = metadata.get("format"), metadata.get("format_version", "")
+    except (ValueError, AttributeError, RecursionError) as error:
+        raise UserError(f"{path} is damaged, or not a safetensors file ({error})") from error
+    if kind != FORMAT:
+        raise UserError(f"{path} is not a packed model of adq-train; make one with adq-export")
+    if not str(version).isdecimal():
+        raise UserError(f"{path} is damaged: its format version is {version!r}")
+    if int(version) > VERSION:
+        raise UserError(
+            f"{path} has format version {version}, this adq-train reads up to {VERSION}; update it"
+        )
+    place = _digest_place(data)
+    zeroed = data[: place.start] + NO_DIGEST.encode() + data[place.stop :]
+    if hashlib.sha256(zeroed).hexdigest().encode() != data[place]:
+        raise UserError(f"{path} is damaged (its SHA-256 is another); export or copy it again")
+    return {str(key): str(value) for key, value in metadata.items()}
+
+
+def _digest_place(data: bytes) -> slice:
+    """Where the file's own SHA-256 stands; it is taken with zeros in this place."""
+    start = data.find(DIGEST) + len(DIGEST)
+    return slice(start, start + len(NO_DIGEST))
+
+
+def _joined(parts: list[Tensor]) -> Tensor:
+    return torch.cat(parts) if parts else torch.zeros(0)
+
+
+def _json(content: Any) -> str:
+    return json.dumps(content, separators=(",", ":"), ensure_ascii=False)
+
+
+def tables_in_order(layer: LayerTables) -> Iterator[Tensor]:
+    """The float32 tables of a layer in the order of the file."""
+    yield layer.weight.codebook
+    if layer.weight.scale is not None:
+        yield layer.weight.scale
+    yield layer.input.thresholds
+    yield layer.input.levels
+
+
+def _index(model: TableModel) -> bytes:
+    """What says how to cut the three tensors into layers."""
+    content = {
+        "input": model.expects.to_dict(),
+        "data": model.data,
+        "layers": [
+            {
+                "name": name,
+                "shape": list(layer.weight.codes.shape),
+                "weight_bits": layer.weight.bit_width,
+                "weight_levels": len(layer.weight.codebook),
+                "scaled": layer.weight.scale is not None,
+                "input_bits": layer.input.bit_width,
+                "input_levels": len(layer.input.levels),
+                "keeps_layout": layer.input.keeps_layout,
+            }
+            for name, layer in model.layers.items()
+        ],
+        "floats": [[name, list(tensor.shape)] for name, tensor in model.floats.items()],
+        "folded": model.folded,
+    }
+    return _json(content).encode()
+
+
+class _Reader:
+    """Hands out consecutive parts of a one-dimensional tensor."""
+
+    def __init__(self, tensor: Tensor, dtypes: tuple[torch.dtype, ...]) -> None:
+        if tensor.dim() != 1 or tensor.dtype not in dtypes:
+            raise ValueError(f"a tensor of {tensor.dtype} with {tensor.dim()} dimensions")
+        self.tensor = tensor
+        self.position = 0
+
+    def take(self, count: int) -> Tensor:
+        part = self.tensor[self.position : self.position + count]
+        if count < 0 or len(part) != count:
+            raise ValueError(f"{count} values asked for, {len(part)} left")
+        self.position += count
+        return part.clone()
+
+    def finish(self) -> None:
+        if self.position != len(self.tensor):
+            raise ValueError(f"{len(self.tensor) - self.position} values too many")
+
+
+def _parsed(
+    index: Any, node: dict[str, Any], run: dict[str, Any], tensors: dict[str, Tensor]
+) -> TableModel:
+    codes = _Reader(tensors["codes"], (torch.uint8,))
+    tables = _Reader(tensors["tables"], (torch.float32,))
+    floats = _Reader(tensors["floats"], (torch.float32, torch.float16))
+    layers = {}
+    for row in index["layers"]:
+        bits, shape = int(row["weight_bits"]), _shape(row["shape"])
+        if not (2 <= bits <= 8 and 1 <= row["weight_levels"] <= 2**bits):
+            raise ValueError(f"{row['weight_levels']} levels of {bits} bits")
+        if not (2 <= row["input_bits"] <= 8 and 2 <= row["input_levels"] <= 2 ** row["input_bits"]):
+            raise ValueError(f"{row['input_levels']} levels of {row['input_bits']} bits")
+        count = math.prod(shape)
+        chosen = unpack(codes.take(-(-count * bits // 8)), bits, count).view(shape)
+        codebook = tables.take(row["weight_levels"])
+        if int(chosen.max()) >= len(codebook):
+            raise ValueError("a code without a level")
+        weight = WeightTable(
+            bits, chosen, codebook, tables.take(shape[0]) if row["scaled"] else None
+        )
+        thresholds, levels = tables.take(row["input_levels"] - 1), tables.take(row["input_levels"])
+        if not (thresholds.diff() >= 0).all():
+            raise ValueError("thresholds that do not ascend")
+        stairs = Staircase(int(row["input_bits"]), thresholds, levels, bool(row["keeps_layout"]))
+        layers[str(row["name"])] = LayerTables(weight, stairs)
+    kept = {
+        str(name): floats.take(math.prod(_shape(shape))).float().view(_shape(shape))
+        for name, shape in index["floats"]
+    }
+    for reader in (codes, tables, floats):
+        reader.finish()
+    folded = {str(norm): str(convolution) for norm, convolution in index["folded"].items()}
+    expects = InputFormat.from_dict(index["input"])
+    return TableModel(node, index["data"], expects, layers, kept, folded, run)
+
+
+def _shape(sizes: Any) -> tuple[int, ...]:
+    if not all(isinstance(size, int) and size >= 1 for size in sizes):
+        raise ValueError(f"a shape of {sizes}")
+    return tuple(sizes)

@@ -1,0 +1,115 @@
+"""What a finished run left, read back: its settings, its data set and its trained network."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from omegaconf import OmegaConf
+from torch import nn
+
+from adq_train.artifacts import BitAllocation
+from adq_train.data.base import ImageData, InputFormat
+from adq_train.errors import UserError
+from adq_train.export.architecture import build_network
+from adq_train.export.datasets import load_data
+from adq_train.quantization.prepare import prepare
+from adq_train.run_folder import read_manifest, read_status
+from adq_train.stages import qat_key
+from adq_train.training.checkpoint import CheckpointFolder
+from adq_train.validate import build, trust_problems
+
+
+@dataclass(frozen=True)
+class FinishedRun:
+    """A run whose stages are all done.
+
+    Attributes:
+        path: Its folder.
+        config: Its resolved configuration.
+        manifest: Command, versions, seed, data fingerprint.
+        allocation: Bits per layer.
+    """
+
+    path: Path
+    config: dict[str, Any]
+    manifest: dict[str, Any]
+    allocation: BitAllocation
+
+    def input_format(self) -> InputFormat:
+        """What the network expects; from the manifest, or for an older run from its data set."""
+        known = self.manifest.get("input")
+        return InputFormat.from_dict(known) if known else self.load_data().input_format
+
+    def load_data(self) -> ImageData:
+        """The run's data set, on the CPU."""
+        return load_data(self.config["data"], int(self.config["trainer"]["eval_batch_size"]))
+
+
+def open_run(path: Path) -> FinishedRun:
+    """Reads the folder of a finished run.
+
+    Raises:
+        UserError: It is not one, it is not finished, or one of its files is damaged.
+    """
+    if not (path / "config.yaml").is_file():
+        raise UserError(f"{path} is not the folder of a run (it has no config.yaml)")
+    state = (read_status(path) or {}).get("state")
+    if state != "done":
+        raise UserError(
+            f"the run in {path} is not finished (its state is {state}); continue it with the "
+            "command in its manifest.json"
+        )
+    try:
+        config: Any = OmegaConf.to_container(OmegaConf.load(path / "config.yaml"))
+        allocation = BitAllocation.from_json((path / "allocation.json").read_text("utf-8"))
+        problems = list(trust_problems(config))
+    except Exception as error:  # YAML, OmegaConf and a missing section have errors of their own
+        raise UserError(f"the run in {path} is damaged ({error})") from error
+    if problems:
+        raise UserError(f"{path / 'config.yaml'}: {'; '.join(problems)}")
+    return FinishedRun(path, config, read_manifest(path), allocation)
+
+
+def trained_network(run: FinishedRun) -> nn.Module:
+    """The trained, quantized network on the CPU, in evaluation mode.
+
+    Raises:
+        UserError: There is no intact checkpoint, or it does not fit the configuration.
+    """
+    config, expects = run.config, run.input_format()
+    if not config["trainer"]["epochs"]:
+        raise UserError(
+            f"the run in {run.path} has trainer.epochs=0, which leaves no quantized network; "
+            "train for at least one epoch"
+        )
+    name = config["trainer"]["select"]
+    checkpoints = CheckpointFolder(run.path / "checkpoints")
+    state = checkpoints.load(qat_key(config, run.allocation), names=(name,))
+    if state is None:
+        raise UserError(
+            f"{checkpoints.folder / name}.pt is missing, damaged or of another run; without it "
+            "there is nothing to export"
+        )
+    network = build_network(config["model"], expects.num_classes, expects.image_shape[0])
+    weights = state["model"]
+    try:
+        network.load_state_dict({key: weights[key] for key in network.state_dict()})
+        # Quantizers get their shapes from calibration; the checkpoint then replaces the values.
+        sample = torch.linspace(-1, 1, 1024)
+        prepare(
+            network,
+            run.allocation,
+            build(config["weight_quantizer"], "weight_quantizer", trial=lambda part: part),
+            build(config["activation_quantizer"], "activation_quantizer", trial=lambda part: part),
+            {layer.name: sample for layer in run.allocation.layers},
+            seed=0,
+        )
+        network.load_state_dict(weights)
+    except (KeyError, RuntimeError) as error:
+        raise UserError(
+            f"{checkpoints.folder / name}.pt does not fit the configuration: {error}"
+        ) from error
+    return network.eval()

@@ -1,0 +1,215 @@
+"""``adq-export``: from a run's folder to one file, checked against the trained network."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from adq_train.errors import UserError
+from adq_train.export.fold import fold_batch_norms
+from adq_train.export.model import assemble, table_model
+from adq_train.export.onnx import OnnxModel, onnx_bytes
+from adq_train.export.packed import Sizes, load_packed, packed_bytes, tables_in_order
+from adq_train.export.trained import open_run, trained_network
+from adq_train.files import written_whole
+from adq_train.reporting.summary import FLOAT_BYTES, kilobytes
+
+# What a packed file is read back on; the test set may be far away when a run is exported.
+RANDOM_IMAGES = 8
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """How two networks agree on a set of images.
+
+    Attributes:
+        num_images: How many images there were.
+        different: On how many the two have different top-1 classes.
+        largest_difference: Largest absolute difference of two logits.
+    """
+
+    num_images: int
+    different: int
+    largest_difference: float
+
+
+@dataclass(frozen=True)
+class ExportReport:
+    """What was written.
+
+    Attributes:
+        path: The file.
+        format: ``packed`` or ``onnx``.
+        file_bytes: Its size.
+        promised_bytes: The weights that allocation.json promises, plus tables and float values.
+        float32_bytes: The same network in float32.
+        folded: Number of batch norms that were folded.
+        agreement: Packed: with the trained network, on random images; onnx: with the packed
+            network, on the test set.
+        sizes: The parts of a packed file.
+    """
+
+    path: str
+    format: str
+    file_bytes: int
+    promised_bytes: int
+    float32_bytes: int
+    folded: int
+    agreement: Agreement
+    sizes: Sizes | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON."""
+        return {**asdict(self), "compression": self.float32_bytes / self.file_bytes}
+
+    def to_text(self) -> str:
+        """For a terminal."""
+        lines = [f"written   {self.path}"]
+        parts = ""
+        if self.sizes:
+            rest = self.file_bytes - self.sizes.codes - self.sizes.tables - self.sizes.floats
+            parts = (
+                f": weights {self.sizes.codes:,}, tables {self.sizes.tables:,}, "
+                f"float values {self.sizes.floats:,}, header and index {rest:,}"
+            )
+        over = 100 * (self.file_bytes / self.promised_bytes - 1)
+        lines += [
+            f"size      {self.file_bytes:,} bytes{parts}",
+            f"promised  {self.promised_bytes:,} bytes (allocation.json's weights, tables and float "
+            f"values); the file is {over:+.1f} %",
+            f"float32   {kilobytes(self.float32_bytes)}, "
+            f"{self.float32_bytes / self.file_bytes:.1f} times as large",
+        ]
+        found, apart = self.agreement, f"{self.agreement.largest_difference:.3g}"
+        if self.format == "onnx":
+            lines.append(
+                f"verified  in onnxruntime on {found.num_images:,} test images: the same top-1 on "
+                f"every one; largest difference of two logits {apart}"
+            )
+        elif found.largest_difference == 0:
+            lines.append(
+                f"verified  read back: on {found.num_images} random images the logits are the "
+                "trained network's, bit for bit"
+            )
+        else:
+            lines.append(
+                f"verified  read back: on {found.num_images} random images logits are up to "
+                f"{apart} from the trained network's, {found.different} top-1 classes differ"
+            )
+        if self.folded:
+            lines.append(f"folded    {self.folded} batch norms")
+        return "\n".join(lines)
+
+
+def export_run(
+    folder: Path, output: Path, form: str, float_type: str, fold_batch_norm: bool
+) -> ExportReport:
+    """Exports the trained network of a finished run.
+
+    Args:
+        folder: The run's folder.
+        output: The file to write; it takes its name once it is verified.
+        form: ``packed`` or ``onnx``.
+        float_type: ``float32`` or ``float16``, of what stays float.
+        fold_batch_norm: Whether to fold batch norms into convolutions.
+
+    Raises:
+        UserError: The run cannot be exported, or the file does not do what the network does; no
+            file is left then.
+    """
+    run = open_run(folder)
+    network = trained_network(run)
+    model = table_model(run, network)
+    num_weights = sum(x.weight.codes.numel() for x in model.layers.values())
+    float32 = FLOAT_BYTES * (num_weights + _count(model.floats.values()))
+    if fold_batch_norm:
+        model = fold_batch_norms(model)
+    dtype = torch.float16 if float_type == "float16" else torch.float32
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"output: cannot make {output.parent} ({error.strerror})") from error
+    sizes = None
+    with written_whole(output) as temporary:
+        if form == "onnx":
+            if dtype is torch.float16:
+                raise UserError("float_type: an ONNX file keeps its float values in float32")
+            temporary.write_bytes(onnx_bytes(model))
+            agreement = compare(
+                assemble(model),
+                OnnxModel(temporary),
+                (images for images, _ in run.load_data().test.epoch(0)),
+            )
+            _require_same_classes(agreement)
+        else:
+            content, sizes = packed_bytes(model, dtype)
+            temporary.write_bytes(content)
+            images = torch.randn(
+                RANDOM_IMAGES,
+                *model.expects.image_shape,
+                generator=torch.Generator().manual_seed(0),
+            )
+            agreement = compare(network, load_packed(temporary), [images])
+            if not fold_batch_norm and dtype is torch.float32:
+                _require_equal(agreement)
+    tables = _count(t for x in model.layers.values() for t in tables_in_order(x))
+    floats = dtype.itemsize * _count(model.floats.values())
+    return ExportReport(
+        path=str(output),
+        format=form,
+        file_bytes=output.stat().st_size,
+        promised_bytes=run.allocation.model_size_bytes + FLOAT_BYTES * tables + floats,
+        float32_bytes=float32,
+        folded=len(model.folded),
+        agreement=agreement,
+        sizes=sizes,
+    )
+
+
+def _count(tensors: Iterable[Tensor]) -> int:
+    return sum(tensor.numel() for tensor in tensors)
+
+
+@torch.no_grad()
+def compare(first: nn.Module, second: nn.Module, batches: Iterable[Tensor]) -> Agreement:
+    """Runs two networks on the same images (N, C, H, W)."""
+    count, different, largest = 0, 0, 0.0
+    for images in batches:
+        a, b = first(images), second(images)
+        count += len(images)
+        different += int((a.argmax(1) != b.argmax(1)).sum())
+        largest = max(largest, float((a - b).abs().max()))
+    return Agreement(count, different, largest)
+
+
+def _require_same_classes(agreement: Agreement) -> None:
+    """Refuses an ONNX file that classifies otherwise.
+
+    Raises:
+        UserError: States on how many images.
+    """
+    if agreement.different or not agreement.num_images:
+        raise UserError(
+            f"onnxruntime gives another top-1 class on {agreement.different} of "
+            f"{agreement.num_images} test images (largest difference of two logits: "
+            f"{agreement.largest_difference:.3g}); no file was written"
+        )
+
+
+def _require_equal(agreement: Agreement) -> None:
+    """Refuses a packed file that is not the trained network, bit for bit.
+
+    Raises:
+        UserError: States the difference.
+    """
+    if agreement.largest_difference != 0:
+        raise UserError(
+            "the packed file's logits are not the trained network's (largest difference: "
+            f"{agreement.largest_difference:.3g}); no file was written; is a value that forward() "
+            "needs kept outside of the model's parameters and buffers?"
+        )

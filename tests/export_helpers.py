@@ -1,0 +1,76 @@
+"""Networks as QAT leaves them, made without a run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from omegaconf import OmegaConf
+from torch import nn
+
+from adq_train.artifacts import BitAllocation, LayerBits
+from adq_train.data.base import InputFormat, Pixels
+from adq_train.export.model import TableModel, float_state
+from adq_train.export.tables import tables_of
+from adq_train.quantization.describe import describe_layers
+from adq_train.quantization.prepare import prepare, quantized_layers
+from adq_train.validate import build
+
+CONFIGS = Path(__file__).parents[1] / "configs"
+RESNET8 = {"_target_": "adq_train.models.CifarResNetModel", "depth": 8, "width": 4}
+DIGITS = OmegaConf.to_container(OmegaConf.load(CONFIGS / "data" / "digits.yaml"))
+
+
+def make(group: str, name: str, **changes: Any) -> Any:
+    """A quantizer factory from its yaml."""
+    node = OmegaConf.to_container(OmegaConf.load(CONFIGS / group / f"{name}.yaml"))
+    return build({**node, **changes}, group, trial=lambda part: part)
+
+
+def torchvision(name: str) -> dict[str, Any]:
+    return {"_target_": "adq_train.models.TorchvisionModel", "name": name, "weights": None}
+
+
+def quantized_network(
+    model: dict[str, Any] = RESNET8,
+    *,
+    shape: tuple[int, int, int] = (1, 8, 8),
+    bits: int = 3,
+    weights: str = "adq",
+    inputs: str = "n2uq",
+    **changes: Any,
+) -> tuple[nn.Module, TableModel]:
+    """A network with quantized layers and statistics in its batch norms, and its tables."""
+    torch.manual_seed(0)
+    network = build(model, "model", trial=lambda part: part).build(10, shape[0])
+    images = torch.randn(4, *shape)
+    for module in network.modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            nn.init.uniform_(module.weight, 0.5, 1.5)
+            nn.init.normal_(module.bias, std=0.2)
+    network.train()
+    with torch.no_grad():
+        network(images)
+    network.eval()
+    found = describe_layers(network, images[:1])
+    seen: dict[str, torch.Tensor] = {}
+    hooks = [
+        network.get_submodule(x.name).register_forward_pre_hook(
+            lambda _, args, name=x.name: seen.update({name: args[0].flatten()[:4096]})
+        )
+        for x in found
+    ]
+    with torch.no_grad():
+        network(images)
+    for hook in hooks:
+        hook.remove()
+    layers = tuple(LayerBits(x.name, bits, bits) for x in found)
+    allocation = BitAllocation("test", {}, layers, 0, 0, 0, 0, 0, 0, False)
+    make_weights = make("weight_quantizer", weights, **changes)
+    prepare(network, allocation, make_weights, make("activation_quantizer", inputs), seen, 0)
+    quantized = quantized_layers(network)
+    expects = InputFormat(10, shape, (), Pixels((100.0,) * shape[0], (50.0,) * shape[0]))
+    tables = {name: tables_of(name, layer) for name, layer in quantized.items()}
+    floats = {k: v.detach() for k, v in float_state(network, quantized).items()}
+    return network.eval(), TableModel(model, DIGITS, expects, tables, floats)
