@@ -45,6 +45,15 @@ def test_json_round_trip(artifact):
     assert type(artifact).from_json(artifact.to_json()) == artifact
 
 
+def test_weights_and_activations_apart_survive_beside_layers_without():
+    apart = LayerSensitivity("fc", 640, 640, {2: 0.5, 4: 0.25}, {2: 0.125, 4: 0.0})
+    table = SensitivityTable("m", (2, 4), (TABLE.layers[0], apart))
+    assert SensitivityTable.from_json(table.to_json()) == table
+    first, second = json.loads(table.to_json())["layers"]
+    assert "activation_sensitivity" not in first
+    assert second["activation_sensitivity"] == {"2": 0.125, "4": 0.0}
+
+
 finite = st.floats(allow_nan=False, allow_infinity=False)
 
 
@@ -164,4 +173,7 @@ def test_a_sensitivity_that_is_not_finite_is_named(value):
     require_finite(TABLE)
     table = SensitivityTable("hessian", (2, 4), (LayerSensitivity("fc", 1, 1, {2: 0.0, 4: value}),))
     with pytest.raises(UserError, match="hessian of layer fc at 4 bits"):
+        require_finite(table)
+    table = SensitivityTable("m", (2,), (LayerSensitivity("fc", 1, 1, {2: 0.0}, {2: value}),))
+    with pytest.raises(UserError, match="m of the input of layer fc at 2 bits"):
         require_finite(table)

@@ -31,8 +31,9 @@ def test_the_groups_on_disk_are_those_of_the_schema():
 
 @pytest.mark.parametrize(("group", "choice"), CHOICES)
 def test_every_choice_composes_and_builds(group, choice):
-    root = ["data.root=somewhere"] if choice in ("imagenet", "resnet18_imagenet") else []
-    _, parts = validate(composed(f"{group}={choice}", *root))
+    required = ["data.root=somewhere"] if choice in ("imagenet", "resnet18_imagenet") else []
+    required += [f"{group}.path={__file__}"] if choice == "from_file" else []
+    _, parts = validate(composed(f"{group}={choice}", *required))
     assert isinstance(parts, Parts)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -30,12 +30,29 @@ class LayerInfo:
 
 @dataclass(frozen=True)
 class LayerSensitivity:
-    """What quantizing one layer costs, by bit-width; higher is worse."""
+    """What quantizing one layer costs, by bit-width; higher is worse.
+
+    Attributes:
+        name: The module's qualified name.
+        num_weights: Elements of its weight tensor.
+        macs: Multiply-accumulates for one image.
+        sensitivity: Of the layer as the metric quantizes it; of its weights alone where
+            ``activation_sensitivity`` is there.
+        activation_sensitivity: Of the layer's input alone; None where a metric does not tell the
+            two apart.
+    """
 
     name: str
     num_weights: int
     macs: int
     sensitivity: dict[int, float]
+    activation_sensitivity: dict[int, float] | None = None
+
+    def by_tensors(self) -> Iterator[tuple[str, dict[int, float]]]:
+        """The sensitivities with what they are of, for messages."""
+        yield "layer", self.sensitivity
+        if self.activation_sensitivity is not None:
+            yield "the input of layer", self.activation_sensitivity
 
 
 @dataclass(frozen=True)
@@ -48,7 +65,12 @@ class SensitivityTable:
 
     def to_json(self) -> str:
         """The content of ``sensitivity.json``."""
-        return _dump(asdict(self))
+        content = asdict(self)
+        content["layers"] = [
+            {name: value for name, value in layer.items() if value is not None}
+            for layer in content["layers"]
+        ]
+        return _dump(content)
 
     @classmethod
     def from_json(cls, text: str) -> SensitivityTable:
@@ -67,7 +89,10 @@ class SensitivityTable:
                         str(layer["name"]),
                         int(layer["num_weights"]),
                         int(layer["macs"]),
-                        {int(b): float(s) for b, s in layer["sensitivity"].items()},
+                        _by_bits(layer["sensitivity"]),
+                        _by_bits(layer["activation_sensitivity"])
+                        if "activation_sensitivity" in layer
+                        else None,
                     )
                     for layer in content["layers"]
                 ),
@@ -180,6 +205,10 @@ def _dump(content: Mapping[str, Any]) -> str:
     return json.dumps(content, indent=2, allow_nan=False) + "\n"
 
 
+def _by_bits(values: Mapping[str, Any]) -> dict[int, float]:
+    return {int(bits): float(value) for bits, value in values.items()}
+
+
 def _parse(text: str, what: str) -> dict[str, Any]:
     """A JSON object without NaN or infinity, which strict JSON does not have."""
 
@@ -204,9 +233,11 @@ def require_finite(table: SensitivityTable) -> None:
         UserError: Names the layer and the bit-width.
     """
     for layer in table.layers:
-        for bits, value in layer.sensitivity.items():
-            if not math.isfinite(value):
-                raise UserError(
-                    f"sensitivity: {table.metric} of layer {layer.name} at {bits} bits is {value}; "
-                    "check the float model, or choose another metric or more calibration images"
-                )
+        for what, values in layer.by_tensors():
+            for bits, value in values.items():
+                if not math.isfinite(value):
+                    raise UserError(
+                        f"sensitivity: {table.metric} of {what} {layer.name} at {bits} bits is "
+                        f"{value}; check the float model, or choose another metric or more "
+                        "calibration images"
+                    )
