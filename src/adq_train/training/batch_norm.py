@@ -50,6 +50,9 @@ def averaged_statistics(norms: Iterable[_BatchNorm]) -> Iterator[None]:
 
     Afterwards their running mean and variance are the averages over the batches, each of which
     counts the same, and their modes are as before.
+
+    Raises:
+        UserError: A batch has one value per channel, which has no variance.
     """
     before = [(norm, norm.training, norm.momentum) for norm in norms]
     for norm, _, _ in before:
@@ -57,6 +60,8 @@ def averaged_statistics(norms: Iterable[_BatchNorm]) -> Iterator[None]:
         norm.training, norm.momentum = True, None
     try:
         yield
+    except ValueError as error:
+        raise UserError(f"batch norm cannot be estimated: {error}; use larger batches") from error
     finally:
         for norm, training, momentum in before:
             norm.training, norm.momentum = training, momentum
@@ -94,8 +99,6 @@ def reestimate_batch_norm(model: nn.Module, batches: Iterable[Tensor]) -> None:
         with averaged_statistics(batch_norms(model).values()):
             for images in batches:
                 model(images)
-    except ValueError as error:
-        raise UserError(f"batch norm cannot be estimated: {error}; use larger batches") from error
     finally:
         for module, mode in modes.items():
             module.training = mode
