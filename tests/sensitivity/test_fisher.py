@@ -94,3 +94,7 @@ def test_the_model_is_left_as_it_was(small, layers, batches):
 def test_options_out_of_range_are_named():
     with pytest.raises(ValueError, match="chunk_size must be at least 1, got 0"):
         Fisher(0)
+
+
+def test_the_name_is_the_one_in_the_table():
+    assert Fisher().name == "fisher"

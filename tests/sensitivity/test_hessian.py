@@ -196,3 +196,7 @@ def test_options_out_of_range_are_named(options):
     (name,) = options
     with pytest.raises(ValueError, match=name):
         Hessian(**options)
+
+
+def test_the_name_is_the_one_in_the_table():
+    assert Hessian().name == "hessian"

@@ -44,3 +44,7 @@ def test_the_scale_of_the_weights_does_not_matter(small, layers):
 def test_weights_that_are_all_zero_cost_nothing(small, layers):
     torch.nn.init.zeros_(small.fc.weight)
     assert measure(small, layers)["fc"].sensitivity == {2: 0.0, 4: 0.0}
+
+
+def test_the_name_is_the_one_in_the_table():
+    assert Mse().name == "mse"

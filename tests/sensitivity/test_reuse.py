@@ -160,6 +160,13 @@ def test_the_table_is_the_same_to_the_last_bit(images, tensors, recalibrate):
     assert len({value for row in tables[0] for value in row.sensitivity.values()}) > len(layers)
 
 
+@pytest.mark.parametrize(
+    ("name", "in_place"), [("resnet8", False), ("mobilenet", True), ("in place", True)]
+)
+def test_values_are_copied_only_for_a_network_that_changes_them(images, name, in_place):
+    assert make_runs(spread(NETWORKS[name]()), images, PLENTY).in_place == in_place
+
+
 def test_what_lies_before_a_layer_is_computed_once(images):
     net = spread(CifarResNet(8, 4, 5, 3))
     names = [x.name for x in describe_layers(net, images[0][:1])]

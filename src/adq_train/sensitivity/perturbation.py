@@ -82,8 +82,12 @@ class Perturbation:
         """Measures one layer after the other; see :class:`~.base.SensitivityMetric`."""
         model = copy.deepcopy(model).eval()
         images = [x for x, _ in batches]
+        reference: list[Tensor] = []
+        keep = model.register_forward_hook(
+            lambda *call: reference.append(F.log_softmax(call[2], 1))
+        )
         inputs = collect_inputs(model, [x.name for x in layers], images, seed)
-        reference = [F.log_softmax(model(x), 1) for x in images]
+        keep.remove()
         runs = make_runs(model, images, self.kept_bytes)
         for info in layers:
             variants: dict[Key, QuantLayer] = {}

@@ -25,6 +25,19 @@ class Tracer(fx.Tracer):
         return isinstance(m, _BatchNorm) or super().is_leaf_module(m, module_qualified_name)
 
 
+class Trial(fx.Interpreter):
+    """Runs the listed operations once and sees whether any of them changes a tensor in place."""
+
+    in_place = False
+
+    def run_node(self, n: fx.Node) -> Any:
+        """One operation."""
+        before = [(x, x._version) for x in _tensors(self.fetch_args_kwargs_from_env(n))]
+        result = super().run_node(n)
+        self.in_place |= any(x._version != version for x, version in before)
+        return result
+
+
 class Runs(Protocol):
     """Outputs of a network on fixed batches."""
 
@@ -65,12 +78,18 @@ class PartialRuns:
         batches: Images (N, C, H, W) each.
         graph: The model's operations in their order.
         limit_bytes: Most bytes of values to keep.
+        in_place: Whether an operation changes a tensor in place.
     """
 
     def __init__(
-        self, model: nn.Module, batches: Sequence[Tensor], graph: fx.Graph, limit_bytes: int
+        self,
+        model: nn.Module,
+        batches: Sequence[Tensor],
+        graph: fx.Graph,
+        limit_bytes: int,
+        in_place: bool,
     ) -> None:
-        self.batches, self.limit_bytes = batches, limit_bytes
+        self.batches, self.limit_bytes, self.in_place = batches, limit_bytes, in_place
         self.nodes = list(graph.nodes)
         self.interpreter = fx.Interpreter(model, graph=graph)
         self.first_call: dict[str, int] = {}
@@ -99,10 +118,10 @@ class PartialRuns:
         return partial(self._rest, start, values)
 
     def _rest(self, start: int, values: Values) -> Tensor:
-        # In-place operations must not reach the kept values. One deep copy of them all leaves
-        # tensors that share memory sharing it.
-        copied = copy.deepcopy(list(values.values()))
-        output: Tensor = self._run(start, len(self.nodes), dict(zip(values, copied, strict=True)))
+        if self.in_place:
+            # The kept values must stay. One deep copy of all leaves shared memory shared.
+            values = dict(zip(values, copy.deepcopy(list(values.values())), strict=True))
+        output: Tensor = self._run(start, len(self.nodes), dict(values))
         return output
 
     def _run(self, start: int, end: int, values: Values) -> Any:
@@ -133,14 +152,15 @@ def make_runs(model: nn.Module, batches: Sequence[Tensor], limit_bytes: int) -> 
     few = batches[0][:2]
     try:
         graph = Tracer().trace(model)
-        found = fx.Interpreter(model, graph=graph).run(few.clone())
+        trial = Trial(model, graph=graph)
+        found = trial.run(few.clone())
     except Exception as error:  # a forward() that is traced may fail in any way
         log.info("profile: whole runs, as the model cannot be traced (%s)", _first_line(error))
         return WholeRuns(model, batches)
     if not torch.equal(found, model(few.clone())):
         log.info("profile: whole runs, as the traced model gives other outputs")
         return WholeRuns(model, batches)
-    return PartialRuns(model, batches, graph, limit_bytes)
+    return PartialRuns(model, batches, graph, limit_bytes, trial.in_place)
 
 
 def _first_line(error: Exception) -> str:
