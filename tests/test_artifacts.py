@@ -48,6 +48,15 @@ def test_json_round_trip(artifact):
     assert type(artifact).from_json(artifact.to_json()) == artifact
 
 
+def test_weights_and_activations_apart_survive_beside_layers_without():
+    apart = LayerSensitivity("fc", 640, 640, {2: 0.5, 4: 0.25}, {2: 0.125, 4: 0.0})
+    table = SensitivityTable("m", (2, 4), (TABLE.layers[0], apart))
+    assert SensitivityTable.from_json(table.to_json()) == table
+    first, second = json.loads(table.to_json())["layers"]
+    assert "activation_sensitivity" not in first
+    assert second["activation_sensitivity"] == {"2": 0.125, "4": 0.0}
+
+
 finite = st.floats(allow_nan=False, allow_infinity=False)
 
 
@@ -168,6 +177,9 @@ def test_a_sensitivity_that_is_not_finite_is_named(value):
     table = SensitivityTable("hessian", (2, 4), (LayerSensitivity("fc", 1, 1, {2: 0.0, 4: value}),))
     with pytest.raises(UserError, match="hessian of layer fc at 4 bits"):
         require_finite(table)
+    table = SensitivityTable("m", (2,), (LayerSensitivity("fc", 1, 1, {2: 0.0}, {2: value}),))
+    with pytest.raises(UserError, match="m of the input of layer fc at 2 bits"):
+        require_finite(table)
 
 
 def test_what_a_layer_does_not_have_is_left_out_of_the_table():
@@ -180,9 +192,3 @@ def test_what_a_layer_does_not_have_is_left_out_of_the_table():
     assert set(first) == {"name", "num_weights", "macs", "sensitivity"}
     assert (second["activation_sensitivity"], second["num_inputs"]) == ({"2": 0.25}, 7)
     assert SensitivityTable.from_json(table.to_json()) == table
-
-
-def test_a_sensitivity_of_an_input_that_is_not_finite_is_named():
-    layer = LayerSensitivity("fc", 1, 1, {4: 0.0}, {4: float("nan")})
-    with pytest.raises(UserError, match="hessian of layer fc at 4 bits"):
-        require_finite(SensitivityTable("hessian", (4,), (layer,)))

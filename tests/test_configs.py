@@ -32,15 +32,17 @@ def test_the_groups_on_disk_are_those_of_the_schema():
 
 @pytest.mark.parametrize(("group", "choice"), CHOICES)
 def test_every_choice_composes_and_builds(group, choice, tmp_path):
-    allocation = tmp_path / "allocation.json"
-    allocation.write_text('{"layers": []}')
+    kept = tmp_path / "kept.json"
+    kept.write_text('{"layers": []}')
     required = {
-        "imagenet": ["data.root=somewhere"],
-        "resnet18_imagenet": ["data.root=somewhere"],
-        "fixed": ["allocator.bits={layer*.conv1:4,fc:[2,3]}"],
-        "from_file": [f"allocator.path={allocation}"],
+        ("data", "imagenet"): ["data.root=somewhere"],
+        ("experiment", "resnet18_imagenet"): ["data.root=somewhere"],
+        ("allocator", "fixed"): ["allocator.bits={layer*.conv1:4,fc:[2,3]}"],
+        ("allocator", "from_file"): [f"allocator.path={kept}"],
+        ("sensitivity", "from_file"): [f"sensitivity.path={kept}"],
     }
-    _, parts = validate(composed(f"{group}={choice}", *required.get(choice, [])))
+    arguments = required.get((group, choice), [])
+    _, parts = validate(composed(f"{group}={choice}", *arguments))
     assert isinstance(parts, Parts)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -36,9 +36,10 @@ class LayerSensitivity:
         name: The module's qualified name.
         num_weights: Elements of its weight tensor.
         macs: Multiply-accumulates for one image.
-        sensitivity: Of the weights and the input together; of the weights alone where
+        sensitivity: Of the layer as the metric quantizes it; of its weights alone where
             ``activation_sensitivity`` is there.
-        activation_sensitivity: Of the input alone, or None.
+        activation_sensitivity: Of the layer's input alone; None where a metric does not tell the
+            two apart.
         num_inputs: Elements of its input for one image, or None where that is not known.
     """
 
@@ -48,6 +49,12 @@ class LayerSensitivity:
     sensitivity: dict[int, float]
     activation_sensitivity: dict[int, float] | None = None
     num_inputs: int | None = None
+
+    def by_tensors(self) -> Iterator[tuple[str, dict[int, float]]]:
+        """The sensitivities with what they are of, for messages."""
+        yield "layer", self.sensitivity
+        if self.activation_sensitivity is not None:
+            yield "the input of layer", self.activation_sensitivity
 
 
 @dataclass(frozen=True)
@@ -91,10 +98,6 @@ class SensitivityTable:
             )
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise UserError(f"not a sensitivity table: {error!r}") from error
-
-
-def _by_bits(values: Mapping[str, Any]) -> dict[int, float]:
-    return {int(bits): float(value) for bits, value in values.items()}
 
 
 @dataclass(frozen=True)
@@ -263,6 +266,10 @@ def _dump(content: Mapping[str, Any]) -> str:
     return json.dumps(content, indent=2, allow_nan=False) + "\n"
 
 
+def _by_bits(values: Mapping[str, Any]) -> dict[int, float]:
+    return {int(bits): float(value) for bits, value in values.items()}
+
+
 def _parse(text: str, what: str) -> dict[str, Any]:
     """A JSON object without NaN or infinity, which strict JSON does not have."""
 
@@ -287,10 +294,11 @@ def require_finite(table: SensitivityTable) -> None:
         UserError: Names the layer and the bit-width.
     """
     for layer in table.layers:
-        both = [*layer.sensitivity.items(), *(layer.activation_sensitivity or {}).items()]
-        for bits, value in both:
-            if not math.isfinite(value):
-                raise UserError(
-                    f"sensitivity: {table.metric} of layer {layer.name} at {bits} bits is {value}; "
-                    "check the float model, or choose another metric or more calibration images"
-                )
+        for what, values in layer.by_tensors():
+            for bits, value in values.items():
+                if not math.isfinite(value):
+                    raise UserError(
+                        f"sensitivity: {table.metric} of {what} {layer.name} at {bits} bits is "
+                        f"{value}; check the float model, or choose another metric or more "
+                        "calibration images"
+                    )

@@ -33,6 +33,8 @@ from adq_train.reporting import why
 from adq_train.reporting.progress import Progress
 from adq_train.reporting.recorder import Recorder, read_metrics
 from adq_train.run_folder import RunFolder, digest, exclusive, identity
+from adq_train.sensitivity.base import warn_negative
+from adq_train.sensitivity.partial import PartialTable, weights_digest
 from adq_train.training.checkpoint import CheckpointFolder
 from adq_train.training.evaluate import Evaluation, evaluate
 from adq_train.training.loop import fit, parameter_groups
@@ -105,33 +107,39 @@ def _copy_metrics(source: Path, target: Path) -> None:
 
 
 def profile(run: Context, model: nn.Module, layers: Sequence[LayerInfo]) -> SensitivityTable:
-    """Measures what quantizing each layer costs.
+    """Measures what quantizing each layer costs; layers that are done already are not repeated.
 
     Raises:
         UserError: A sensitivity is not finite, or the kept table is of another model.
     """
     table = run.folder.load("sensitivity.json", SensitivityTable)
+    finished = run.folder.path / "sensitivity.partial.json"
     if table is None:
         metric, bit_widths = run.parts.sensitivity, run.config["bits"]["candidates"]
-        batches = list(run.data.calibration.epoch(0))
+        key = digest([identity(run.config), run.data.fingerprint, weights_digest(model)])
+        partial = PartialTable(finished, key, metric.name, tuple(bit_widths))
+        done = {row.name for row in partial.table.layers}
         log.info("profile: %d layers at %s bits", len(layers), bit_widths)
-        rows = []
         num_inputs = {x.name: x.num_inputs for x in layers}
-        with Progress("profile", total=len(layers)) as progress:
+        if done:
+            log.info("profile: continuing after %d layers", len(done))
+        with Progress("profile", total=len(layers), done=len(done)) as progress:
             for row in metric.measure(
                 model,
-                layers,
+                [x for x in layers if x.name not in done],
                 bit_widths,
-                batches,
+                list(run.data.calibration.epoch(0)),
                 run.parts.make_weight_quantizer,
                 run.parts.make_activation_quantizer,
                 run.seed,
             ):
-                rows.append(replace(row, num_inputs=num_inputs[row.name]))
+                require_finite(SensitivityTable(metric.name, tuple(bit_widths), (row,)))
+                warn_negative(metric.name, row)
+                partial.append(replace(row, num_inputs=num_inputs[row.name]))
                 progress.advance(row.name)
-        table = SensitivityTable(metric.name, tuple(bit_widths), tuple(rows))
-        require_finite(table)
+        table = partial.table
         run.folder.save("sensitivity.json", table)
+    finished.unlink(missing_ok=True)
     _require_layers("sensitivity.json", run, [x.name for x in table.layers], layers)
     return table
 

@@ -27,7 +27,7 @@ from adq_train.data.base import ImageData, Loading
 from adq_train.errors import ConfigError, UserError, did_you_mean
 from adq_train.quantization.base import MakeActivationQuantizer, MakeWeightQuantizer
 from adq_train.schema import GROUPS, SECTIONS, Range
-from adq_train.sensitivity.perturbation import Perturbation
+from adq_train.sensitivity.base import SensitivityMetric
 from adq_train.training.loop import MakeOptimizer
 from adq_train.training.schedule import Schedule
 
@@ -58,7 +58,7 @@ class Parts:
     model: ModelSource
     make_weight_quantizer: MakeWeightQuantizer
     make_activation_quantizer: MakeActivationQuantizer
-    sensitivity: Perturbation
+    sensitivity: SensitivityMetric
     allocator: Allocator
     make_optimizer: MakeOptimizer
     scheduler: Schedule

@@ -5,11 +5,11 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from adq_train.artifacts import LayerInfo, LayerSensitivity
+from adq_train.artifacts import LayerInfo
 from adq_train.errors import UserError
 from adq_train.quantization.adq import AdqWeightQuantizer
 from adq_train.quantization.lsq import LsqActivationQuantizer
-from adq_train.sensitivity.perturbation import Perturbation, table
+from adq_train.sensitivity.perturbation import Perturbation
 
 BIT_WIDTHS = (2, 4)
 LAYERS = (LayerInfo("0", 36, 576, 36), LayerInfo("4", 192, 192, 64))
@@ -100,16 +100,54 @@ def test_damaged_weights_name_the_layer(model, batches):
 def test_the_name_tells_the_options():
     assert Perturbation().name == "perturbation-kl-both"
     assert Perturbation("loss", "weights").name == "perturbation-loss-weights"
+    assert Perturbation(recalibrate_batch_norm=True).name == "perturbation-kl-both-recalibrated"
 
 
-@pytest.mark.parametrize("options", [{"criterion": "mse"}, {"tensors": "inputs"}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{"criterion": "mse"}, {"tensors": "inputs"}, {"kept_bytes": -1}], ids=str
+)
 def test_options_out_of_range_are_named(options):
     (name,) = options
     with pytest.raises(ValueError, match=name):
         Perturbation(**options)
 
 
-def test_table_collects_the_rows():
-    row = LayerSensitivity("a", 1, 2, {2: 0.5, 4: 0.1})
-    result = table("m", [2, 4], [row])
-    assert (result.metric, result.bit_widths, result.layers) == ("m", (2, 4), (row,))
+def test_separate_holds_weights_and_activations_each_alone(model, batches):
+    weights = measure(model, batches, tensors="weights")
+    activations = measure(model, batches, tensors="activations")
+    for row, first, second in zip(
+        measure(model, batches, tensors="separate"), weights, activations, strict=True
+    ):
+        assert row.sensitivity == first.sensitivity
+        assert row.activation_sensitivity == second.sensitivity
+        assert first.activation_sensitivity is None
+        assert first.sensitivity != second.sensitivity
+
+
+@pytest.mark.parametrize("kept_bytes", [0, 10**9])
+def test_recalibrated_batch_norms_have_the_statistics_of_the_perturbed_network(
+    model, batches, kept_bytes
+):
+    """By hand: the norm after the first layer averages the batches' means and variances."""
+    images, targets = (torch.cat(parts) for parts in zip(*batches, strict=True))
+    rows = measure(
+        model,
+        batches,
+        criterion="loss",
+        tensors="weights",
+        recalibrate_batch_norm=True,
+        kept_bytes=kept_bytes,
+    )
+    with torch.no_grad():
+        before = copy.deepcopy(model).eval()(images)
+        for bits in BIT_WIDTHS:
+            net = quantized_by_hand(model, "0", bits, images, "weights")
+            seen = [net[0](x).transpose(0, 1).flatten(1) for x, _ in batches]
+            net[1].running_mean.copy_(sum(x.mean(1) for x in seen) / 2)
+            net[1].running_var.copy_(sum(x.var(1) for x in seen) / 2)
+            rise = F.cross_entropy(net(images), targets) - F.cross_entropy(before, targets)
+            assert rows[0].sensitivity[bits] == pytest.approx(float(rise), abs=1e-6)
+    # No batch norm lies behind the last layer.
+    plain = measure(model, batches, criterion="loss", tensors="weights")
+    assert rows[1] == plain[1]
+    assert rows[0] != plain[0]

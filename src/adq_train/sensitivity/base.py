@@ -1,0 +1,134 @@
+"""What every sensitivity metric can do, and what those that look at weights alone share."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from adq_train.artifacts import LayerInfo, LayerSensitivity
+from adq_train.data.base import Batch, derived_seed
+from adq_train.errors import UserError
+from adq_train.quantization.base import MakeActivationQuantizer, MakeWeightQuantizer
+
+log = logging.getLogger(__name__)
+
+
+class SensitivityMetric(Protocol):
+    """Measures what quantizing each layer costs; higher is worse."""
+
+    @property
+    def name(self) -> str:
+        """The metric's name in ``sensitivity.json``."""
+        ...
+
+    def measure(
+        self,
+        model: nn.Module,
+        layers: Sequence[LayerInfo],
+        bit_widths: Sequence[int],
+        batches: Sequence[Batch],
+        make_weight_quantizer: MakeWeightQuantizer,
+        make_activation_quantizer: MakeActivationQuantizer,
+        seed: int,
+    ) -> Iterator[LayerSensitivity]:
+        """Measures one layer after the other.
+
+        A layer's values do not depend on which other layers are asked for: what was measured
+        before an interruption need not be measured again.
+
+        Args:
+            model: The float network; left as it was.
+            layers: The layers to measure.
+            bit_widths: The candidates.
+            batches: Calibration images (N, C, H, W) and targets (N,).
+            make_weight_quantizer: Maps a bit-width to a quantizer.
+            make_activation_quantizer: Maps a bit-width to a quantizer.
+            seed: For everything that is drawn at random.
+
+        Yields:
+            The sensitivity of one layer at every candidate.
+
+        Raises:
+            UserError: A layer cannot be measured; it is named.
+        """
+        ...
+
+
+@torch.no_grad()
+def weight_error(
+    model: nn.Module,
+    name: str,
+    bit_width: int,
+    make_weight_quantizer: MakeWeightQuantizer,
+    seed: int,
+) -> Tensor:
+    """ΔW = Ŵ - W of one layer, with the quantizer as it is initialised from W.
+
+    Args:
+        model: The float network.
+        name: The layer.
+        bit_width: b.
+        make_weight_quantizer: Maps a bit-width to a quantizer.
+        seed: For random initialisations.
+
+    Returns:
+        Of the weight's shape.
+
+    Raises:
+        UserError: The weights are NaN or infinite; the layer is named.
+    """
+    weight = layer_weight(model, name).detach()
+    quantizer = make_weight_quantizer(bit_width).to(weight.device).eval()
+    try:
+        quantizer.calibrate(weight, derived_seed(seed, name))
+    except ValueError as error:
+        raise UserError(f"layer {name}: {error}; check the float model") from error
+    quantized: Tensor = quantizer(weight)
+    return quantized - weight
+
+
+def layer_weight(model: nn.Module, name: str) -> Tensor:
+    """The weight of the layer ``name``."""
+    weight = model.get_submodule(name).weight
+    assert isinstance(weight, Tensor)
+    return weight
+
+
+def layer_weights(model: nn.Module, names: Iterable[str]) -> dict[str, Tensor]:
+    """Copies of the weights of some layers, by layer, for :func:`logits_with`."""
+    return {name: layer_weight(model, name).detach().clone() for name in names}
+
+
+def logits_with(model: nn.Module, weights: Mapping[str, Tensor], images: Tensor) -> Tensor:
+    """The outputs of a network as a function of the weights of some of its layers.
+
+    A weight that two layers have in common counts once for each of them, as each of them would be
+    quantized alone; a layer that is called more than once has one weight.
+
+    Args:
+        model: The network, with weights of its own, which are not used.
+        weights: By layer.
+        images: (N, C, H, W).
+
+    Returns:
+        Logits (N, num_classes).
+    """
+    named = {f"{name}.weight": weight for name, weight in weights.items()}
+    logits: Tensor = functional_call(model, named, (images,), tie_weights=False)
+    return logits
+
+
+def warn_negative(metric: str, row: LayerSensitivity) -> None:
+    """Says which sensitivities of a layer are negative; they are kept as they are."""
+    for what, values in row.by_tensors():
+        negative = ", ".join(f"{x:.3g} at {bits} bits" for bits, x in values.items() if x < 0)
+        if negative:
+            log.warning(
+                "sensitivity: %s of %s %s is negative (%s); kept as it is",
+                *(metric, what, row.name, negative),
+            )

@@ -1,0 +1,47 @@
+"""Relative squared error of the weights: what needs neither images nor gradients."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from torch import nn
+
+from adq_train.artifacts import LayerInfo, LayerSensitivity
+from adq_train.data.base import Batch
+from adq_train.quantization.base import MakeActivationQuantizer, MakeWeightQuantizer
+from adq_train.sensitivity.base import layer_weight, weight_error
+
+
+@dataclass(frozen=True)
+class Mse:
+    """Ω[l, b] = ‖ΔW‖² / ‖W‖², with ΔW the error of the weight quantizer in use (method.md 3).
+
+    Between 0 and about 1, whatever the scale of the weights. Weights that are all zero and stay
+    so cost 0.
+    """
+
+    @property
+    def name(self) -> str:
+        """The metric's name in ``sensitivity.json``."""
+        return "mse"
+
+    def measure(
+        self,
+        model: nn.Module,
+        layers: Sequence[LayerInfo],
+        bit_widths: Sequence[int],
+        batches: Sequence[Batch],
+        make_weight_quantizer: MakeWeightQuantizer,
+        make_activation_quantizer: MakeActivationQuantizer,
+        seed: int,
+    ) -> Iterator[LayerSensitivity]:
+        """Measures one layer after the other; see :class:`~.base.SensitivityMetric`."""
+        for info in layers:
+            power = layer_weight(model, info.name).detach().double().square().sum()
+            values = {}
+            for bits in bit_widths:
+                error = weight_error(model, info.name, bits, make_weight_quantizer, seed)
+                squared = error.double().square().sum()
+                values[bits] = float(squared / power) if squared else 0.0
+            yield LayerSensitivity(info.name, info.num_weights, info.macs, values)

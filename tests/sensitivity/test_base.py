@@ -1,0 +1,53 @@
+import logging
+
+import pytest
+import torch
+from torch import nn
+
+from adq_train.artifacts import LayerSensitivity
+from adq_train.errors import UserError
+from adq_train.quantization.adq import AdqWeightQuantizer
+from adq_train.sensitivity.base import layer_weights, logits_with, warn_negative, weight_error
+
+
+def test_the_weight_error_is_that_of_the_quantizer(small):
+    quantizer = AdqWeightQuantizer(2)
+    quantizer.calibrate(small.fc.weight.detach())
+    expected = quantizer(small.fc.weight) - small.fc.weight
+    error = weight_error(small, "fc", 2, AdqWeightQuantizer, seed=0)
+    assert torch.equal(error, expected.detach())
+    assert error.abs().max() > 0.01
+
+
+def test_damaged_weights_name_the_layer(small):
+    small.fc.weight.data[0, 0] = float("inf")
+    with pytest.raises(UserError, match=r"layer fc: the weights hold NaN .* check the float model"):
+        weight_error(small, "fc", 2, AdqWeightQuantizer, seed=0)
+
+
+def test_logits_are_those_of_the_given_weights(small, batches):
+    images = batches[0][0]
+    weights = layer_weights(small.eval(), ["shared"])
+    weights["shared"] *= 2
+    logits = logits_with(small, weights, images)
+    small.shared.weight.data *= 2
+    assert torch.equal(logits, small(images))
+
+
+def test_a_weight_of_two_layers_counts_for_each_of_them():
+    net = nn.Sequential(nn.Linear(2, 2, bias=False), nn.Linear(2, 2, bias=False))
+    net[1].weight = net[0].weight
+    x, other = torch.randn(3, 2), torch.randn(2, 2)
+    with torch.no_grad():
+        assert torch.allclose(logits_with(net, {"1": other}, x), x @ net[0].weight.T @ other.T)
+
+
+def test_negative_values_are_told_by_layer(caplog):
+    with caplog.at_level(logging.WARNING, logger="adq_train"):
+        warn_negative("m", LayerSensitivity("a", 1, 1, {2: 0.0, 3: 0.5}, {2: 0.1, 3: 0.2}))
+        assert not caplog.records
+        warn_negative("m", LayerSensitivity("b", 1, 1, {2: -0.5, 3: 0.5}, {2: 0.1, 3: -2.0}))
+    assert [record.getMessage() for record in caplog.records] == [
+        "sensitivity: m of layer b is negative (-0.5 at 2 bits); kept as it is",
+        "sensitivity: m of the input of layer b is negative (-2 at 3 bits); kept as it is",
+    ]

@@ -1,0 +1,100 @@
+import copy
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from adq_train.quantization.adq import AdqWeightQuantizer
+from adq_train.quantization.lsq import LsqActivationQuantizer
+from adq_train.sensitivity.fisher import Fisher
+
+BIT_WIDTHS = (2, 4)
+
+
+class Branching(nn.Module):
+    """Looks at its values, which vmap cannot follow."""
+
+    def __init__(self, net):
+        super().__init__()
+        self.net = net
+
+    def forward(self, x):
+        return self.net(x) if x.sum() > 0 else -self.net(x)
+
+
+def measure(model, layers, batches, **options):
+    rows = Fisher(**options).measure(
+        model, layers, BIT_WIDTHS, batches, AdqWeightQuantizer, LsqActivationQuantizer, seed=0
+    )
+    return {row.name: row for row in rows}
+
+
+def by_hand(model, name, bits, batches):
+    """Σ_i of the mean over images of (g_i ΔW_i)², from one backward pass per image."""
+    net = copy.deepcopy(model).eval()
+    weight = net.get_submodule(name).weight
+    quantizer = AdqWeightQuantizer(bits)
+    quantizer.calibrate(weight.detach())
+    error = (quantizer(weight) - weight).detach().double()
+    total, count = 0.0, 0
+    for images, targets in batches:
+        for i in range(len(images)):
+            net.zero_grad()
+            F.cross_entropy(net(images[i : i + 1]), targets[i : i + 1]).backward()
+            total += float((weight.grad.double() * error).square().sum())
+            count += 1
+    return total / count
+
+
+@pytest.mark.parametrize("chunk_size", [1, 3, 16])
+def test_it_is_that_of_a_loop_over_images(small, layers, batches, chunk_size):
+    rows = measure(small, layers, batches, chunk_size=chunk_size)
+    assert [(x.name, x.num_weights, x.macs) for x in rows.values()] == [
+        (x.name, x.num_weights, x.macs) for x in layers
+    ]
+    for name, row in rows.items():
+        for bits in BIT_WIDTHS:
+            expected = by_hand(small, name, bits, batches)
+            assert expected > 1e-6
+            assert row.sensitivity[bits] == pytest.approx(expected, rel=1e-4)
+
+
+def test_a_network_that_vmap_cannot_follow_is_measured_image_by_image(small, layers, batches):
+    net = Branching(small)
+    layers = [type(x)(f"net.{x.name}", x.num_weights, x.macs, x.num_inputs) for x in layers]
+    with pytest.raises(RuntimeError):
+        torch.vmap(net)(batches[0][0][:, None])
+    for name, row in measure(net, layers, batches).items():
+        expected = by_hand(net, name, 2, batches)
+        assert row.sensitivity[2] == pytest.approx(expected, rel=1e-4)
+
+
+def test_logistic_regression_has_its_closed_form():
+    """g = (p - y) xᵀ, so F_ij = mean of (p_i - y_i)² x_j²."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(5, 3))
+    x, y = torch.randn(20, 5), torch.randint(3, (20,))
+    residual = (net(x).softmax(1) - F.one_hot(y, 3)).detach()
+    expected = torch.einsum("ni,nj->ij", residual**2, x**2) / 20
+    diagonal = Fisher(chunk_size=7).diagonal(
+        net.requires_grad_(False), ["0"], [(x[:12], y[:12]), (x[12:], y[12:])]
+    )
+    assert torch.allclose(diagonal["0"], expected.double(), rtol=1e-5)
+
+
+def test_the_model_is_left_as_it_was(small, layers, batches):
+    state = {name: value.clone() for name, value in small.state_dict().items()}
+    measure(small, layers, batches)
+    assert all(module.training for module in small.modules())
+    assert all(p.requires_grad and p.grad is None for p in small.parameters())
+    assert all(torch.equal(value, state[name]) for name, value in small.state_dict().items())
+
+
+def test_options_out_of_range_are_named():
+    with pytest.raises(ValueError, match="chunk_size must be at least 1, got 0"):
+        Fisher(0)
+
+
+def test_the_name_is_the_one_in_the_table():
+    assert Fisher().name == "fisher"

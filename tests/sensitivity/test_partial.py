@@ -1,0 +1,65 @@
+import copy
+import json
+import logging
+
+import pytest
+import torch
+from torch import nn
+
+from adq_train.artifacts import LayerSensitivity
+from adq_train.sensitivity.partial import PartialTable, weights_digest
+
+ROWS = (
+    LayerSensitivity("a", 10, 100, {2: 1 / 3, 4: -1e-9}),
+    LayerSensitivity("b", 20, 200, {2: 0.5, 4: 0.25}, {2: 0.1, 4: 0.0}),
+)
+
+
+@pytest.fixture
+def path(tmp_path):
+    return tmp_path / "sensitivity.partial.json"
+
+
+def test_rows_come_back_as_they_were(path):
+    table = PartialTable(path, "key", "m", (2, 4))
+    assert table.table.layers == ()
+    assert not path.exists()
+    for count, row in enumerate(ROWS, 1):
+        table.append(row)
+        again = PartialTable(path, "key", "m", (2, 4)).table
+        assert again == table.table
+        assert again.layers == ROWS[:count]
+    assert [x.name for x in path.parent.iterdir()] == [path.name]
+
+
+@pytest.mark.parametrize("text", ["", '{"key": "key", "layers": [{"na', "[]", "\udcff"])
+def test_a_damaged_file_is_told_and_not_used(path, text, caplog):
+    path.write_bytes(text.encode("utf-8", "surrogateescape"))
+    assert PartialTable(path, "key", "m", (2, 4)).table.layers == ()
+    assert "cannot be read" in caplog.text
+
+
+def test_rows_of_another_model_are_told_and_not_used(path, caplog):
+    PartialTable(path, "key", "m", (2, 4)).append(ROWS[0])
+    with caplog.at_level(logging.WARNING, logger="adq_train"):
+        other = PartialTable(path, "another", "m", (2, 4))
+    assert other.table.layers == ()
+    assert "belongs to another model" in caplog.text
+    other.append(ROWS[1])
+    assert json.loads(path.read_text())["key"] == "another"
+    assert PartialTable(path, "another", "m", (2, 4)).table.layers == ROWS[1:]
+
+
+def test_the_digest_depends_on_every_value_and_name():
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2)).bfloat16()
+    first = weights_digest(net)
+    assert weights_digest(copy.deepcopy(net)) == first
+    renamed = nn.Sequential()
+    renamed.add_module("first", net[0])
+    renamed.add_module("1", net[1])
+    assert weights_digest(renamed) != first
+    net[1].running_mean[1] += 1
+    second = weights_digest(net)
+    net[0].weight.data[0, 0, 0, 0] += 1
+    assert len({first, second, weights_digest(net)}) == 3
