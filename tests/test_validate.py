@@ -67,6 +67,26 @@ def test_a_group_without_a_target():
         build({"depth": 8}, "model", trial=lambda part: part)
 
 
+@pytest.mark.parametrize(
+    "target",
+    [
+        "adq_train.run_folder.subprocess.run",
+        "adq_train.run_folder.subprocess.Popen",
+        "adq_train.files.os.system",
+        "adq_train.files.write_text",
+        "torch.optim.sgd.torch.load",
+        "torch.optim.sgd.torch.nn.Linear",
+        "adq_train.cli.main",
+    ],
+)
+def test_what_a_trusted_module_imports_is_not_trusted(target, tmp_path):
+    mark = tmp_path / "mark"
+    node = {"_target_": target, "_partial_": True, "args": ["touch", str(mark)]}
+    with pytest.raises(ConfigError, match="is not a class that a trusted package defines"):
+        build(node, "allocator", trial=lambda part: part())
+    assert not mark.exists()
+
+
 def test_a_trusted_package_of_the_user_s_own(tmp_path, monkeypatch):
     (tmp_path / "my_allocators.py").write_text(
         "class Everything:\n"

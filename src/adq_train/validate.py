@@ -87,12 +87,13 @@ def validate(cfg: DictConfig) -> tuple[dict[str, Any], Parts]:
         for name, value in config["budget"].items()
     }
     problems = [*_section_problems(config), *trust_problems(config)]
+    trusted = trusted_prefixes(config)
     device = _device(config["trainer"]["device"], problems)
     built = {}
     if not any("_target_" in problem for problem in problems):
         for group in GROUPS:
             try:
-                built[group] = build(config[group], group, trial=_trial(group, config))
+                built[group] = build(config[group], group, _trial(group, config), trusted)
             except ConfigError as error:
                 problems += error.problems
     if problems:
@@ -194,9 +195,14 @@ def leaves(node: Any, path: str = "") -> Iterator[tuple[str, Any]]:
         yield path, node
 
 
+def trusted_prefixes(config: dict[str, Any]) -> tuple[str, ...]:
+    """What the name of a target may start with."""
+    return (*TRUSTED_PREFIXES, *(f"{name}." for name in config["trusted_packages"]))
+
+
 def trust_problems(config: dict[str, Any]) -> Iterator[str]:
     """Targets outside the trusted packages: importing one would run its code."""
-    trusted = (*TRUSTED_PREFIXES, *(f"{name}." for name in config["trusted_packages"]))
+    trusted = trusted_prefixes(config)
     for key, value in leaves(config):
         if key.endswith("_target_") and not str(value).startswith(trusted):
             package = str(value).split(".")[0]
@@ -231,16 +237,23 @@ def _trial(group: str, config: dict[str, Any]) -> Callable[[Any], Any]:
     return lambda part: part
 
 
-def build(node: Any, path: str, trial: Callable[[Any], Any]) -> Any:
+def build(
+    node: Any,
+    path: str,
+    trial: Callable[[Any], Any],
+    trusted: tuple[str, ...] = TRUSTED_PREFIXES,
+) -> Any:
     """Builds what a config node describes: its ``_target_`` with its arguments.
 
     Args:
         node: ``_target_``, ``_partial_`` and arguments.
         path: The node's name, for messages.
         trial: Called with the result, for errors that only its use would show.
+        trusted: Where the target may be defined: starts of module names.
 
     Raises:
-        ConfigError: The target cannot be imported, or does not take these arguments.
+        ConfigError: The target is not a class of a trusted package, cannot be imported, or does
+            not take these arguments.
     """
     if not isinstance(node, dict) or "_target_" not in node:
         raise ConfigError([f"{path}: needs a _target_; choose one of the group's files"])
@@ -251,6 +264,15 @@ def build(node: Any, path: str, trial: Callable[[Any], Any]) -> Any:
         raise ConfigError(
             [f"{path}._target_: cannot import {node['_target_']} ({error})"]
         ) from error
+    # A trusted module's name may lead to what that module has imported, such as subprocess.run.
+    home = f"{getattr(target, '__module__', None)}."
+    if not inspect.isclass(target) or not home.startswith(trusted):
+        raise ConfigError(
+            [
+                f"{path}._target_: {node['_target_']} is not a class that a trusted package "
+                "defines; choose one of the group's files"
+            ]
+        )
     problems = list(_argument_problems(target, arguments, path, bool(node.get("_partial_"))))
     if problems:
         raise ConfigError(problems)

@@ -19,7 +19,7 @@ from adq_train.quantization.prepare import prepare
 from adq_train.run_folder import read_manifest, read_status
 from adq_train.stages import qat_key
 from adq_train.training.checkpoint import CheckpointFolder
-from adq_train.validate import build, trust_problems
+from adq_train.validate import build, trust_problems, trusted_prefixes
 
 
 @dataclass(frozen=True)
@@ -93,6 +93,10 @@ def trained_network(run: FinishedRun) -> nn.Module:
             f"{checkpoints.folder / name}.pt is missing, damaged or of another run; without it "
             "there is nothing to export"
         )
+    make_weight_quantizer, make_activation_quantizer = (
+        build(config[group], group, lambda part: part, trusted_prefixes(config))
+        for group in ("weight_quantizer", "activation_quantizer")
+    )
     network = build_network(config["model"], expects.num_classes, expects.image_shape[0])
     weights = state["model"]
     try:
@@ -102,8 +106,8 @@ def trained_network(run: FinishedRun) -> nn.Module:
         prepare(
             network,
             run.allocation,
-            build(config["weight_quantizer"], "weight_quantizer", trial=lambda part: part),
-            build(config["activation_quantizer"], "activation_quantizer", trial=lambda part: part),
+            make_weight_quantizer,
+            make_activation_quantizer,
             {layer.name: sample for layer in run.allocation.layers},
             seed=0,
         )
