@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 from matplotlib.axes import Axes
 from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
@@ -84,7 +83,7 @@ def draw_layer(axes: Axes, name: str, layer: QuantLayer) -> None:
     """A histogram of one layer's weights with its levels drawn on it."""
     weight = layer.weight.detach().float()
     scale = layer.weight_quantizer.output_scale(weight)
-    weight = weight / torch.where(scale > 0, scale, 1.0)  # in the units of the levels
+    weight = weight / scale.masked_fill(scale <= 0, 1.0)  # in the units of the levels
     counts, edges = np.histogram(weight.flatten().cpu().numpy(), bins=60)
     axes.stairs(counts, edges, fill=True, color=GREY)
     levels = layer.weight_quantizer.levels().detach().cpu().numpy()
