@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import logging
 import os
+import shutil
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from helpers import QUICK
 from hydra.core.global_hydra import GlobalHydra
 
 from adq_train.cli import main
@@ -58,3 +62,31 @@ def cli(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp
         return Outcome(code, captured.out, captured.err)
 
     return run
+
+
+@pytest.fixture(scope="session")
+def finished_once(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Outcome]:
+    """A folder in which a short run, ``run``, was made, and what it printed; not to be changed."""
+    root = tmp_path_factory.mktemp("finished")
+    out, err = io.StringIO(), io.StringIO()
+    GlobalHydra.instance().clear()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(root)
+        patch.setattr(sys, "argv", ["adq-train", *QUICK, "run_dir=run"])
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            main()
+    return root, Outcome(0, out.getvalue(), err.getvalue())
+
+
+@pytest.fixture
+def finished(finished_once: tuple[Path, Outcome], tmp_path: Path) -> tuple[Outcome, Path]:
+    """What that run printed, and a copy of its folder, beside a copy of the float model."""
+    root, outcome = finished_once
+    shutil.copytree(root, tmp_path, dirs_exist_ok=True)
+    return outcome, tmp_path / "run"
+
+
+@pytest.fixture
+def no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Leaves out the pictures at the end of a run, most of a short run's time."""
+    monkeypatch.setattr("adq_train.pipeline.report.write", lambda *_: None)

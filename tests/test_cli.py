@@ -242,6 +242,7 @@ def test_dry_run_leaves_no_trace(cli, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.usefixtures("no_pictures")
 def test_a_sweep_goes_on_after_a_failure_and_says_which(cli, tmp_path):
     outcome = cli("-m", *QUICK, "budget.average_weight_bits=1.5,2.5")
     assert outcome.code == 1
@@ -257,6 +258,7 @@ def test_a_sweep_goes_on_after_a_failure_and_says_which(cli, tmp_path):
     assert manifest["command"] == ["adq-train", *QUICK, "budget.average_weight_bits=2.5"]
 
 
+@pytest.mark.usefixtures("no_pictures")
 def test_a_sweep_again_does_only_what_is_unfinished(cli):
     sweep = ("-m", *QUICK, "ablation=no_adaptation,uniform_bits")
     assert "qat:" in cli(*sweep).err

@@ -26,13 +26,6 @@ CONTRACT = {
 }
 
 
-@pytest.fixture
-def finished(cli, tmp_path):
-    outcome = cli(*QUICK, "run_dir=run")
-    assert outcome.code == 0, outcome.err
-    return outcome, tmp_path / "run"
-
-
 def read(path):
     return json.loads(path.read_text())
 
@@ -119,6 +112,7 @@ def test_other_settings_do_not_touch_a_run(cli, finished):
     assert {path: path.stat().st_mtime_ns for path in run.rglob("*")} == before
 
 
+@pytest.mark.usefixtures("no_pictures")
 def test_ablations_share_the_float_model_and_change_the_result(cli, tmp_path):
     toggles = ("init_random", "no_adaptation", "uniform_bits", "activation_lsq")
     weights, floats = {}, []
@@ -136,12 +130,14 @@ def test_ablations_share_the_float_model_and_change_the_result(cli, tmp_path):
         assert not torch.equal(weights["none"], weights[toggle]), toggle
 
 
+@pytest.mark.usefixtures("no_pictures")
 def test_another_seed_trains_another_float_model(cli, tmp_path):
     for seed in (0, 1):
         assert cli(*QUICK, f"seed={seed}").code == 0
     assert len(list((tmp_path / "outputs" / "shared").iterdir())) == 2
 
 
+@pytest.mark.usefixtures("no_pictures")
 def test_a_deleted_allocation_is_made_anew_and_trained(cli, finished):
     _, run = finished
     before = (run / "allocation.json").read_text()
@@ -163,6 +159,7 @@ def test_a_damaged_artifact_is_named(cli, finished):
     assert "delete it to make it anew" in outcome.err
 
 
+@pytest.mark.usefixtures("no_pictures")
 def test_a_float_checkpoint_replaces_float_training(cli, finished, tmp_path):
     (shared,) = (tmp_path / "outputs" / "shared").iterdir()
     outcome = cli(*QUICK, f"pretrain.checkpoint={shared / 'model.safetensors'}", "run_dir=second")
@@ -173,6 +170,7 @@ def test_a_float_checkpoint_replaces_float_training(cli, finished, tmp_path):
     assert load_file(shared / "model.safetensors")["conv1.weight"].shape == (4, 1, 3, 3)
 
 
+@pytest.mark.usefixtures("no_pictures")
 def test_no_qat_leaves_the_calibrated_model(cli, tmp_path):
     outcome = cli(*QUICK, "trainer.epochs=0", "run_dir=run")
     assert outcome.code == 0, outcome.err
@@ -180,6 +178,7 @@ def test_no_qat_leaves_the_calibrated_model(cli, tmp_path):
     assert result["qat_top1_percent"] == result["ptq_top1_percent"]
 
 
+@pytest.mark.usefixtures("no_pictures")
 def test_the_best_epoch_can_be_selected(cli, tmp_path):
     outcome = cli(*QUICK, "trainer.epochs=3", "trainer.select=best", "run_dir=run")
     assert outcome.code == 0, outcome.err
@@ -188,6 +187,7 @@ def test_the_best_epoch_can_be_selected(cli, tmp_path):
     assert f"qat: validation top-1 {best:.2f} %" in outcome.err
 
 
+@pytest.mark.usefixtures("no_pictures")
 def test_an_interrupted_stage_is_noted_and_continued(cli, tmp_path, monkeypatch):
     def full(*_):
         raise OSError(28, "No space left on device")

@@ -131,7 +131,8 @@ def execute(config: dict[str, Any], parts: Parts, path: Path, command: list[str]
             figures = evaluate_models(run, model, calibrated, quantized)
             keep_levels(run, quantized)
         result = keep_result(run, *figures)
-        report.write(folder, table, allocation, result, quantized)
+        if not config["dry_run"]:
+            report.write(folder, table, allocation, result, quantized)
     return result
 
 

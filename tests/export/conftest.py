@@ -2,31 +2,22 @@
 
 from __future__ import annotations
 
-import sys
+import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from export_helpers import quantized_network
-from helpers import QUICK
-from hydra.core.global_hydra import GlobalHydra
 
-from adq_train.cli import main
 from adq_train.export.model import TableModel
 
 
 @pytest.fixture(scope="session")
-def finished_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def finished_run(finished_once: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a run of a few seconds."""
-    root = tmp_path_factory.mktemp("run")
-    folder = root / "run=1,of=few"  # runs are named by their settings
-    before = sys.argv
-    GlobalHydra.instance().clear()
-    sys.argv = ["adq-train", *QUICK, f"run_dir='{folder}'", f"output_root={root}"]
-    try:
-        main()
-    finally:
-        sys.argv = before
+    folder = tmp_path_factory.mktemp("run") / "run=1,of=few"  # runs are named by their settings
+    shutil.copytree(finished_once[0] / "run", folder)
     return folder
 
 

@@ -1,17 +1,14 @@
 """What the end of a run adds to TensorBoard, read back from the event files."""
 
 import pytest
-from helpers import QUICK
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.hparams import plugin_data_pb2
 
 
 @pytest.fixture
-def events(cli, tmp_path):
-    assert cli(*QUICK, "run_dir=run").code == 0
-
+def events(finished_once):
     def read(stage):
-        folder = tmp_path / "run" / "tensorboard" / stage
+        folder = finished_once[0] / "run" / "tensorboard" / stage
         found = EventAccumulator(str(folder), size_guidance={"images": 0, "tensors": 0})
         return found.Reload()
 

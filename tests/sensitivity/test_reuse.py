@@ -121,7 +121,7 @@ def test_every_layer_of_every_network_gives_the_logits_of_whole_runs(
         for index, batch in enumerate(images):
             before = network(batch)
             run = runs.from_layer(name, index)
-            with replaced(network, name, another(layer, name)):
+            with replaced(network, {name: another(layer, name)}):
                 expected = network(batch)
                 assert torch.equal(run(), expected)
                 assert torch.equal(run(), expected)
@@ -135,7 +135,7 @@ def test_a_shared_layer_is_replaced_at_all_its_calls(small, batches):
     runs = make_runs(net, images, PLENTY)
     assert isinstance(runs, PartialRuns)
     for name in ("stem", "shared", "fc"):
-        with replaced(net, name, another(net.get_submodule(name), name)):
+        with replaced(net, {name: another(net.get_submodule(name), name)}):
             for index, batch in enumerate(images):
                 assert torch.equal(runs.from_layer(name, index)(), net(batch))
 
