@@ -94,7 +94,7 @@ def test_an_odd_network_is_quantized_and_trained(batches, caplog):
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        losses.append(float(loss))
+        losses.append(loss.item())
     assert losses[-1] < losses[0]
     assert not torch.equal(layers["up"].weight_quantizer.levels(), levels)
 
@@ -136,9 +136,13 @@ def test_following_counts_its_steps_and_regularizes_before_them():
         def adapt(self, weight, step):
             calls.append(("adapt", step, float(weight.detach().sum())))
 
+    class InputSpy(LsqActivationQuantizer):
+        def regularize(self):
+            calls.append(("of the input", None))
+
     model = adq_train.quantize(
         nn.Sequential(nn.Linear(4, 2)), [torch.randn(5, 4)], average_bits=4, first_last_bits=None,
-        make_weight_quantizer=Spy,
+        make_weight_quantizer=Spy, make_activation_quantizer=InputSpy,
     )  # fmt: skip
     optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
     adq_train.follow(model, optimizer, step=7)
@@ -148,9 +152,10 @@ def test_following_counts_its_steps_and_regularizes_before_them():
         optimizer.step()
         optimizer.zero_grad()
     kinds = [call[:-1] for call in calls]
-    assert kinds == [("regularize",), ("adapt", 8), ("regularize",), ("adapt", 9)]
+    once = [("regularize",), ("of the input",)]
+    assert kinds == [*once, ("adapt", 8), *once, ("adapt", 9)]
     assert calls[0][-1] == start
-    assert calls[1][-1] == calls[2][-1] != start
+    assert calls[2][-1] == calls[3][-1] != start
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,12 @@ from adq_train.quantization.adq import AdqWeightQuantizer
 from adq_train.quantization.base import MakeActivationQuantizer, MakeWeightQuantizer
 from adq_train.quantization.describe import describe_layers
 from adq_train.quantization.n2uq import N2uqActivationQuantizer
-from adq_train.quantization.prepare import collect_inputs, prepare, quantized_weights
+from adq_train.quantization.prepare import (
+    collect_inputs,
+    prepare,
+    quantized_layers,
+    quantized_weights,
+)
 from adq_train.sensitivity.perturbation import Perturbation
 
 
@@ -86,7 +91,8 @@ def quantize(
 def follow(model: nn.Module, optimizer: Optimizer, step: int = 0) -> None:
     """Lets the codebooks of a quantized network follow its weights after each optimizer step.
 
-    Works through the optimizer's hooks, so any training loop can stay as it is.
+    Terms that a quantizer adds to the loss, such as ADQ's commitment, are seen to as well. Works
+    through the optimizer's hooks, so any training loop can stay as it is.
 
     Args:
         model: From :func:`quantize`.
@@ -94,10 +100,13 @@ def follow(model: nn.Module, optimizer: Optimizer, step: int = 0) -> None:
         step: Optimizer steps that are done already, when training continues.
     """
     weights = quantized_weights(model)
+    inputs = [layer.input_quantizer for layer in quantized_layers(model).values()]
 
     def before(*_: object) -> None:
         for quantizer, weight in weights:
             quantizer.regularize(weight)
+        for input_quantizer in inputs:
+            input_quantizer.regularize()
 
     def after(*_: object) -> None:
         nonlocal step
