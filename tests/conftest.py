@@ -35,13 +35,20 @@ class Outcome:
 Cli = Callable[..., Outcome]
 
 
-@pytest.fixture(autouse=True)
-def quiet_logger() -> Iterator[None]:
-    """Takes back what a command line run did to the logger of the package."""
+@contextlib.contextmanager
+def kept_logger() -> Iterator[None]:
+    """Takes back what a command line run does to the logger of the package."""
     logger = logging.getLogger("adq_train")
     before = logger.handlers[:], logger.level, logger.propagate
     yield
     logger.handlers[:], logger.level, logger.propagate = before
+
+
+@pytest.fixture(autouse=True)
+def same_logger() -> Iterator[None]:
+    """Every test finds the logger of the package as the first one did."""
+    with kept_logger():
+        yield
 
 
 @pytest.fixture
@@ -70,7 +77,7 @@ def finished_once(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Outco
     root = tmp_path_factory.mktemp("finished")
     out, err = io.StringIO(), io.StringIO()
     GlobalHydra.instance().clear()
-    with pytest.MonkeyPatch.context() as patch:
+    with pytest.MonkeyPatch.context() as patch, kept_logger():
         patch.chdir(root)
         patch.setattr(sys, "argv", ["adq-train", *QUICK, "run_dir=run"])
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):

@@ -88,7 +88,7 @@ def test_the_model_has_the_bits_that_the_allocation_promises(finished):
     state = torch.load(run / "checkpoints" / "last.pt", weights_only=True)["model"]
     for layer in read(run / "allocation.json")["layers"]:
         codebook = state[f"{layer['name']}.weight_quantizer.codebook"]
-        assert len(codebook) == 2 ** layer["weight_bits"] - 1  # the symmetric level set
+        assert len(codebook) == 2 ** layer["weight_bits"]
         thresholds = state[f"{layer['name']}.input_quantizer.log_widths"]
         assert len(thresholds) == 2 ** layer["activation_bits"] - 1
 

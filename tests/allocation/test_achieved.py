@@ -80,5 +80,5 @@ def test_an_edited_file_is_refused(prepared):
 def test_a_quantizer_with_too_many_levels_is_refused(prepared):
     model, image, problem, _ = prepared
     quantized_layers(model)["shared"].weight_quantizer.bit_width = 2
-    with pytest.raises(UserError, match="shared: the quantizer of its weights has 7 levels"):
+    with pytest.raises(UserError, match="shared: the quantizer of its weights has 8 levels"):
         achieved(model, image, problem.pinned)

@@ -23,7 +23,11 @@ from adq_train.quantization.adq import (
 BITS = range(2, 9)
 
 
+PAPER = {"level_set": "symmetric", "adaptation": "centroid"}
+
+
 def calibrated(weight, bit_width=3, **options):
+    options = PAPER | options
     quantizer = AdqWeightQuantizer(bit_width, **options)
     quantizer.calibrate(weight)
     return quantizer

@@ -21,7 +21,7 @@ def test_a_layer_that_uses_all_of_its_levels():
     torch.manual_seed(0)
     x = torch.randn(200, 4).abs()
     model = prepared(torch.randn(4, 4), x)
-    assert count_levels(model, [x]) == (LayerLevels("0", 3, 3, 4, 4),)
+    assert count_levels(model, [x]) == (LayerLevels("0", 4, 4, 4, 4),)
 
 
 def test_levels_that_nothing_takes_are_missing():
@@ -30,7 +30,7 @@ def test_levels_that_nothing_takes_are_missing():
     model = prepared(torch.randn(4, 4), x)
     with torch.no_grad():
         model[0].weight.abs_().add_(10)  # all at the topmost level
-    assert count_levels(model, [0 * x]) == (LayerLevels("0", 3, 1, 4, 1),)
+    assert count_levels(model, [0 * x]) == (LayerLevels("0", 4, 1, 4, 1),)
 
 
 def test_inputs_of_all_batches_and_calls_count():
@@ -45,7 +45,7 @@ def test_inputs_of_all_batches_and_calls_count():
 def test_levels_that_coincide_count_once():
     model = prepared(torch.tensor([[-1.0, 1.0, 1.0, 1.0]]), torch.rand(9, 4), bits=3)
     levels = model[0].weight_quantizer.levels()
-    assert len(levels) == 7
+    assert len(levels) == 8
     (counts,) = count_levels(model, [torch.rand(9, 4)])
     assert counts.weight_levels == 4  # no more than there are weights
     assert counts.weight_levels_used == 2

@@ -188,21 +188,24 @@ def revive_dead_level(
 class AdqWeightQuantizer(WeightQuantizer):
     """Adaptive codebook quantization of one layer's weights.
 
-    After each optimizer step the codebook follows the weights, N_k ← γ N_k + (1 - γ) n_k,
-    S_k ← γ S_k + (1 - γ) s_k, c_k ← S_k / N_k, with n_k and s_k the count and sum of the weights
-    nearest to level k. At fixed weights this ends at the Lloyd–Max codebook.
+    After each optimizer step the codebook follows the weights. ``quantile``: c_k ← γ c_k +
+    (1 - γ) q_k, with q_k the quantile that initialises level k, of the weights as they are now.
+    ``centroid``: N_k ← γ N_k + (1 - γ) n_k, S_k ← γ S_k + (1 - γ) s_k, c_k ← S_k / N_k, with n_k
+    and s_k the count and sum of the weights nearest to level k; at fixed weights this ends at the
+    Lloyd–Max codebook. The defaults are those that docs/method.md measures to be best.
 
     Args:
         bit_width: b, 2 … 8.
         initialization: ``quantile`` (the paper's), ``uniform``, ``kmeans`` or ``random``.
-        level_set: ``symmetric`` (the paper's), ``full`` or ``no_zero``; see :func:`side_sizes`.
+        level_set: ``no_zero``, ``full`` or ``symmetric`` (the paper's); see :func:`side_sizes`.
         granularity: ``layer`` (the paper's), or ``channel``: weights are divided by the mean
             magnitude of their output channel before the shared codebook.
-        adaptation: What the EMA tracks: the ``centroid`` of each cell, the ``quantile`` that
-            initialises each level, or ``none`` for a codebook that stays as initialised.
+        adaptation: What the EMA tracks: the ``quantile`` that initialises each level, the
+            ``centroid`` of each cell, or ``none`` for a codebook that stays as initialised.
         decay: γ, in [0, 1).
         interval: Optimizer steps between two adaptations.
-        dead_threshold: A level whose EMA count is smaller is moved; 0 never moves one.
+        dead_threshold: With ``centroid``, a level whose EMA count is smaller is moved; 0 never
+            moves one.
         clip_gradient: Whether weights beyond the outermost levels get no gradient.
         commitment: β ≥ 0; adds β (W - Ŵ) to each weight's gradient.
 
@@ -221,9 +224,9 @@ class AdqWeightQuantizer(WeightQuantizer):
         bit_width: int,
         *,
         initialization: str = "quantile",
-        level_set: str = "symmetric",
+        level_set: str = "no_zero",
         granularity: str = "layer",
-        adaptation: str = "centroid",
+        adaptation: str = "quantile",
         decay: float = 0.99,
         interval: int = 1,
         dead_threshold: float = 0.5,
