@@ -16,7 +16,6 @@ it stopped. The table gives each variant its best learning rate, by its mean los
 from __future__ import annotations
 
 import argparse
-import copy
 import json
 import logging
 import statistics
@@ -112,9 +111,8 @@ def run_one(options: argparse.Namespace, plan: dict[str, Any]) -> dict[str, floa
             if plan["activations"] == "float":
                 layer.input_quantizer = Nothing()  # type: ignore[assignment]
         layers |= forms
-    quantized = copy.deepcopy(model)
-    with replaced(quantized, copy.deepcopy(layers)):
-        return train(run, quantized)
+    with replaced(model, layers):
+        return train(run, model)
 
 
 class Nothing(nn.Identity):

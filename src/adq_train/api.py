@@ -19,12 +19,7 @@ from adq_train.quantization.adq import AdqWeightQuantizer
 from adq_train.quantization.base import MakeActivationQuantizer, MakeWeightQuantizer
 from adq_train.quantization.describe import describe_layers
 from adq_train.quantization.n2uq import N2uqActivationQuantizer
-from adq_train.quantization.prepare import (
-    collect_inputs,
-    prepare,
-    quantized_layers,
-    quantized_weights,
-)
+from adq_train.quantization.prepare import Upkeep, collect_inputs, prepare
 from adq_train.sensitivity.perturbation import Perturbation
 
 
@@ -99,22 +94,14 @@ def follow(model: nn.Module, optimizer: Optimizer, step: int = 0) -> None:
         optimizer: Of its parameters; see :func:`adq_train.parameter_groups`.
         step: Optimizer steps that are done already, when training continues.
     """
-    weights = quantized_weights(model)
-    inputs = [layer.input_quantizer for layer in quantized_layers(model).values()]
-
-    def before(*_: object) -> None:
-        for quantizer, weight in weights:
-            quantizer.regularize(weight)
-        for input_quantizer in inputs:
-            input_quantizer.regularize()
+    upkeep = Upkeep(model)
 
     def after(*_: object) -> None:
         nonlocal step
         step += 1
-        for quantizer, weight in weights:
-            quantizer.adapt(weight, step)
+        upkeep.after_step(step)
 
-    optimizer.register_step_pre_hook(before)
+    optimizer.register_step_pre_hook(lambda *_: upkeep.before_step())
     optimizer.register_step_post_hook(after)
 
 

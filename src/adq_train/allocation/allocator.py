@@ -36,6 +36,35 @@ class Allocator(ABC):
         problem.check()
 
 
+class GivenAllocator(Allocator):
+    """An allocator that looks at no sensitivity, so all that it would refuse shows at once."""
+
+    @abstractmethod
+    def bits_for(self, problem: Problem) -> dict[str, Bits]:
+        """Bits of every mixed layer by name.
+
+        Raises:
+            UserError: They do not fit the layers, the pins or the budget.
+        """
+
+    def check(self, problem: Problem) -> None:
+        """Refuses whatever :meth:`choose` would refuse.
+
+        Raises:
+            UserError: Says why.
+        """
+        super().check(problem)
+        self.bits_for(problem)
+
+    def choose(self, problem: Problem, table: SensitivityTable) -> tuple[dict[str, Bits], bool]:
+        """Bits of every mixed layer by name; never proven optimal.
+
+        Raises:
+            UserError: They do not fit.
+        """
+        return self.bits_for(problem), False
+
+
 def omega(problem: Problem, table: SensitivityTable) -> dict[str, dict[Bits, float]]:
     """Ω of every option of every mixed layer: the effect of its weights and of its input.
 

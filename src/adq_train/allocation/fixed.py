@@ -6,17 +6,16 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from adq_train.allocation.allocator import Allocator
+from adq_train.allocation.allocator import GivenAllocator
 from adq_train.allocation.budget import Bits, Problem
 from adq_train.allocation.patterns import listed, match
-from adq_train.artifacts import SensitivityTable
 from adq_train.errors import UserError
 
 SMALLEST, LARGEST = 2, 8
 
 
 @dataclass(frozen=True)
-class FixedAllocator(Allocator):
+class FixedAllocator(GivenAllocator):
     """The bits that a person chose; any from 2 to 8, also such as were not measured.
 
     Pinned layers keep their pinned bits.
@@ -43,24 +42,12 @@ class FixedAllocator(Allocator):
         """The allocator's name in ``allocation.json``."""
         return "fixed"
 
-    def check(self, problem: Problem) -> None:
-        """Refuses patterns that do not fit the layers, and bits that break the budget.
-
-        Raises:
-            UserError: Says which.
-        """
-        super().check(problem)
-        self._bits(problem)
-
-    def choose(self, problem: Problem, table: SensitivityTable) -> tuple[dict[str, Bits], bool]:
-        """Bits of every mixed layer by name; never proven optimal.
+    def bits_for(self, problem: Problem) -> dict[str, Bits]:
+        """Bits of every mixed layer by name.
 
         Raises:
             UserError: A pattern or a layer is unmatched, or the bits break the budget.
         """
-        return self._bits(problem), False
-
-    def _bits(self, problem: Problem) -> dict[str, Bits]:
         matched = match("allocator.bits", self.bits, [x.name for x in problem.layers])
         left_out = [x.name for x in problem.mixed if x.name not in matched]
         if left_out:

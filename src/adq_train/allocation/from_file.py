@@ -5,16 +5,16 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from adq_train.allocation.allocator import Allocator
+from adq_train.allocation.allocator import GivenAllocator
 from adq_train.allocation.budget import Bits, Problem
 from adq_train.allocation.fixed import LARGEST, SMALLEST, require_within
 from adq_train.allocation.patterns import listed
-from adq_train.artifacts import SensitivityTable, layer_bits
+from adq_train.artifacts import layer_bits
 from adq_train.errors import UserError
 
 
 @dataclass(frozen=True)
-class FileAllocator(Allocator):
+class FileAllocator(GivenAllocator):
     """The bits in an ``allocation.json``; any from 2 to 8, also such as were not measured.
 
     Of the file only ``layers`` is read; every figure is counted anew.
@@ -35,23 +35,6 @@ class FileAllocator(Allocator):
     def name(self) -> str:
         """The allocator's name in ``allocation.json``."""
         return "from_file"
-
-    def check(self, problem: Problem) -> None:
-        """Refuses a file that does not fit the model, the pins or the budget.
-
-        Raises:
-            UserError: Says which.
-        """
-        super().check(problem)
-        self._bits(problem)
-
-    def choose(self, problem: Problem, table: SensitivityTable) -> tuple[dict[str, Bits], bool]:
-        """Bits of every mixed layer by name; never proven optimal.
-
-        Raises:
-            UserError: The file does not fit the model, the pins or the budget.
-        """
-        return self._bits(problem), False
 
     def _read(self) -> dict[str, Bits]:
         """The bits in the file, by layer."""
@@ -76,7 +59,12 @@ class FileAllocator(Allocator):
                     )
         return {x.name: Bits(x.weight_bits, x.activation_bits) for x in layers}
 
-    def _bits(self, problem: Problem) -> dict[str, Bits]:
+    def bits_for(self, problem: Problem) -> dict[str, Bits]:
+        """Bits of every mixed layer by name.
+
+        Raises:
+            UserError: The file does not fit the model, the pins or the budget.
+        """
         given, names = self._read(), [x.name for x in problem.layers]
         missing = [name for name in names if name not in given]
         extra = [name for name in given if name not in names]

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from adq_train.allocation.allocator import Allocator
+from adq_train.allocation.allocator import GivenAllocator
 from adq_train.allocation.budget import Bits, Problem
-from adq_train.artifacts import SensitivityTable
 from adq_train.errors import UserError
 
 
 @dataclass(frozen=True)
-class UniformAllocator(Allocator):
+class UniformAllocator(GivenAllocator):
     """The same bit-width for the weights and the input of every layer that is not pinned.
 
     Attributes:
@@ -29,24 +28,12 @@ class UniformAllocator(Allocator):
         """The allocator's name in ``allocation.json``."""
         return "uniform"
 
-    def check(self, problem: Problem) -> None:
-        """Refuses bits that a layer may not get, or that break the budget.
-
-        Raises:
-            UserError: Says which.
-        """
-        super().check(problem)
-        self._bits(problem)
-
-    def choose(self, problem: Problem, table: SensitivityTable) -> tuple[dict[str, Bits], bool]:
-        """Bits of every mixed layer by name; never proven optimal.
+    def bits_for(self, problem: Problem) -> dict[str, Bits]:
+        """Bits of every mixed layer by name.
 
         Raises:
             UserError: The given bit-width is no candidate, or breaks the budget.
         """
-        return self._bits(problem), False
-
-    def _bits(self, problem: Problem) -> dict[str, Bits]:
         shared = set.intersection(*(set(problem.widths(x)) for x in problem.mixed))
         if not shared:
             raise UserError(

@@ -12,10 +12,10 @@ from torch import Tensor, nn
 from adq_train.data.base import InputFormat
 from adq_train.errors import UserError
 from adq_train.export.architecture import build_network
-from adq_train.export.layers import PackedLayer, packed_layer
+from adq_train.export.layers import packed_layer
 from adq_train.export.tables import LayerTables, tables_of
 from adq_train.export.trained import FinishedRun, trained_network
-from adq_train.quantization.prepare import quantized_layers
+from adq_train.quantization.prepare import quantized_layers, swap
 
 
 @dataclass(frozen=True)
@@ -124,17 +124,12 @@ def assemble(model: TableModel, dense: bool = True) -> nn.Module:
                 f"{tuple(tensor.shape)}"
             )
         tensor.copy_(model.floats[name])
+    packed = {}
     for name, tables in model.layers.items():
         layer = modules[name]
         shape = getattr(getattr(layer, "weight", None), "shape", None)
         if shape != tables.weight.codes.shape:
             raise UserError(f"layer {name} has weights of another shape than the architecture's")
-        _swap(network, layer, packed_layer(layer, tables, dense))
+        packed[name] = packed_layer(layer, tables, dense)
+    swap(network, packed)
     return network.eval()
-
-
-def _swap(network: nn.Module, old: nn.Module, new: PackedLayer) -> None:
-    """Puts ``new`` wherever ``old`` stands: a shared layer has more than one name."""
-    for name, module in list(network.named_modules(remove_duplicate=False)):
-        if module is old:
-            network.set_submodule(name, new)

@@ -125,10 +125,10 @@ def prepare(
         forms = quantize_layer(
             model, bits, make_weight_quantizer, make_activation_quantizer, inputs, seed
         )
-        _swap(model, forms)
+        swap(model, forms)
 
 
-def _swap(model: nn.Module, layers: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
+def swap(model: nn.Module, layers: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
     """Puts ``layers`` wherever the modules of these names stand, and returns those.
 
     A module that stands in more than one place is replaced in all of them.
@@ -144,11 +144,35 @@ def _swap(model: nn.Module, layers: Mapping[str, nn.Module]) -> dict[str, nn.Mod
 @contextmanager
 def replaced(model: nn.Module, layers: Mapping[str, nn.Module]) -> Iterator[None]:
     """Puts ``layers`` in the places of the modules of these names during a with block."""
-    before = _swap(model, layers)
+    before = swap(model, layers)
     try:
         yield
     finally:
-        _swap(model, before)
+        swap(model, before)
+
+
+class Upkeep:
+    """What the quantizers of a prepared network ask for around each optimizer step.
+
+    Args:
+        model: Its quantizers and weights are looked up once, here.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._weights = quantized_weights(model)
+        self._inputs = [layer.input_quantizer for layer in quantized_layers(model).values()]
+
+    def before_step(self) -> None:
+        """Lets quantizers add to the gradients."""
+        for quantizer, weight in self._weights:
+            quantizer.regularize(weight)
+        for input_quantizer in self._inputs:
+            input_quantizer.regularize()
+
+    def after_step(self, step: int) -> None:
+        """Lets codebooks follow the weights after optimizer step number ``step``, from 1."""
+        for quantizer, weight in self._weights:
+            quantizer.adapt(weight, step)
 
 
 def quantized_weights(model: nn.Module) -> list[tuple[WeightQuantizer, Tensor]]:

@@ -17,7 +17,7 @@ from torch.optim import Optimizer
 from adq_train.data.base import Batches, ImageData
 from adq_train.errors import UserError
 from adq_train.quantization.base import Quantizer
-from adq_train.quantization.prepare import quantized_layers, quantized_weights
+from adq_train.quantization.prepare import Upkeep
 from adq_train.reporting.progress import Progress
 from adq_train.training.checkpoint import CheckpointFolder
 from adq_train.training.evaluate import evaluate
@@ -96,8 +96,7 @@ def train_epoch(
         The mean training loss.
     """
     model.train()
-    weights = quantized_weights(model)
-    inputs = [layer.input_quantizer for layer in quantized_layers(model).values()]
+    upkeep = Upkeep(model)
     total = torch.zeros((), dtype=torch.float64)
     count = 0
     for step, (images, targets) in enumerate(batches.epoch(epoch), epoch * len(batches)):
@@ -106,15 +105,11 @@ def train_epoch(
         loss = F.cross_entropy(model(images), targets, label_smoothing=label_smoothing)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()  # type: ignore[no-untyped-call]
-        for quantizer, weight in weights:
-            quantizer.regularize(weight)
-        for input_quantizer in inputs:
-            input_quantizer.regularize()
+        upkeep.before_step()
         if gradient_clip_norm is not None:
             nn.utils.clip_grad_norm_(model.parameters(), gradient_clip_norm)
         optimizer.step()
-        for quantizer, weight in weights:
-            quantizer.adapt(weight, step + 1)
+        upkeep.after_step(step + 1)
         total = total.to(loss.device) + loss.detach().double() * len(targets)
         count += len(targets)
     return float(total) / count
