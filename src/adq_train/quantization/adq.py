@@ -43,12 +43,11 @@ def side_sizes(bit_width: int, level_set: str) -> tuple[int, int]:
 
 
 def _fit_sides(weights: Tensor, bit_width: int, level_set: str) -> tuple[Tensor, Tensor, int, int]:
-    """Negative and positive weights, sorted, and how many levels each side gets.
+    """Negative and positive weights, and how many levels each side gets.
 
     A side without weights gives its levels to the other one.
     """
-    ordered = weights.sort().values
-    negative, positive = ordered[ordered < 0], ordered[ordered > 0]
+    negative, positive = weights[weights < 0], weights[weights > 0]
     low, high = side_sizes(bit_width, level_set)
     if len(negative) == 0:
         low, high = 0, low + high
@@ -57,12 +56,11 @@ def _fit_sides(weights: Tensor, bit_width: int, level_set: str) -> tuple[Tensor,
     return negative, positive, low, high
 
 
-def _quantile_side(ordered: Tensor, count: int) -> Tensor:
+def _quantile_side(side: Tensor, count: int) -> Tensor:
     """``count`` levels in the middle of cells of equal mass; zeros where there are no weights."""
-    if len(ordered) == 0:
-        return ordered.new_zeros(count)
-    centers = (torch.arange(count, device=ordered.device) + 0.5) / max(count, 1)
-    return quantiles(ordered, centers)
+    if len(side) == 0:
+        return side.new_zeros(count)
+    return quantiles(side, (torch.arange(count, device=side.device) + 0.5) / max(count, 1))
 
 
 def quantile_codebook(weights: Tensor, bit_width: int, level_set: str) -> Tensor:

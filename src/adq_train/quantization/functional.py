@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from adq_train.quantization import kernels
+
 
 def at_least_float32(x: Tensor) -> Tensor:
     """``x`` in float32 if it is float16 or bfloat16: quantizers keep their precision in autocast.
@@ -47,21 +49,111 @@ def assign(values: Tensor, codebook: Tensor) -> Tensor:
     return torch.bucketize(values.contiguous(), midpoints(codebook))
 
 
-def quantiles(ordered: Tensor, fractions: Tensor) -> Tensor:
+def staircase(x: Tensor, borders: Tensor, values: Tensor) -> Tensor:
+    """The value of the cell that each element lies in; a border belongs to the cell below it.
+
+    Args:
+        x: Any shape, float.
+        borders: (K - 1,) sorted; a NaN lies above all of them.
+        values: (K,), one for each cell.
+
+    Returns:
+        The shape of ``x``.
+    """
+    if kernels.usable(x):
+        return kernels.staircase(x, borders, values)
+    return values[torch.bucketize(x.contiguous(), borders)]
+
+
+def interval_sums(
+    x: Tensor, grad: Tensor, edges: Tensor, thresholds: Tensor, slopes: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """What the backward pass of :class:`GeneralizedSTE` reads from its input, in one pass.
+
+    Args:
+        x: Any shape.
+        grad: Gradient of the output, in the shape of ``x``.
+        edges: (N + 1,) sorted edges of N intervals.
+        thresholds: (N,), each within its interval.
+        slopes: (N + 2,) below the first edge, in each interval, above the last edge.
+
+    Returns:
+        ``grad`` times the slope where ``x`` lies; Σ grad and Σ grad · x, (N + 1,) each, over the
+        values above each edge; Σ grad · code and Σ grad, () each.
+    """
+    if kernels.usable(x):
+        return kernels.staircase_backward(x, grad, edges, thresholds, slopes)
+    grad = grad.to(x.dtype)
+    grad_x = grad * slopes[torch.bucketize(x.contiguous(), edges)]
+    if len(edges) <= 16 and (x.is_cuda or torch.compiler.is_compiling()):
+        above, moments, codes = _sums_by_mask(x, grad, edges, thresholds)
+    else:
+        above, moments, codes = _sums_by_cell(x, grad, edges, thresholds)
+    return grad_x, above, moments, codes, grad.sum(dtype=torch.float64)
+
+
+def _sums_by_cell(
+    x: Tensor, grad: Tensor, edges: Tensor, thresholds: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The sums of :func:`interval_sums` from a histogram: a few passes, however many intervals."""
+    # Edges and thresholds alternate: cell c of both lies in interval (c + 1) // 2, has code c // 2.
+    pairs = torch.stack([edges[:-1], thresholds], 1).flatten()
+    cells = torch.bucketize(x.flatten(), torch.cat([pairs, edges[-1:]]))
+    num_cells = 2 * len(edges)
+    sums, moments = (
+        torch.bincount(cells, weights=w.flatten(), minlength=num_cells).double()
+        for w in (grad, grad * x)
+    )
+    # Cell 2k + 1 is the first above edge k.
+    above, moments = (y.flip(0).cumsum(0).flip(0)[1::2] for y in (sums, moments))
+    return above, moments, (sums * (torch.arange(num_cells, device=x.device) // 2)).sum()
+
+
+def _sums_by_mask(
+    x: Tensor, grad: Tensor, edges: Tensor, thresholds: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The same edge by edge: what a compiler fuses into one pass, without atomic additions."""
+
+    def over(weights: Tensor, borders: Tensor) -> Tensor:
+        return torch.stack(
+            [torch.where(x <= b, 0, weights).sum(dtype=torch.float64) for b in borders]
+        )
+
+    return over(grad, edges), over(grad * x, edges), over(grad, thresholds).sum()
+
+
+def order_statistics(values: Tensor, ranks: Tensor) -> Tensor:
+    """The values of these ranks, from 0 for the smallest.
+
+    Args:
+        values: (n,), n ≥ 1.
+        ranks: (m,) int64 in ``0 … n - 1``.
+
+    Returns:
+        (m,) values.
+    """
+    # Sorting a few thousand values takes less time than counting their digits.
+    if len(values) > 2**11 and kernels.usable(values):
+        return kernels.order_statistics(values, ranks)
+    return values.sort().values[ranks]
+
+
+def quantiles(values: Tensor, fractions: Tensor) -> Tensor:
     """Quantiles with linear interpolation, as ``torch.quantile``, without its limit on the size.
 
     Args:
-        ordered: (n,) sorted values, n ≥ 1.
+        values: (n,), n ≥ 1.
         fractions: (m,) in 0 … 1.
 
     Returns:
-        (m,) values of the dtype of ``ordered``.
+        (m,) values of the dtype of ``values``.
     """
     # float64: a float32 position is off by whole elements beyond 2^24 values.
-    position = fractions.double() * (len(ordered) - 1)
-    below = position.floor().long().clamp(0, len(ordered) - 1)
-    above = (below + 1).clamp_max(len(ordered) - 1)
-    return torch.lerp(ordered[below], ordered[above], (position - below).to(ordered.dtype))
+    position = fractions.double() * (len(values) - 1)
+    below = position.floor().long().clamp(0, len(values) - 1)
+    above = (below + 1).clamp_max(len(values) - 1)
+    low, high = order_statistics(values, torch.cat([below, above])).chunk(2)
+    return torch.lerp(low, high, (position - below).to(values.dtype))
 
 
 def cell_statistics(values: Tensor, indices: Tensor, num_levels: int) -> tuple[Tensor, Tensor]:
@@ -125,7 +217,7 @@ class CodebookSTE(torch.autograd.Function):
         """Maps a weight of any shape and levels (K,) to quantized weights of the same shape."""
         if clip:
             ctx.save_for_backward((weight >= codebook[0]) & (weight <= codebook[-1]))
-        return codebook[assign(weight, codebook)]
+        return staircase(weight, midpoints(codebook), codebook)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
@@ -168,9 +260,6 @@ class GeneralizedSTE(torch.autograd.Function):
 
     so the parameters need two sums per interval, Σ g and Σ g (x − e_(j-1)). The derivative to
     ``step`` is exact, since the forward pass is linear in it.
-
-    Edges and thresholds alternate, so one search over both gives a cell k that knows the code,
-    k // 2, and the interval, (k + 1) // 2; the backward pass need not search again.
     """
 
     @staticmethod
@@ -187,34 +276,30 @@ class GeneralizedSTE(torch.autograd.Function):
             step: () distance between output levels.
             zero_point: () code whose output is 0.
         """
-        x = x.contiguous()  # elementwise work in memory order; a strided search would copy it
         edges = interval_edges(start, widths)
-        borders = torch.empty(2 * len(widths) + 1, device=x.device, dtype=edges.dtype)
-        borders[::2], borders[1::2] = edges, midpoints(edges)
-        cells = torch.bucketize(x, borders, out_int32=True).flatten()
-        codes = torch.arange(len(borders) + 1, device=x.device) // 2 - zero_point
-        ctx.save_for_backward(x, cells, codes, edges, widths, step)
-        return (codes * step).index_select(0, cells).view_as(x)
+        thresholds = midpoints(edges)
+        codes = torch.arange(len(edges), device=x.device) - zero_point
+        ctx.save_for_backward(x, edges, thresholds, widths, step, zero_point)
+        return staircase(x, thresholds, codes * step)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         """Gradients to x, start, widths and step."""
-        x, cells, codes, edges, widths, step = ctx.saved_tensors
-        grad = grads[0].flatten()
+        x, edges, thresholds, widths, step, zero_point = ctx.saved_tensors
         outside = step.new_zeros(1)
-        # Both halves of an interval have its slope; so do the sums below, cell by cell.
-        slopes = torch.cat([outside, (step / widths).repeat_interleave(2), outside])
-        grad_x = (grad * slopes.index_select(0, cells)).view_as(x)
-
-        sums = torch.bincount(cells, weights=grad, minlength=len(codes)).to(x.dtype)
-        moments = torch.bincount(cells, weights=grad * x.flatten(), minlength=len(codes))
-        in_interval = sums[1:-1].view(-1, 2).sum(1)
-        moment = moments.to(x.dtype)[1:-1].view(-1, 2).sum(1) - edges[:-1] * in_interval
+        slopes = torch.cat([outside, step / widths, outside])
+        grad_x, above, moments, by_code, total = interval_sums(
+            x, grads[0], edges, thresholds, slopes
+        )
+        in_interval = above[:-1] - above[1:]
+        moment = moments[:-1] - moments[1:] - edges[:-1] * in_interval
         pull = step * in_interval / widths  # −∂L/∂start of each interval
         # Widening an interval shifts every interval after it, as moving the start does.
         later = pull.sum() - pull.cumsum(0)
         grad_widths = -(step / widths) * (moment / widths) - later
-        return grad_x, -pull.sum(), grad_widths, (sums * codes).sum(), None
+        grad_step = by_code - zero_point * total
+        dtype = step.dtype
+        return grad_x, -pull.sum().to(dtype), grad_widths.to(dtype), grad_step.to(dtype), None
 
 
 def interval_edges(start: Tensor, widths: Tensor) -> Tensor:

@@ -1,0 +1,264 @@
+/* Quantizers on the CPU: one pass over memory forward, one backward.
+ *
+ * Plain C with the vector types of GCC and Clang; kernels.py builds it and holds it against the
+ * plain PyTorch form. Tensors come in fixed chunks whatever the number of threads, and chunks are
+ * summed in their order, so results do not depend on it. Comparisons read "not (x <= border)":
+ * a NaN lies above every border, as in torch.bucketize.
+ */
+#include <stddef.h>
+#include <stdint.h>
+#include <stdlib.h>
+#include <string.h>
+
+typedef float lanes __attribute__((vector_size(32)));
+typedef int32_t masks __attribute__((vector_size(32)));
+
+enum { LANES = 8, CHUNK = 8192, FEW = 15, BINS = 1024, DIGIT = 2048 };
+
+#define INLINE static inline __attribute__((always_inline))
+#define EACH_CHUNK(chunk, chunks) \
+    _Pragma("omp parallel for schedule(static) num_threads(threads) if (chunks > 1)") \
+    for (size_t chunk = 0; chunk < chunks; chunk++)
+
+INLINE lanes load(const float *from, size_t count) {
+    lanes x = {0};
+    memcpy(&x, from, count * sizeof *from);
+    return x;
+}
+
+INLINE lanes all(float x) { return (lanes){x, x, x, x, x, x, x, x}; }
+
+INLINE lanes where(masks mask, lanes yes, lanes no) {
+    return (lanes)((mask & (masks)yes) | (~mask & (masks)no));
+}
+
+INLINE size_t shorter(size_t a, size_t b) { return a < b ? a : b; }
+
+/* Finds how many borders lie below a value: a table of bins says where to start looking. */
+typedef struct {
+    const float *borders;
+    int count;
+    float origin, density;
+    uint16_t first[BINS];
+} Search;
+
+INLINE int bin_of(const Search *search, float x) {
+    float at = (x - search->origin) * search->density;
+    return at > 0 ? (at < BINS - 1 ? (int)at : BINS - 1) : 0;
+}
+
+INLINE int walk(const Search *search, float x, int index) {
+    while (index > 0 && x <= search->borders[index - 1]) index--;
+    while (index < search->count && !(x <= search->borders[index])) index++;
+    return index;
+}
+
+INLINE int find(const Search *search, float x) {
+    return walk(search, x, search->first[bin_of(search, x)]);
+}
+
+static void prepare(Search *search, const float *borders, int count) {
+    float range = borders[count - 1] - borders[0];
+    search->borders = borders;
+    search->count = count;
+    search->origin = borders[0];
+    search->density = range > 0 ? (BINS - 1) / range : 0;
+    int index = 0;
+    for (int bin = 0; bin < BINS; bin++) {
+        while (index < count && bin_of(search, borders[index]) < bin) index++;
+        search->first[bin] = (uint16_t)index;
+    }
+}
+
+/* y = values[#{k : x > borders[k]}] for a few borders: compare with each. */
+INLINE void few_steps(const float *x, float *y, size_t size, const float *borders,
+                      const float *values, const int count) {
+    for (size_t i = 0; i < size; i += LANES) {
+        size_t here = shorter(size - i, LANES);
+        lanes a = here == LANES ? load(x + i, LANES) : load(x + i, here);
+        lanes out = all(values[0]);
+        for (int k = 0; k < count; k++) out = where(a <= all(borders[k]), out, all(values[k + 1]));
+        if (here == LANES) memcpy(y + i, &out, sizeof out);
+        else memcpy(y + i, &out, here * sizeof *y);
+    }
+}
+
+/* Maps x (size) to y (size) by borders (count), sorted, and values (count + 1). */
+void adq_staircase(const float *x, float *y, size_t size, const float *borders,
+                   const float *values, int count, int threads) {
+    size_t chunks = (size + CHUNK - 1) / CHUNK;
+    Search search;
+    if (count > FEW) prepare(&search, borders, count);
+    EACH_CHUNK(chunk, chunks) {
+        size_t begin = chunk * CHUNK, here = shorter(size - begin, CHUNK);
+        const float *from = x + begin;
+        float *to = y + begin;
+        switch (count) {  /* a constant lets the compiler unroll */
+            case 3: few_steps(from, to, here, borders, values, 3); break;
+            case 7: few_steps(from, to, here, borders, values, 7); break;
+            case 15: few_steps(from, to, here, borders, values, 15); break;
+            default:
+                if (count <= FEW) few_steps(from, to, here, borders, values, count);
+                else for (size_t i = 0; i < here; i++) to[i] = values[find(&search, from[i])];
+        }
+    }
+}
+
+/* One chunk of the backward pass for a few intervals. With g the gradient of the output:
+ * sums[k] = sum of g over x > edges[k], sums[count + 1 + k] = sum of g x over the same, and
+ * sums[2 count + 2] = sum of g times the code of x, sums[2 count + 3] = sum of g. */
+INLINE void few_intervals(const float *x, const float *grad, float *grad_x, size_t size,
+                          const float *edges, const float *thresholds, const float *slopes,
+                          double *sums, const int count) {
+    lanes above[FEW + 1], moment[FEW + 1], by_code = {0}, total = {0};
+    for (int k = 0; k <= count; k++) above[k] = moment[k] = (lanes){0};
+    for (size_t i = 0; i < size; i += LANES) {
+        size_t here = shorter(size - i, LANES);
+        lanes a = here == LANES ? load(x + i, LANES) : load(x + i, here);
+        lanes g = here == LANES ? load(grad + i, LANES) : load(grad + i, here);
+        lanes slope = all(slopes[0]);
+        total += g;
+        for (int k = 0; k <= count; k++) {
+            masks low = a <= all(edges[k]);
+            lanes g_above = (lanes)(~low & (masks)g);
+            slope = where(low, slope, all(slopes[k + 1]));
+            above[k] += g_above;
+            moment[k] += g_above * a;
+        }
+        for (int k = 0; k < count; k++)
+            by_code += (lanes)(~(a <= all(thresholds[k])) & (masks)g);
+        slope *= g;
+        if (here == LANES) memcpy(grad_x + i, &slope, sizeof slope);
+        else memcpy(grad_x + i, &slope, here * sizeof *grad_x);
+    }
+    for (int lane = 0; lane < LANES; lane++) {
+        for (int k = 0; k <= count; k++) {
+            sums[k] += above[k][lane];
+            sums[count + 1 + k] += moment[k][lane];
+        }
+        sums[2 * count + 2] += by_code[lane];
+        sums[2 * count + 3] += total[lane];
+    }
+}
+
+/* The same for many intervals: add to the interval's own sums, accumulate from above at the end. */
+static void many_intervals(const Search *search, const float *x, const float *grad, float *grad_x,
+                           size_t size, const float *thresholds, const float *slopes,
+                           double *sums, int count) {
+    double *moment = sums + count + 1, by_code = 0, total = 0;
+    for (size_t i = 0; i < size; i++) {
+        int interval = find(search, x[i]);  /* 0: below all edges */
+        int code = interval > count ? count : interval;
+        if (code > 0 && x[i] <= thresholds[code - 1]) code--;
+        grad_x[i] = grad[i] * slopes[interval];
+        by_code += (double)grad[i] * code;
+        total += grad[i];
+        if (interval > 0) {
+            sums[interval - 1] += grad[i];
+            moment[interval - 1] += (double)grad[i] * x[i];
+        }
+    }
+    for (int k = count - 1; k >= 0; k--) {
+        sums[k] += sums[k + 1];
+        moment[k] += moment[k + 1];
+    }
+    sums[2 * count + 2] += by_code;
+    sums[2 * count + 3] += total;
+}
+
+/* x, grad, grad_x (size); edges (count + 1); thresholds (count); slopes (count + 2), one for each
+ * interval and 0 at both ends; sums (2 count + 4), as above. Returns 0, or 1 without memory. */
+int adq_staircase_backward(const float *x, const float *grad, float *grad_x, size_t size,
+                           const float *edges, const float *thresholds, const float *slopes,
+                           double *sums, int count, int threads) {
+    size_t chunks = (size + CHUNK - 1) / CHUNK, width = 2 * (size_t)count + 4;
+    double *partial = calloc(chunks * width, sizeof *partial);
+    if (!partial) return 1;
+    Search search;
+    if (count > FEW) prepare(&search, edges, count + 1);
+    EACH_CHUNK(chunk, chunks) {
+        size_t begin = chunk * CHUNK, here = shorter(size - begin, CHUNK);
+        const float *a = x + begin, *g = grad + begin;
+        float *to = grad_x + begin;
+        double *own = partial + chunk * width;
+        switch (count) {
+            case 3: few_intervals(a, g, to, here, edges, thresholds, slopes, own, 3); break;
+            case 7: few_intervals(a, g, to, here, edges, thresholds, slopes, own, 7); break;
+            case 15: few_intervals(a, g, to, here, edges, thresholds, slopes, own, 15); break;
+            default:
+                if (count <= FEW)
+                    few_intervals(a, g, to, here, edges, thresholds, slopes, own, count);
+                else many_intervals(&search, a, g, to, here, thresholds, slopes, own, count);
+        }
+    }
+    memset(sums, 0, width * sizeof *sums);
+    for (size_t chunk = 0; chunk < chunks; chunk++)
+        for (size_t k = 0; k < width; k++) sums[k] += partial[chunk * width + k];
+    free(partial);
+    return 0;
+}
+
+/* Bits whose order as integers is the order of the floats. */
+INLINE uint32_t key_of(float x) {
+    uint32_t bits;
+    memcpy(&bits, &x, sizeof bits);
+    return bits ^ (bits >> 31 ? 0xffffffffu : 0x80000000u);
+}
+
+INLINE float value_of(uint32_t key) {
+    uint32_t bits = key ^ (key >> 31 ? 0x80000000u : 0xffffffffu);
+    float x;
+    memcpy(&x, &bits, sizeof x);
+    return x;
+}
+
+/* Radix selection: keys of the digits that hold a rank are moved to the front of `room`, and the
+ * search goes on among them. `room` has space for all keys of all deeper levels. */
+static void select_keys(const uint32_t *keys, size_t size, const int64_t *ranks, int count,
+                        int shift, uint32_t *room, uint32_t *found) {
+    size_t sizes[DIGIT] = {0}, ends[DIGIT];
+    for (size_t i = 0; i < size; i++) sizes[(keys[i] >> shift) % DIGIT]++;
+    char wanted[DIGIT] = {0};
+    size_t below[DIGIT], sum = 0, kept = 0;
+    int next = 0;
+    for (int digit = 0; digit < DIGIT; digit++) {
+        below[digit] = sum;
+        sum += sizes[digit];
+        ends[digit] = kept;
+        for (; next < count && (size_t)ranks[next] < sum; next++) wanted[digit] = 1;
+        if (wanted[digit]) kept += sizes[digit];
+    }
+    for (size_t i = 0; i < size; i++) {
+        uint32_t digit = (keys[i] >> shift) % DIGIT;
+        if (wanted[digit]) room[ends[digit]++] = keys[i];
+    }
+    for (int first = 0; first < count;) {
+        size_t digit = 0;
+        while (!wanted[digit] || (size_t)ranks[first] >= below[digit] + sizes[digit]) digit++;
+        int after = first;
+        int64_t inside[count];
+        for (; after < count && (size_t)ranks[after] < below[digit] + sizes[digit]; after++)
+            inside[after - first] = ranks[after] - (int64_t)below[digit];
+        const uint32_t *here = room + ends[digit] - sizes[digit];
+        if (shift == 0)
+            for (int k = first; k < after; k++) found[k] = here[0];
+        else
+            select_keys(here, sizes[digit], inside, after - first, shift > 11 ? shift - 11 : 0,
+                        room + kept, found + first);
+        first = after;
+    }
+}
+
+/* found[k] = the value of rank ranks[k] (from 0, ascending) among x (size), in time proportional
+ * to size. Returns 0, or 1 without memory. */
+int adq_order_statistics(const float *x, size_t size, const int64_t *ranks, int count,
+                         float *found) {
+    uint32_t *keys = malloc((4 * size + (size_t)count) * sizeof *keys);
+    if (!keys) return 1;
+    uint32_t *answers = keys + 4 * size;
+    for (size_t i = 0; i < size; i++) keys[i] = key_of(x[i]);
+    select_keys(keys, size, ranks, count, 21, keys + size, answers);
+    for (int k = 0; k < count; k++) found[k] = value_of(answers[k]);
+    free(keys);
+    return 0;
+}
