@@ -90,7 +90,7 @@ def usable(x: Tensor) -> bool:
         and x.dtype == torch.float32
         and x.numel() > 0
         and not torch.compiler.is_compiling()
-        and not torch.jit.is_tracing()  # type: ignore[no-untyped-call]
+        and not torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
         and library() is not None
     )
 
