@@ -1,0 +1,231 @@
+"""The fast path gives what the plain one gives: values exactly, gradients within rounding."""
+
+import math
+import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
+from unittest import mock
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from adq_train.quantization import kernels
+from adq_train.quantization.adq import AdqWeightQuantizer
+from adq_train.quantization.functional import (
+    GeneralizedSTE,
+    interval_edges,
+    interval_sums,
+    midpoints,
+    order_statistics,
+    staircase,
+)
+
+pytestmark = pytest.mark.skipif(kernels.library() is None, reason="no C compiler here")
+
+
+@contextmanager
+def plain() -> Iterator[None]:
+    """As on a machine without a compiler."""
+    with mock.patch.object(kernels, "library", lambda: None):
+        yield
+
+
+def shaped(numbers: torch.Generator, layout: str, size: int) -> Tensor:
+    """Values about the borders, in one of the ways that tensors lie in memory."""
+    x = torch.randn(2, size, 3, 5, generator=numbers)
+    return {
+        "contiguous": x,
+        "channels_last": x.contiguous(memory_format=torch.channels_last),
+        "strided": x[:, :, ::2].transpose(1, 3),
+        "flat": x.flatten()[: 7 * size + 1],
+    }[layout]
+
+
+cases = {
+    "seed": st.integers(0, 2**32),
+    "bits": st.integers(2, 8),
+    "layout": st.sampled_from(["contiguous", "channels_last", "strided", "flat"]),
+    "size": st.integers(1, 900),
+}
+
+
+@settings(deadline=None, max_examples=80)
+@given(**cases, spread=st.sampled_from([1e-30, 1e-3, 1.0, 1e30]))
+def test_staircase_is_equal_bit_for_bit(seed, bits, layout, size, spread):
+    numbers = torch.Generator().manual_seed(seed)
+    x = shaped(numbers, layout, size) * spread
+    borders = torch.randn(2**bits - 1, generator=numbers).sort().values * spread
+    values = torch.randn(2**bits, generator=numbers)
+    x[0] = borders[-1]  # values that are a border themselves
+    fast = staircase(x, borders, values)
+    with plain():
+        slow = staircase(x, borders, values)
+    torch.testing.assert_close(fast, slow, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("count", [3, 7, 15, 16, 255])
+def test_staircase_of_odd_values_and_borders(count):
+    borders = torch.linspace(-1, 1, count)
+    x = torch.cat([borders, torch.tensor([math.inf, -math.inf, math.nan, 0.0, -0.0])])
+    values = torch.arange(count + 1.0)
+    for row in (borders, torch.zeros(count), borders.clamp(-0.5, 0.5), borders * math.inf):
+        row = row.nan_to_num(0.0, posinf=math.inf, neginf=-math.inf)
+        fast = staircase(x, row, values)
+        with plain():
+            assert torch.equal(fast, staircase(x, row, values))
+
+
+@settings(deadline=None, max_examples=80)
+@given(**cases)
+def test_the_gradients_agree_within_rounding(seed, bits, layout, size):
+    numbers = torch.Generator().manual_seed(seed)
+    x, grad = (shaped(numbers, layout, size) for _ in range(2))
+    start, step = torch.tensor(-1.5), torch.tensor(0.4)
+    widths = torch.rand(2**bits - 1, generator=numbers) * 6 / 2**bits + 1e-3
+
+    def gradients(dtype: torch.dtype) -> list[Tensor]:
+        inputs = [v.to(dtype).requires_grad_() for v in (x, start, widths, step)]
+        y = GeneralizedSTE.apply(*inputs, torch.tensor(1.0, dtype=dtype))
+        return list(torch.autograd.grad(y, inputs, grad.to(dtype)))
+
+    # The same float32 edges on both sides: a value between two roundings of an edge may differ.
+    fast = gradients(torch.float32)
+    with plain():
+        slow = gradients(torch.float32)
+    torch.testing.assert_close(fast[0], slow[0], rtol=0, atol=0)
+    # Sums of n terms, each off by half a unit in the last place of the running sum.
+    edges = interval_edges(start, widths)
+    inverse = 0.4 / float(widths.detach().min())
+    bound = 1e-6 * float(grad.abs().sum()) * max(1.0, inverse) * max(1.0, inverse)
+    for got, expected in zip(fast[1:], slow[1:], strict=True):
+        torch.testing.assert_close(got, expected, rtol=1e-5, atol=bound * float(edges.abs().max()))
+
+
+@pytest.mark.parametrize("by_mask", [False, True], ids=["by cell", "by mask"])
+@pytest.mark.parametrize("count", [3, 7, 15])
+def test_every_plain_form_of_the_sums_is_the_definition(count, by_mask):
+    numbers = torch.Generator().manual_seed(count)
+    x = torch.randn(1000, generator=numbers, dtype=torch.float64)
+    grad = torch.randn(1000, generator=numbers, dtype=torch.float64)
+    edges = torch.linspace(-1, 1, count + 1, dtype=torch.float64)
+    thresholds, slopes = midpoints(edges), torch.arange(count + 2.0, dtype=torch.float64)
+    with mock.patch.object(torch.compiler, "is_compiling", lambda: by_mask):
+        grad_x, above, moments, by_code, total = interval_sums(x, grad, edges, thresholds, slopes)
+    for k, edge in enumerate(edges):
+        torch.testing.assert_close(above[k], grad[x > edge].sum())
+        torch.testing.assert_close(moments[k], (grad * x)[x > edge].sum())
+    codes = (x[:, None] > thresholds).sum(1)
+    torch.testing.assert_close(by_code, (grad * codes).sum())
+    torch.testing.assert_close(total, grad.sum())
+    torch.testing.assert_close(grad_x, grad * slopes[(x[:, None] > edges).sum(1)])
+
+
+def test_the_number_of_threads_changes_nothing():
+    numbers = torch.Generator().manual_seed(0)
+    x, grad = (torch.randn(100_003, generator=numbers) for _ in range(2))
+    edges = torch.linspace(-1, 1, 4)
+    slopes = torch.tensor([0.0, 1, 2, 3, 0])
+    results = []
+    before = torch.get_num_threads()
+    try:
+        for threads in (1, 2, 5):
+            torch.set_num_threads(threads)
+            results.append(interval_sums(x, grad, edges, midpoints(edges), slopes))
+    finally:
+        torch.set_num_threads(before)
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+def test_gradients_of_another_layout_and_type_are_taken_in_order():
+    x = torch.randn(2, 3, 4, 5).contiguous(memory_format=torch.channels_last)
+    grad = torch.randn(2, 3, 4, 5)
+    edges, slopes = torch.linspace(-1, 1, 4), torch.tensor([0.0, 1, 2, 3, 0])
+    fast = interval_sums(x, grad.bfloat16(), edges, midpoints(edges), slopes)
+    expected = grad.bfloat16().float() * slopes[torch.bucketize(x.contiguous(), edges)]
+    assert torch.equal(fast[0], expected)
+
+
+@settings(deadline=None, max_examples=80)
+@given(
+    seed=st.integers(0, 2**32),
+    size=st.integers(2**11 + 1, 20_000),
+    kind=st.sampled_from(["normal", "few values", "one sign", "all bits", "sorted"]),
+    data=st.data(),
+)
+def test_order_statistics_are_those_of_the_sorted_values(seed, size, kind, data):
+    numbers = torch.Generator().manual_seed(seed)
+    values = torch.randn(size, generator=numbers)
+    if kind == "few values":
+        values = (values * 2).round() / 8
+    elif kind == "one sign":
+        values = -values.abs() * 1e-30
+    elif kind == "all bits":
+        words = torch.randint(-(2**31), 2**31, (size,), generator=numbers)
+        values = words.to(torch.int32).view(torch.float32).nan_to_num()
+    elif kind == "sorted":
+        values = values.sort(descending=True).values
+    ranks = torch.tensor(data.draw(st.lists(st.integers(0, size - 1), min_size=1, max_size=32)))
+    assert torch.equal(order_statistics(values, ranks), values.sort().values[ranks])
+
+
+def test_a_codebook_follows_its_weights_alike_on_both_paths():
+    weight = torch.randn(32, 16, 3, 3)
+    fast, slow = AdqWeightQuantizer(3), AdqWeightQuantizer(3)
+    fast.calibrate(weight)
+    with plain():
+        slow.calibrate(weight)
+    for step in range(1, 4):
+        weight = weight * 1.01 + 0.01
+        fast.adapt(weight, step)
+        with plain():
+            slow.adapt(weight, step)
+    assert torch.equal(fast.codebook, slow.codebook)
+    with plain():
+        expected = slow(weight)
+    assert torch.equal(fast(weight), expected)
+
+
+def test_tensors_that_the_kernels_do_not_take():
+    assert kernels.usable(torch.zeros(3))
+    assert not kernels.usable(torch.zeros(0))
+    assert not kernels.usable(torch.zeros(3, dtype=torch.float64))
+    assert not kernels.usable(torch.zeros(3, device="meta"))
+
+
+def test_a_library_is_built_once(tmp_path):
+    first = kernels.build(kernels.SOURCE, tmp_path / "cache")
+    with mock.patch.object(subprocess, "run", side_effect=AssertionError("built again")):
+        assert kernels.build(kernels.SOURCE, tmp_path / "cache") == first
+    assert [x.name for x in first.parent.iterdir()] == [first.name]
+
+
+def refreshed():
+    """The library as a new process would find it."""
+    return kernels.library.__wrapped__()
+
+
+def test_without_a_compiler_the_plain_path_serves(monkeypatch, tmp_path, caplog):
+    caplog.set_level("INFO")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setenv("PATH", "")
+    assert refreshed() is None
+    assert "plain PyTorch" in caplog.text
+    assert "no C compiler" in caplog.text
+
+
+def test_a_compiler_that_fails_is_reported_in_one_line(monkeypatch, tmp_path, caplog):
+    caplog.set_level("INFO")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(kernels, "FLAGS", ("-no-such-flag",))
+    assert refreshed() is None
+    assert caplog.text.count("\n") == 1
+    assert list((tmp_path / "adq_train").iterdir()) == []
+
+
+def test_the_fast_path_can_be_turned_off(monkeypatch):
+    monkeypatch.setenv("ADQ_TRAIN_KERNELS", "0")
+    assert refreshed() is None
