@@ -29,7 +29,7 @@ pytestmark = pytest.mark.skipif(kernels.library() is None, reason="no C compiler
 @contextmanager
 def plain() -> Iterator[None]:
     """As on a machine without a compiler."""
-    with mock.patch.object(kernels, "library", lambda: None):
+    with mock.patch.object(kernels, "library", return_value=None):
         yield
 
 
@@ -112,7 +112,7 @@ def test_every_plain_form_of_the_sums_is_the_definition(count, by_mask):
     grad = torch.randn(1000, generator=numbers, dtype=torch.float64)
     edges = torch.linspace(-1, 1, count + 1, dtype=torch.float64)
     thresholds, slopes = midpoints(edges), torch.arange(count + 2.0, dtype=torch.float64)
-    with mock.patch.object(torch.compiler, "is_compiling", lambda: by_mask):
+    with mock.patch.object(torch.compiler, "is_compiling", return_value=by_mask):
         grad_x, above, moments, by_code, total = interval_sums(x, grad, edges, thresholds, slopes)
     for k, edge in enumerate(edges):
         torch.testing.assert_close(above[k], grad[x > edge].sum())

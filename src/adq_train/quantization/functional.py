@@ -62,7 +62,9 @@ def staircase(x: Tensor, borders: Tensor, values: Tensor) -> Tensor:
     """
     if kernels.usable(x):
         return kernels.staircase(x, borders, values)
-    return values[torch.bucketize(x.contiguous(), borders)]
+    x = x.contiguous()
+    cells = torch.bucketize(x, borders, out_int32=True)
+    return values.index_select(0, cells.flatten()).view(x.shape)
 
 
 def interval_sums(
@@ -83,43 +85,38 @@ def interval_sums(
     """
     if kernels.usable(x):
         return kernels.staircase_backward(x, grad, edges, thresholds, slopes)
+    x = x.contiguous()  # elementwise work in memory order; a strided search would copy it
     grad = grad.to(x.dtype)
-    grad_x = grad * slopes[torch.bucketize(x.contiguous(), edges)]
     if len(edges) <= 16 and (x.is_cuda or torch.compiler.is_compiling()):
-        above, moments, codes = _sums_by_mask(x, grad, edges, thresholds)
-    else:
-        above, moments, codes = _sums_by_cell(x, grad, edges, thresholds)
-    return grad_x, above, moments, codes, grad.sum(dtype=torch.float64)
-
-
-def _sums_by_cell(
-    x: Tensor, grad: Tensor, edges: Tensor, thresholds: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The sums of :func:`interval_sums` from a histogram: a few passes, however many intervals."""
+        return _interval_sums_by_mask(x, grad, edges, thresholds, slopes)
     # Edges and thresholds alternate: cell c of both lies in interval (c + 1) // 2, has code c // 2.
     pairs = torch.stack([edges[:-1], thresholds], 1).flatten()
-    cells = torch.bucketize(x.flatten(), torch.cat([pairs, edges[-1:]]))
-    num_cells = 2 * len(edges)
+    cells = torch.bucketize(x, torch.cat([pairs, edges[-1:]]), out_int32=True)
+    slots = torch.arange(2 * len(edges), device=x.device)
+    grad_x = grad * slopes[(slots + 1) // 2].index_select(0, cells.flatten()).view(x.shape)
     sums, moments = (
-        torch.bincount(cells, weights=w.flatten(), minlength=num_cells).double()
+        torch.bincount(cells.flatten(), weights=w.flatten(), minlength=len(slots)).double()
         for w in (grad, grad * x)
     )
     # Cell 2k + 1 is the first above edge k.
     above, moments = (y.flip(0).cumsum(0).flip(0)[1::2] for y in (sums, moments))
-    return above, moments, (sums * (torch.arange(num_cells, device=x.device) // 2)).sum()
+    return grad_x, above, moments, (sums * (slots // 2)).sum(), sums.sum()
 
 
-def _sums_by_mask(
-    x: Tensor, grad: Tensor, edges: Tensor, thresholds: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
+def _interval_sums_by_mask(
+    x: Tensor, grad: Tensor, edges: Tensor, thresholds: Tensor, slopes: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The same edge by edge: what a compiler fuses into one pass, without atomic additions."""
 
     def over(weights: Tensor, borders: Tensor) -> Tensor:
-        return torch.stack(
-            [torch.where(x <= b, 0, weights).sum(dtype=torch.float64) for b in borders]
-        )
+        parts = [torch.where(x <= b, 0, weights).sum(dtype=torch.float64) for b in borders]
+        return torch.stack(parts)
 
-    return over(grad, edges), over(grad * x, edges), over(grad, thresholds).sum()
+    grad_x = grad * slopes[torch.bucketize(x, edges)]
+    by_code = over(grad, thresholds).sum()
+    return (
+        grad_x, over(grad, edges), over(grad * x, edges), by_code, grad.sum(dtype=torch.float64)
+    )  # fmt: skip
 
 
 def order_statistics(values: Tensor, ranks: Tensor) -> Tensor:
