@@ -15,11 +15,11 @@ from adq_train.quantization.functional import (
     CodebookSTE,
     assign,
     at_least_float32,
+    at_ranks,
     best_clip,
     cell_statistics,
     lloyd_max,
     midpoints,
-    quantiles,
 )
 
 INITIALIZATIONS = ("quantile", "uniform", "kmeans", "random")
@@ -42,25 +42,18 @@ def side_sizes(bit_width: int, level_set: str) -> tuple[int, int]:
     ]
 
 
-def _fit_sides(weights: Tensor, bit_width: int, level_set: str) -> tuple[Tensor, Tensor, int, int]:
-    """Negative and positive weights, and how many levels each side gets.
-
-    A side without weights gives its levels to the other one.
-    """
-    negative, positive = weights[weights < 0], weights[weights > 0]
+def _shared_levels(negative: int, positive: int, bit_width: int, level_set: str) -> tuple[int, int]:
+    """How many levels each side gets; one without weights gives its own to the other."""
     low, high = side_sizes(bit_width, level_set)
-    if len(negative) == 0:
-        low, high = 0, low + high
-    elif len(positive) == 0:
-        low, high = low + high, 0
-    return negative, positive, low, high
+    if not negative:
+        return 0, low + high
+    return (low, high) if positive else (low + high, 0)
 
 
-def _quantile_side(side: Tensor, count: int) -> Tensor:
-    """``count`` levels in the middle of cells of equal mass; zeros where there are no weights."""
-    if len(side) == 0:
-        return side.new_zeros(count)
-    return quantiles(side, (torch.arange(count, device=side.device) + 0.5) / max(count, 1))
+def _fit_sides(weights: Tensor, bit_width: int, level_set: str) -> tuple[Tensor, Tensor, int, int]:
+    """Negative and positive weights, and how many levels each side gets."""
+    negative, positive = weights[weights < 0], weights[weights > 0]
+    return negative, positive, *_shared_levels(len(negative), len(positive), bit_width, level_set)
 
 
 def quantile_codebook(weights: Tensor, bit_width: int, level_set: str) -> Tensor:
@@ -76,9 +69,17 @@ def quantile_codebook(weights: Tensor, bit_width: int, level_set: str) -> Tensor
     Returns:
         (K,) sorted levels; levels coincide where there are fewer distinct weights than levels.
     """
-    negative, positive, low, high = _fit_sides(weights, bit_width, level_set)
+    negative, positive = int((weights < 0).sum()), int((weights > 0).sum())
+    low, high = _shared_levels(negative, positive, bit_width, level_set)
+    # Ranks among all weights, where the positive ones stand last; without any, those of zeros.
+    sides = (0, negative, low), (len(weights) - positive, positive, high)
+    positions = [
+        first + (torch.arange(m, dtype=torch.float64) + 0.5) / max(m, 1) * max(count - 1, 0)
+        for first, count, m in sides
+    ]
+    levels = at_ranks(weights, torch.cat(positions).to(weights.device))
     zero = weights.new_zeros(0 if level_set == "no_zero" else 1)
-    return torch.cat([_quantile_side(negative, low), zero, _quantile_side(positive, high)])
+    return torch.cat([levels[:low], zero, levels[low:]])
 
 
 def uniform_codebook(weights: Tensor, bit_width: int, level_set: str) -> Tensor:

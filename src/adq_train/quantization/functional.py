@@ -135,6 +135,22 @@ def order_statistics(values: Tensor, ranks: Tensor) -> Tensor:
     return values.sort().values[ranks]
 
 
+def at_ranks(values: Tensor, positions: Tensor) -> Tensor:
+    """The values at fractional ranks, interpolated linearly between their neighbours.
+
+    Args:
+        values: (n,), n ≥ 1.
+        positions: (m,) float64, ranks from 0; those outside ``0 … n - 1`` give the extremes.
+
+    Returns:
+        (m,) values of the dtype of ``values``.
+    """
+    below = positions.floor().long().clamp(0, len(values) - 1)
+    above = (below + 1).clamp_max(len(values) - 1)
+    low, high = order_statistics(values, torch.cat([below, above])).chunk(2)
+    return torch.lerp(low, high, (positions - below).to(values.dtype))
+
+
 def quantiles(values: Tensor, fractions: Tensor) -> Tensor:
     """Quantiles with linear interpolation, as ``torch.quantile``, without its limit on the size.
 
@@ -146,11 +162,7 @@ def quantiles(values: Tensor, fractions: Tensor) -> Tensor:
         (m,) values of the dtype of ``values``.
     """
     # float64: a float32 position is off by whole elements beyond 2^24 values.
-    position = fractions.double() * (len(values) - 1)
-    below = position.floor().long().clamp(0, len(values) - 1)
-    above = (below + 1).clamp_max(len(values) - 1)
-    low, high = order_statistics(values, torch.cat([below, above])).chunk(2)
-    return torch.lerp(low, high, (position - below).to(values.dtype))
+    return at_ranks(values, fractions.double() * (len(values) - 1))
 
 
 def cell_statistics(values: Tensor, indices: Tensor, num_levels: int) -> tuple[Tensor, Tensor]:

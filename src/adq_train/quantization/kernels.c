@@ -5,6 +5,8 @@
  * summed in their order, so results do not depend on it. Comparisons read "not (x <= border)":
  * a NaN lies above every border, as in torch.bucketize.
  */
+#include <float.h>
+#include <math.h>
 #include <stddef.h>
 #include <stdint.h>
 #include <stdlib.h>
@@ -13,7 +15,7 @@
 typedef float lanes __attribute__((vector_size(32)));
 typedef int32_t masks __attribute__((vector_size(32)));
 
-enum { LANES = 8, CHUNK = 8192, FEW = 15, BINS = 1024, DIGIT = 2048 };
+enum { LANES = 8, CHUNK = 8192, FEW = 15, MOST = 256, WAYS = 4, BINS = 1024, DIGIT = 2048 };
 
 #define INLINE static inline __attribute__((always_inline))
 #define EACH_CHUNK(chunk, chunks) \
@@ -34,39 +36,39 @@ INLINE lanes where(masks mask, lanes yes, lanes no) {
 
 INLINE size_t shorter(size_t a, size_t b) { return a < b ? a : b; }
 
-/* Finds how many borders lie below a value: a table of bins says where to start looking. */
+/* Finds how many borders lie below a value. Bins of equal width tell how many lie below the bin;
+ * those inside it, seldom more than one, are compared. Rounding does no harm: bin_of never falls
+ * where x rises, so a border in a lower bin is smaller, and one in a higher bin is larger. */
 typedef struct {
-    const float *borders;
-    int count;
+    float borders[MOST + 1];  /* closed by infinities */
+    int32_t first[BINS];
+    int count, inside;
     float origin, density;
-    uint16_t first[BINS];
 } Search;
 
 INLINE int bin_of(const Search *search, float x) {
     float at = (x - search->origin) * search->density;
-    return at > 0 ? (at < BINS - 1 ? (int)at : BINS - 1) : 0;
+    at = at > 0 ? at : 0;  /* also where it is not a number */
+    return (int)(at < BINS - 1 ? at : BINS - 1);
 }
 
-INLINE int walk(const Search *search, float x, int index) {
-    while (index > 0 && x <= search->borders[index - 1]) index--;
-    while (index < search->count && !(x <= search->borders[index])) index++;
-    return index;
-}
-
-INLINE int find(const Search *search, float x) {
-    return walk(search, x, search->first[bin_of(search, x)]);
+INLINE int find(const Search *search, float x, const int inside) {
+    int index = search->first[bin_of(search, x)];
+    for (int k = 0; k < inside; k++) index += !(x <= search->borders[index]);
+    return x == x ? index : search->count;
 }
 
 static void prepare(Search *search, const float *borders, int count) {
-    float range = borders[count - 1] - borders[0];
-    search->borders = borders;
+    float range = borders[count - 1] - borders[0], density = (BINS - 1) / range;
     search->count = count;
+    search->inside = 0;
     search->origin = borders[0];
-    search->density = range > 0 ? (BINS - 1) / range : 0;
-    int index = 0;
-    for (int bin = 0; bin < BINS; bin++) {
-        while (index < count && bin_of(search, borders[index]) < bin) index++;
-        search->first[bin] = (uint16_t)index;
+    search->density = range > 0 && density <= FLT_MAX ? density : 0;
+    for (int k = 0; k <= MOST; k++) search->borders[k] = k < count ? borders[k] : INFINITY;
+    for (int bin = 0, index = 0; bin < BINS; bin++) {
+        int begin = search->first[bin] = index;
+        while (index < count && bin_of(search, borders[index]) <= bin) index++;
+        if (index - begin > search->inside) search->inside = index - begin;
     }
 }
 
@@ -81,6 +83,12 @@ INLINE void few_steps(const float *x, float *y, size_t size, const float *border
         if (here == LANES) memcpy(y + i, &out, sizeof out);
         else memcpy(y + i, &out, here * sizeof *y);
     }
+}
+
+/* The same for many borders: search. */
+INLINE void many_steps(const Search *search, const float *x, float *y, size_t size,
+                       const float *values, const int inside) {
+    for (size_t i = 0; i < size; i++) y[i] = values[find(search, x[i], inside)];
 }
 
 /* Maps x (size) to y (size) by borders (count), sorted, and values (count + 1). */
@@ -99,7 +107,8 @@ void adq_staircase(const float *x, float *y, size_t size, const float *borders,
             case 15: few_steps(from, to, here, borders, values, 15); break;
             default:
                 if (count <= FEW) few_steps(from, to, here, borders, values, count);
-                else for (size_t i = 0; i < here; i++) to[i] = values[find(&search, from[i])];
+                else if (search.inside == 1) many_steps(&search, from, to, here, values, 1);
+                else many_steps(&search, from, to, here, values, search.inside);
         }
     }
 }
@@ -141,29 +150,34 @@ INLINE void few_intervals(const float *x, const float *grad, float *grad_x, size
     }
 }
 
-/* The same for many intervals: add to the interval's own sums, accumulate from above at the end. */
-static void many_intervals(const Search *search, const float *x, const float *grad, float *grad_x,
+/* The same for many intervals: add to the interval's own sums, accumulate from above at the end.
+ * Several sets of sums take turns, since values that follow one another are often in the same
+ * interval, and would wait for its sum. */
+INLINE void many_intervals(const Search *search, const float *x, const float *grad, float *grad_x,
                            size_t size, const float *thresholds, const float *slopes,
-                           double *sums, int count) {
-    double *moment = sums + count + 1, by_code = 0, total = 0;
+                           double *sums, int count, const int inside) {
+    double own[WAYS][2][MOST + 2] = {0}, by_code[WAYS] = {0}, total[WAYS] = {0};
     for (size_t i = 0; i < size; i++) {
-        int interval = find(search, x[i]);  /* 0: below all edges */
-        int code = interval > count ? count : interval;
-        if (code > 0 && x[i] <= thresholds[code - 1]) code--;
+        int interval = find(search, x[i], inside);  /* 0: below all edges */
+        int below = interval > 0 ? interval - 1 : 0;
+        int code = below < count ? below + !(x[i] <= thresholds[below]) : count;
+        double g = grad[i];
+        int way = i % WAYS;
         grad_x[i] = grad[i] * slopes[interval];
-        by_code += (double)grad[i] * code;
-        total += grad[i];
-        if (interval > 0) {
-            sums[interval - 1] += grad[i];
-            moment[interval - 1] += (double)grad[i] * x[i];
+        own[way][0][interval] += g;
+        own[way][1][interval] += g * x[i];
+        by_code[way] += g * code;
+        total[way] += g;
+    }
+    for (int way = 0; way < WAYS; way++) {
+        double above = 0, moment = 0;
+        for (int k = count; k >= 0; k--) {
+            sums[k] += above += own[way][0][k + 1];
+            sums[count + 1 + k] += moment += own[way][1][k + 1];
         }
+        sums[2 * count + 2] += by_code[way];
+        sums[2 * count + 3] += total[way];
     }
-    for (int k = count - 1; k >= 0; k--) {
-        sums[k] += sums[k + 1];
-        moment[k] += moment[k + 1];
-    }
-    sums[2 * count + 2] += by_code;
-    sums[2 * count + 3] += total;
 }
 
 /* x, grad, grad_x (size); edges (count + 1); thresholds (count); slopes (count + 2), one for each
@@ -188,7 +202,11 @@ int adq_staircase_backward(const float *x, const float *grad, float *grad_x, siz
             default:
                 if (count <= FEW)
                     few_intervals(a, g, to, here, edges, thresholds, slopes, own, count);
-                else many_intervals(&search, a, g, to, here, thresholds, slopes, own, count);
+                else if (search.inside == 1)
+                    many_intervals(&search, a, g, to, here, thresholds, slopes, own, count, 1);
+                else
+                    many_intervals(&search, a, g, to, here, thresholds, slopes, own, count,
+                                   search.inside);
         }
     }
     memset(sums, 0, width * sizeof *sums);
@@ -213,7 +231,8 @@ INLINE float value_of(uint32_t key) {
 }
 
 /* Radix selection: keys of the digits that hold a rank are moved to the front of `room`, and the
- * search goes on among them. `room` has space for all keys of all deeper levels. */
+ * search goes on among them. `room` has space for the keys of all deeper levels, and for
+ * one more. */
 static void select_keys(const uint32_t *keys, size_t size, const int64_t *ranks, int count,
                         int shift, uint32_t *room, uint32_t *found) {
     size_t sizes[DIGIT] = {0}, ends[DIGIT];
@@ -224,13 +243,17 @@ static void select_keys(const uint32_t *keys, size_t size, const int64_t *ranks,
     for (int digit = 0; digit < DIGIT; digit++) {
         below[digit] = sum;
         sum += sizes[digit];
-        ends[digit] = kept;
         for (; next < count && (size_t)ranks[next] < sum; next++) wanted[digit] = 1;
+        ends[digit] = kept;
         if (wanted[digit]) kept += sizes[digit];
     }
+    /* Without a branch: the others are written one over another, behind those kept. */
+    for (int digit = 0; digit < DIGIT; digit++)
+        if (!wanted[digit]) ends[digit] = kept;
     for (size_t i = 0; i < size; i++) {
         uint32_t digit = (keys[i] >> shift) % DIGIT;
-        if (wanted[digit]) room[ends[digit]++] = keys[i];
+        room[ends[digit]] = keys[i];
+        ends[digit] += (size_t)wanted[digit];
     }
     for (int first = 0; first < count;) {
         size_t digit = 0;
@@ -253,9 +276,9 @@ static void select_keys(const uint32_t *keys, size_t size, const int64_t *ranks,
  * to size. Returns 0, or 1 without memory. */
 int adq_order_statistics(const float *x, size_t size, const int64_t *ranks, int count,
                          float *found) {
-    uint32_t *keys = malloc((4 * size + (size_t)count) * sizeof *keys);
+    uint32_t *keys = malloc((4 * size + 1 + (size_t)count) * sizeof *keys);
     if (!keys) return 1;
-    uint32_t *answers = keys + 4 * size;
+    uint32_t *answers = keys + 4 * size + 1;
     for (size_t i = 0; i < size; i++) keys[i] = key_of(x[i]);
     select_keys(keys, size, ranks, count, 21, keys + size, answers);
     for (int k = 0; k < count; k++) found[k] = value_of(answers[k]);
