@@ -38,6 +38,7 @@ from adq_train.sensitivity.partial import PartialTable, weights_digest
 from adq_train.training.checkpoint import CheckpointFolder
 from adq_train.training.evaluate import Evaluation, evaluate
 from adq_train.training.loop import fit, parameter_groups
+from adq_train.training.step import TrainingStep
 from adq_train.validate import Parts
 
 log = logging.getLogger(__name__)
@@ -225,6 +226,12 @@ def _fit(run: Context, model: nn.Module, folder: Path, key: str, stage: str) -> 
     decay = pretrain["weight_decay"] if is_float else optimizer_defaults["weight_decay"]
     epochs = pretrain["epochs"] if is_float else trainer["epochs"]
     groups = parameter_groups(model, lr, decay, trainer["quantizer_lr_factor"])
+    step = TrainingStep(
+        model,
+        run.parts.make_optimizer(groups),
+        label_smoothing=trainer["label_smoothing"],
+        gradient_clip_norm=trainer["gradient_clip_norm"],
+    )
     checkpoints = CheckpointFolder(folder / "checkpoints")
     recorder = Recorder(folder, stage, epochs)
     log.info("%s: %d epochs of %d steps", stage, epochs, len(run.data.train))
@@ -236,9 +243,8 @@ def _fit(run: Context, model: nn.Module, folder: Path, key: str, stage: str) -> 
 
     try:
         fit(
-            model,
+            step,
             run.data,
-            run.parts.make_optimizer(groups),
             run.parts.scheduler,
             epochs=epochs,
             stage=stage,
@@ -246,8 +252,6 @@ def _fit(run: Context, model: nn.Module, folder: Path, key: str, stage: str) -> 
             key=key,
             on_start=on_start,
             on_epoch=recorder.epoch,
-            label_smoothing=trainer["label_smoothing"],
-            gradient_clip_norm=trainer["gradient_clip_norm"],
         )
     finally:
         recorder.close()

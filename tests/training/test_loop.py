@@ -17,6 +17,7 @@ from adq_train.quantization.pact import PactActivationQuantizer
 from adq_train.training.checkpoint import CheckpointFolder
 from adq_train.training.loop import fit, parameter_groups, train_epoch
 from adq_train.training.schedule import Cosine
+from adq_train.training.step import TrainingStep
 
 
 class Drawn:
@@ -73,9 +74,8 @@ def sgd(model):
 def run(model, folder, epochs, batches=None, key="k"):
     reports = []
     fit(
-        model,
+        TrainingStep(model, sgd(model)),
         data_of(batches or Drawn()),
-        sgd(model),
         Cosine(),
         epochs=epochs,
         stage="qat",
@@ -105,10 +105,8 @@ def test_an_epoch_is_the_loop_that_one_would_write_by_hand():
     reference = copy.deepcopy(model)
     factors = [1.0, 0.5, 0.25]
     torch.manual_seed(1)
-    loss = train_epoch(
-        model, Drawn(), 0, sgd(model), factors.__getitem__, label_smoothing=0.1,
-        gradient_clip_norm=0.5,
-    )  # fmt: skip
+    step = TrainingStep(model, sgd(model), label_smoothing=0.1, gradient_clip_norm=0.5)
+    loss = train_epoch(step, Drawn(), 0, factors.__getitem__)
 
     torch.manual_seed(1)
     optimizer, total = sgd(reference), 0.0
@@ -132,7 +130,8 @@ def test_an_epoch_is_the_loop_that_one_would_write_by_hand():
 def test_the_steps_count_on_from_epoch_to_epoch():
     seen = []
     model = network()
-    train_epoch(model, Drawn(), 2, sgd(model), lambda step: seen.append(step) or 1.0)
+    step = TrainingStep(model, sgd(model))
+    train_epoch(step, Drawn(), 2, lambda done: seen.append(done) or 1.0)
     assert sorted(set(seen)) == [6, 7, 8]
 
 
@@ -146,7 +145,7 @@ def test_the_regularization_of_activation_quantizers_reaches_the_gradient():
             model[index].input_quantizer = inputs
         start = model[0].input_quantizer.alpha.item()
         torch.manual_seed(1)
-        train_epoch(model, Drawn(sizes=(6,)), 0, sgd(model), lambda step: 1.0)
+        train_epoch(TrainingStep(model, sgd(model)), Drawn(sizes=(6,)), 0, lambda _: 1.0)
         models.append(model)
     plain, decayed = (model[0].input_quantizer.alpha.item() for model in models)
     # One step of SGD at the quantizers' rate, 0.1 · 0.5.
@@ -159,9 +158,8 @@ def test_the_commitment_term_reaches_the_gradient():
         committed[index].weight_quantizer.commitment = 10.0
     for model in (plain, committed):
         torch.manual_seed(2)
-        train_epoch(model, Drawn(sizes=(6,)), 0, torch.optim.SGD(
-            [{"params": model.parameters(), "lr": 0.1, "initial_lr": 0.1}]), lambda _: 1.0
-        )  # fmt: skip
+        optimizer = torch.optim.SGD([{"params": model.parameters(), "lr": 0.1, "initial_lr": 0.1}])
+        train_epoch(TrainingStep(model, optimizer), Drawn(sizes=(6,)), 0, lambda _: 1.0)
     start = network()
     for index in (0, 3):
         weight = start[index].weight
@@ -187,7 +185,7 @@ def test_an_interrupted_run_ends_as_one_that_was_not(tmp_path, done):
 
     with pytest.raises(KilledError):
         fit(
-            broken, data_of(Drawn()), sgd(broken), Cosine(), epochs=4, stage="qat",
+            TrainingStep(broken, sgd(broken)), data_of(Drawn()), Cosine(), epochs=4, stage="qat",
             checkpoints=CheckpointFolder(tmp_path / "broken"), key="k",
             on_start=lambda *_: None, on_epoch=stop,
         )  # fmt: skip

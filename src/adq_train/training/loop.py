@@ -11,17 +11,16 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.nn import functional as F
 from torch.optim import Optimizer
 
 from adq_train.data.base import Batches, ImageData
 from adq_train.errors import UserError
 from adq_train.quantization.base import Quantizer
-from adq_train.quantization.prepare import Upkeep
 from adq_train.reporting.progress import Progress
 from adq_train.training.checkpoint import CheckpointFolder
 from adq_train.training.evaluate import evaluate
 from adq_train.training.schedule import Schedule
+from adq_train.training.step import TrainingStep
 
 log = logging.getLogger(__name__)
 
@@ -72,53 +71,35 @@ def parameter_groups(
 
 
 def train_epoch(
-    model: nn.Module,
-    batches: Batches,
-    epoch: int,
-    optimizer: Optimizer,
-    lr_factor: Callable[[int], float],
-    *,
-    label_smoothing: float = 0.0,
-    gradient_clip_norm: float | None = None,
+    step: TrainingStep, batches: Batches, epoch: int, lr_factor: Callable[[int], float]
 ) -> float:
     """One pass over the training images.
 
     Args:
-        model: Float or prepared; codebooks adapt after each optimizer step.
+        step: What happens with each batch; its optimizer's groups keep their base rate in
+            ``initial_lr``.
         batches: The training images.
         epoch: From 0.
-        optimizer: Its groups keep their base rate in ``initial_lr``.
         lr_factor: Maps the number of finished steps to the factor on the base rates.
-        label_smoothing: Share of the target's probability spread over all classes.
-        gradient_clip_norm: Largest L2 norm of the gradients, or None.
 
     Returns:
         The mean training loss.
     """
-    model.train()
-    upkeep = Upkeep(model)
+    step.model.train()
     total = torch.zeros((), dtype=torch.float64)
     count = 0
-    for step, (images, targets) in enumerate(batches.epoch(epoch), epoch * len(batches)):
-        for group in optimizer.param_groups:
-            group["lr"] = group["initial_lr"] * lr_factor(step)
-        loss = F.cross_entropy(model(images), targets, label_smoothing=label_smoothing)
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()  # type: ignore[no-untyped-call]
-        upkeep.before_step()
-        if gradient_clip_norm is not None:
-            nn.utils.clip_grad_norm_(model.parameters(), gradient_clip_norm)
-        optimizer.step()
-        upkeep.after_step(step + 1)
-        total = total.to(loss.device) + loss.detach().double() * len(targets)
+    for done, (images, targets) in enumerate(batches.epoch(epoch), epoch * len(batches)):
+        for group in step.optimizer.param_groups:
+            group["lr"] = group["initial_lr"] * lr_factor(done)
+        loss = step(images, targets, done)
+        total = total.to(loss.device) + loss.double() * len(targets)
         count += len(targets)
     return float(total) / count
 
 
 def fit(
-    model: nn.Module,
+    step: TrainingStep,
     data: ImageData,
-    optimizer: Optimizer,
     schedule: Schedule,
     *,
     epochs: int,
@@ -127,8 +108,6 @@ def fit(
     key: str,
     on_start: Callable[[int, float], None],
     on_epoch: Callable[[EpochReport, nn.Module], None],
-    label_smoothing: float = 0.0,
-    gradient_clip_norm: float | None = None,
 ) -> None:
     """Trains to the last epoch, from the newest checkpoint where there is one.
 
@@ -136,9 +115,8 @@ def fit(
     was interrupted ends with the same weights as one that was not.
 
     Args:
-        model: Trained in place.
+        step: What happens with each batch; its model is trained in place.
         data: Trains on ``train``, watches ``validation``.
-        optimizer: Over the model's parameters.
         schedule: Maps progress in [0, 1) to a factor on the learning rates.
         epochs: How many in all.
         stage: Shown in the progress.
@@ -146,12 +124,11 @@ def fit(
         key: Everything that the outcome depends on; other checkpoints are not used.
         on_start: Called with the epochs that are done already and the seconds that they took.
         on_epoch: Called after every epoch, before its checkpoint.
-        label_smoothing: See :func:`train_epoch`.
-        gradient_clip_norm: See :func:`train_epoch`.
 
     Raises:
         UserError: The loss is no longer finite; the last good checkpoint is kept.
     """
+    model, optimizer = step.model, step.optimizer
     for group in optimizer.param_groups:
         group["initial_lr"] = group["lr"]
     done, best, seconds = 0, -math.inf, 0.0
@@ -159,6 +136,7 @@ def fit(
     if state is not None:
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
+        step.load_state_dict(state["step"])
         _set_rng_states(state["rng"])
         done, best, seconds = state["epoch"], state["best_top1_percent"], state["seconds"]
         log.info("%s: continuing after epoch %d of %d", stage, done, epochs)
@@ -169,13 +147,7 @@ def fit(
         for epoch in range(done, epochs):
             began = time.perf_counter()
             train_loss = train_epoch(
-                model,
-                data.train,
-                epoch,
-                optimizer,
-                lambda step: schedule(step / total_steps),
-                label_smoothing=label_smoothing,
-                gradient_clip_norm=gradient_clip_norm,
+                step, data.train, epoch, lambda done: schedule(done / total_steps)
             )
             watched = evaluate(model, data.validation)
             for what, loss in (("training", train_loss), ("validation", watched.loss)):
@@ -207,6 +179,7 @@ def fit(
                     "rng": _rng_states(),
                     "model": model.state_dict(),
                     "optimizer": optimizer.state_dict(),
+                    "step": step.state_dict(),
                 },
                 best=is_best,
             )
