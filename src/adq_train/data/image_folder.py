@@ -174,7 +174,7 @@ class FolderBatches:
             if not batch:
                 continue
             images, targets = (t.to(self.device, non_blocking=True) for t in batch)
-            yield (images.float() - self.mean) / self.std, targets
+            yield images.float().sub_(self.mean).div_(self.std), targets
 
 
 def list_images(folder: Path) -> ImageFolder:
