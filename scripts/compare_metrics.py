@@ -49,6 +49,7 @@ from adq_train.schema import register
 from adq_train.stages import Context, prepare_and_calibrate, pretrain
 from adq_train.training.evaluate import evaluate
 from adq_train.training.loop import parameter_groups, train_epoch
+from adq_train.training.step import TrainingStep
 from adq_train.validate import validate
 
 RESAMPLES = 2000
@@ -144,16 +145,14 @@ def measure(
         for group in optimizer.param_groups:
             group["initial_lr"] = group["lr"]
         total = epochs * len(run.data.train)
+        step = TrainingStep(
+            quantized,
+            optimizer,
+            label_smoothing=trainer["label_smoothing"],
+            gradient_clip_norm=trainer["gradient_clip_norm"],
+        )
         for epoch in range(epochs):
-            train_epoch(
-                quantized,
-                run.data.train,
-                epoch,
-                optimizer,
-                lambda step: run.parts.scheduler(step / total),
-                label_smoothing=trainer["label_smoothing"],
-                gradient_clip_norm=trainer["gradient_clip_norm"],
-            )
+            train_epoch(step, run.data.train, epoch, lambda done: run.parts.scheduler(done / total))
     found = evaluate(quantized, run.data.validation)
     return {"loss": found.loss, "top1_percent": found.top1_percent}
 

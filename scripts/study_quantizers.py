@@ -40,6 +40,7 @@ from adq_train.schema import register
 from adq_train.stages import Context, pretrain
 from adq_train.training.evaluate import evaluate
 from adq_train.training.loop import parameter_groups, train_epoch
+from adq_train.training.step import TrainingStep
 from adq_train.validate import validate
 
 PLAN = ("weights", "activations", "bits", "rate", "seed")
@@ -77,10 +78,10 @@ def train(run: Context, model: nn.Module) -> dict[str, float]:
     for group in optimizer.param_groups:
         group["initial_lr"] = group["lr"]
     steps = trainer["epochs"] * len(run.data.train)
-    loss = float("nan")
+    step, loss = TrainingStep(model, optimizer), float("nan")
     for epoch in range(trainer["epochs"]):
         loss = train_epoch(
-            model, run.data.train, epoch, optimizer, lambda step: run.parts.scheduler(step / steps)
+            step, run.data.train, epoch, lambda done: run.parts.scheduler(done / steps)
         )
     return {"train_loss": loss, "top1_percent": evaluate(model, run.data.test).top1_percent}
 

@@ -59,7 +59,8 @@ def outcome(folder):
     result = json.loads((folder / "run" / "result.json").read_text())
     records = [json.loads(x) for x in (folder / "run/metrics.jsonl").read_text().splitlines()]
     for record in records:
-        del record["seconds"]
+        for name in ("seconds", "images_per_second", "data_wait_percent", "peak_memory_bytes"):
+            del record[name]
     del result["seconds"]
     return state["model"], state["optimizer"]["state"], result, records
 

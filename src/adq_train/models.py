@@ -187,7 +187,7 @@ def _adapt_ends(model: nn.Module, num_classes: int, in_channels: int) -> None:
         model.set_submodule(last_name, nn.Conv2d(last.in_channels, num_classes, 1))
 
 
-def read_state_dict(path: Path) -> dict[str, Tensor]:
+def read_state_dict(path: Path, setting: str = "pretrain.checkpoint") -> dict[str, Tensor]:
     """Tensors of a checkpoint file, without running any code that it may hold.
 
     Reads ``.safetensors``, and ``.pt`` / ``.pth`` files with ``weights_only=True``; looks inside
@@ -197,7 +197,7 @@ def read_state_dict(path: Path) -> dict[str, Tensor]:
         UserError: The file is missing, damaged, or holds something else than tensors.
     """
     if not path.is_file():
-        raise UserError(f"pretrain.checkpoint: there is no file {path}")
+        raise UserError(f"{setting}: there is no file {path}")
     content: Any
     try:
         if path.suffix == ".safetensors":
@@ -209,26 +209,31 @@ def read_state_dict(path: Path) -> dict[str, Tensor]:
     except (OSError, RuntimeError, EOFError, ValueError, KeyError, pickle.UnpicklingError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(
-            f"pretrain.checkpoint: {path} cannot be read as plain tensors ({reason}); save the "
+            f"{setting}: {path} cannot be read as plain tensors ({reason}); save the "
             "model's state_dict() with torch.save, or as .safetensors"
         ) from error
     except Exception as error:  # safetensors has an exception of its own, outside any hierarchy
-        raise UserError(f"pretrain.checkpoint: {path} is damaged ({error})") from error
+        raise UserError(f"{setting}: {path} is damaged ({error})") from error
     for wrapper in ("state_dict", "model"):
         if isinstance(content, dict) and isinstance(content.get(wrapper), dict):
             content = content[wrapper]
     if not isinstance(content, dict) or not all(isinstance(v, Tensor) for v in content.values()):
-        raise UserError(f"pretrain.checkpoint: {path} does not hold a state dict of tensors")
+        raise UserError(f"{setting}: {path} does not hold a state dict of tensors")
     return {str(key).removeprefix("module."): value for key, value in content.items()}
 
 
-def load_weights(model: nn.Module, path: Path) -> None:
+def load_weights(model: nn.Module, path: Path, setting: str = "pretrain.checkpoint") -> None:
     """Loads a checkpoint into ``model``; every name and shape must fit.
+
+    Args:
+        model: Changed in place.
+        path: See :func:`read_state_dict`.
+        setting: Where the path is from, for messages.
 
     Raises:
         UserError: Names what is missing, unexpected, or of another shape.
     """
-    state = read_state_dict(path)
+    state = read_state_dict(path, setting)
     own = model.state_dict()
     problems = [f"{key} is missing" for key in own if key not in state]
     problems += [f"{key} is not in the model" for key in state if key not in own]
@@ -240,7 +245,7 @@ def load_weights(model: nn.Module, path: Path) -> None:
     if problems:
         more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
         raise UserError(
-            f"pretrain.checkpoint: {path} does not fit the model: {'; '.join(problems[:3])}{more}; "
+            f"{setting}: {path} does not fit the model: {'; '.join(problems[:3])}{more}; "
             "choose the model group that it was saved from"
         )
     model.load_state_dict(state)

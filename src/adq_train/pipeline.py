@@ -74,7 +74,7 @@ def execute(config: dict[str, Any], parts: Parts, path: Path, command: list[str]
     torch.manual_seed(config["seed"])
     data = parts.data.load(
         Loading(
-            config["trainer"]["batch_size"],
+            config["trainer"]["batch_size"] * config["trainer"]["accumulate_batches"],
             config["trainer"]["eval_batch_size"],
             config["seed"],
             parts.device,
@@ -86,6 +86,7 @@ def execute(config: dict[str, Any], parts: Parts, path: Path, command: list[str]
     if checkpoint:
         load_weights(model, Path(checkpoint))
     model.to(parts.device)
+    teacher = parts.distillation.teacher(model, data.num_classes, data.image_shape[0])
 
     images, _ = next(data.calibration.epoch(0))
     layers = describe_layers(model, images[:1])
@@ -126,7 +127,7 @@ def execute(config: dict[str, Any], parts: Parts, path: Path, command: list[str]
             require_achieved(allocation, achieved(calibrated, images[:1], problem.pinned))
             quantized = copy.deepcopy(calibrated)
         with folder.stage("qat"):
-            train_quantized(run, quantized, allocation)
+            train_quantized(run, quantized, allocation, teacher)
         with folder.stage("evaluate"):
             figures = evaluate_models(run, model, calibrated, quantized)
             keep_levels(run, quantized)
@@ -140,7 +141,8 @@ def run_dir(config: dict[str, Any], experiment: str | None, overrides: list[str]
     """The run's folder: as given, or ``<output_root>/<experiment>/<overrides>-<hash>``."""
     if config["run_dir"]:
         return Path(config["run_dir"])
-    hidden = ("experiment", "output_root", "run_dir", "dry_run", "debug", "trainer.device")
+    hidden = ("experiment", "output_root", "run_dir", "dry_run", "debug", "trainer.device",
+              "trainer.channels_last", "trainer.compile")  # fmt: skip
     readable = ",".join(
         text.lstrip("+") for text in overrides if text.lstrip("+").split("=")[0] not in hidden
     )

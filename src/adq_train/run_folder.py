@@ -40,7 +40,8 @@ A = TypeVar("A", bound=_Artifact)
 def identity(config: dict[str, Any]) -> dict[str, Any]:
     """What a run is: its resolved configuration without places and switches."""
     same = {k: v for k, v in config.items() if k not in NOT_PART_OF_A_RUN}
-    same["trainer"] = {k: v for k, v in config["trainer"].items() if k != "device"}
+    machine = ("device", "channels_last", "compile")
+    same["trainer"] = {k: v for k, v in config["trainer"].items() if k not in machine}
     same["data"] = {k: v for k, v in config["data"].items() if k != "num_workers"}
     return same
 

@@ -123,6 +123,24 @@ class TrainerConfig:
     label_smoothing: float = number(0.0, minimum=0, below=1)
     # Largest L2 norm of the gradients; null leaves them as they are.
     gradient_clip_norm: float | None = number(None, above=0)
+    # Batches whose gradients are added up before an optimizer step; the learning rate's schedule
+    # and everything else see one batch of batch_size times so many images.
+    accumulate_batches: int = number(1, minimum=1)
+    # float32, or autocast in bf16 or fp16 (with a scaled loss); quantizers stay in float32.
+    precision: str = choice("float32", "bf16", "fp16")
+    # Memory layout of weights and images, and torch.compile for the quantizers or the whole
+    # model: how fast it goes, not what it computes.
+    channels_last: bool = False
+    compile: str = choice("none", "quantizers", "model")
+    # α of mixup and of cutmix, 0 for none; with both, each batch gets one of them.
+    mixup_alpha: float = number(0.0, minimum=0)
+    cutmix_alpha: float = number(0.0, minimum=0)
+    # Decay per step of an average of the weights, which is evaluated and kept; 0: none.
+    weight_average_decay: float = number(0.0, minimum=0, below=1)
+    # Training images that give batch norm's statistics anew before each evaluation; 0: none.
+    batch_norm_reestimation: int = number(0, minimum=0)
+    # Steps with a loss or gradient that is not finite which are left out before one is an error.
+    skip_nonfinite_steps: int = number(0, minimum=0)
     # The model that is tested: the last one, or the best on the validation split.
     select: str = choice("last", "best")
 
@@ -153,6 +171,7 @@ class Config:
     activation_quantizer: Any = MISSING
     sensitivity: Any = MISSING
     allocator: Any = MISSING
+    distillation: Any = MISSING
     optimizer: Any = MISSING
     scheduler: Any = MISSING
 

@@ -36,11 +36,28 @@ from adq_train.run_folder import RunFolder, digest, exclusive, identity
 from adq_train.sensitivity.base import warn_negative
 from adq_train.sensitivity.partial import PartialTable, weights_digest
 from adq_train.training.checkpoint import CheckpointFolder
+from adq_train.training.distillation import Teacher
 from adq_train.training.evaluate import Evaluation, evaluate
 from adq_train.training.loop import fit, parameter_groups
+from adq_train.training.mixing import Mixing
+from adq_train.training.step import TrainingStep
 from adq_train.validate import Parts
 
 log = logging.getLogger(__name__)
+
+# The settings of the trainer that float training depends on too.
+SHARED_BY_FLOAT_TRAINING = (
+    "batch_size",
+    "label_smoothing",
+    "gradient_clip_norm",
+    "accumulate_batches",
+    "precision",
+    "mixup_alpha",
+    "cutmix_alpha",
+    "weight_average_decay",
+    "batch_norm_reestimation",
+    "skip_nonfinite_steps",
+)
 
 
 @dataclass(frozen=True)
@@ -74,10 +91,7 @@ def pretrain(run: Context, model: nn.Module) -> None:
         **{name: run.config[name] for name in shared_with},
         "data": {k: v for k, v in run.config["data"].items() if k not in ("root", "num_workers")},
         "fingerprint": run.data.fingerprint,
-        **{
-            name: run.config["trainer"][name]
-            for name in ("batch_size", "label_smoothing", "gradient_clip_norm")
-        },
+        **{name: run.config["trainer"][name] for name in SHARED_BY_FLOAT_TRAINING},
     }
     key = digest(depends_on)
     shared = Path(run.config["output_root"], "shared", f"pretrain-{key[:12]}")
@@ -201,12 +215,21 @@ def qat_key(config: dict[str, Any], allocation: BitAllocation) -> str:
     return digest([identity(config), allocation.to_json()])
 
 
-def train_quantized(run: Context, model: nn.Module, allocation: BitAllocation) -> None:
-    """Quantization-aware training, in place; ends with the model that ``trainer.select`` names."""
+def train_quantized(
+    run: Context, model: nn.Module, allocation: BitAllocation, teacher: Teacher | None
+) -> None:
+    """Quantization-aware training, in place; ends with the model that ``trainer.select`` names.
+
+    Args:
+        run: The run.
+        model: Prepared and calibrated.
+        allocation: Its bits.
+        teacher: For distillation.
+    """
     if not run.config["trainer"]["epochs"]:
         return
     key = qat_key(run.config, allocation)
-    checkpoints = _fit(run, model, run.folder.path, key, "qat")
+    checkpoints = _fit(run, model, run.folder.path, key, "qat", teacher)
     if run.config["trainer"]["select"] == "best":
         state = checkpoints.load(key, names=("best",))
         if state is None:
@@ -216,7 +239,14 @@ def train_quantized(run: Context, model: nn.Module, allocation: BitAllocation) -
     log.info("qat: validation top-1 %.2f %%", watched.top1_percent)
 
 
-def _fit(run: Context, model: nn.Module, folder: Path, key: str, stage: str) -> CheckpointFolder:
+def _fit(
+    run: Context,
+    model: nn.Module,
+    folder: Path,
+    key: str,
+    stage: str,
+    teacher: Teacher | None = None,
+) -> CheckpointFolder:
     """Float training (``pretrain``) or QAT (``qat``), recorded and checkpointed in ``folder``."""
     trainer, pretrain = run.config["trainer"], run.config["pretrain"]
     optimizer_defaults = run.config["optimizer"]
@@ -225,6 +255,25 @@ def _fit(run: Context, model: nn.Module, folder: Path, key: str, stage: str) -> 
     decay = pretrain["weight_decay"] if is_float else optimizer_defaults["weight_decay"]
     epochs = pretrain["epochs"] if is_float else trainer["epochs"]
     groups = parameter_groups(model, lr, decay, trainer["quantizer_lr_factor"])
+    step = TrainingStep(
+        model,
+        run.parts.make_optimizer(groups),
+        label_smoothing=trainer["label_smoothing"],
+        gradient_clip_norm=trainer["gradient_clip_norm"],
+        accumulate_batches=trainer["accumulate_batches"],
+        precision=trainer["precision"],
+        channels_last=trainer["channels_last"],
+        compile=trainer["compile"],
+        skip_nonfinite_steps=trainer["skip_nonfinite_steps"],
+        average_decay=trainer["weight_average_decay"],
+        mix=Mixing(
+            run.data.num_classes,
+            run.seed,
+            mixup_alpha=trainer["mixup_alpha"],
+            cutmix_alpha=trainer["cutmix_alpha"],
+        ),
+        teacher=teacher,
+    )
     checkpoints = CheckpointFolder(folder / "checkpoints")
     recorder = Recorder(folder, stage, epochs)
     log.info("%s: %d epochs of %d steps", stage, epochs, len(run.data.train))
@@ -236,9 +285,8 @@ def _fit(run: Context, model: nn.Module, folder: Path, key: str, stage: str) -> 
 
     try:
         fit(
-            model,
+            step,
             run.data,
-            run.parts.make_optimizer(groups),
             run.parts.scheduler,
             epochs=epochs,
             stage=stage,
@@ -246,8 +294,7 @@ def _fit(run: Context, model: nn.Module, folder: Path, key: str, stage: str) -> 
             key=key,
             on_start=on_start,
             on_epoch=recorder.epoch,
-            label_smoothing=trainer["label_smoothing"],
-            gradient_clip_norm=trainer["gradient_clip_norm"],
+            batch_norm_images=trainer["batch_norm_reestimation"],
         )
     finally:
         recorder.close()

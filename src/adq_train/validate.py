@@ -28,6 +28,8 @@ from adq_train.errors import ConfigError, UserError, did_you_mean
 from adq_train.quantization.base import MakeActivationQuantizer, MakeWeightQuantizer
 from adq_train.schema import GROUPS, SECTIONS, Range
 from adq_train.sensitivity.base import SensitivityMetric
+from adq_train.training.compiling import compiler_problem
+from adq_train.training.distillation import Distillation
 from adq_train.training.loop import MakeOptimizer
 from adq_train.training.schedule import Schedule
 
@@ -62,6 +64,7 @@ class Parts:
     allocator: Allocator
     make_optimizer: MakeOptimizer
     scheduler: Schedule
+    distillation: Distillation
     device: torch.device
 
 
@@ -89,6 +92,8 @@ def validate(cfg: DictConfig) -> tuple[dict[str, Any], Parts]:
     problems = [*_section_problems(config), *trust_problems(config)]
     trusted = trusted_prefixes(config)
     device = _device(config["trainer"]["device"], problems)
+    if config["trainer"]["compile"] != "none" and (missing := compiler_problem(device)):
+        problems.append(f"trainer.compile: {missing}, or set trainer.compile=none")
     built = {}
     if not any("_target_" in problem for problem in problems):
         for group in GROUPS:
@@ -107,6 +112,7 @@ def validate(cfg: DictConfig) -> tuple[dict[str, Any], Parts]:
         allocator=built["allocator"],
         make_optimizer=built["optimizer"],
         scheduler=built["scheduler"],
+        distillation=built["distillation"],
         device=device,
     )
     return config, parts

@@ -2,7 +2,7 @@
 
 import math
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from unittest import mock
 
@@ -18,6 +18,7 @@ from adq_train.quantization.functional import (
     GeneralizedSTE,
     interval_edges,
     interval_sums,
+    interval_sums_by_mask,
     midpoints,
     order_statistics,
     staircase,
@@ -104,22 +105,21 @@ def test_the_gradients_agree_within_rounding(seed, bits, layout, size):
         torch.testing.assert_close(got, expected, rtol=1e-5, atol=bound * float(edges.abs().max()))
 
 
-@pytest.mark.parametrize("by_mask", [False, True], ids=["by cell", "by mask"])
+@pytest.mark.parametrize("form", [interval_sums, interval_sums_by_mask])
 @pytest.mark.parametrize("count", [3, 7, 15])
-def test_every_plain_form_of_the_sums_is_the_definition(count, by_mask):
+def test_every_plain_form_of_the_sums_is_the_definition(count, form):
     numbers = torch.Generator().manual_seed(count)
     x = torch.randn(1000, generator=numbers, dtype=torch.float64)
     grad = torch.randn(1000, generator=numbers, dtype=torch.float64)
     edges = torch.linspace(-1, 1, count + 1, dtype=torch.float64)
     thresholds, slopes = midpoints(edges), torch.arange(count + 2.0, dtype=torch.float64)
-    with mock.patch.object(torch.compiler, "is_compiling", return_value=by_mask):
-        grad_x, above, moments, by_code, total = interval_sums(x, grad, edges, thresholds, slopes)
+    grad_x, sums = form(x, grad, edges, thresholds, slopes)
     for k, edge in enumerate(edges):
-        torch.testing.assert_close(above[k], grad[x > edge].sum())
-        torch.testing.assert_close(moments[k], (grad * x)[x > edge].sum())
+        torch.testing.assert_close(sums[k], grad[x > edge].sum())
+        torch.testing.assert_close(sums[count + 1 + k], (grad * x)[x > edge].sum())
     codes = (x[:, None] > thresholds).sum(1)
-    torch.testing.assert_close(by_code, (grad * codes).sum())
-    torch.testing.assert_close(total, grad.sum())
+    torch.testing.assert_close(sums[-2], (grad * codes).sum())
+    torch.testing.assert_close(sums[-1], grad.sum())
     torch.testing.assert_close(grad_x, grad * slopes[(x[:, None] > edges).sum(1)])
 
 
@@ -147,6 +147,30 @@ def test_gradients_of_another_layout_and_type_are_taken_in_order():
     fast = interval_sums(x, grad.bfloat16(), edges, midpoints(edges), slopes)
     expected = grad.bfloat16().float() * slopes[torch.bucketize(x.contiguous(), edges)]
     assert torch.equal(fast[0], expected)
+    assert fast[0].stride() == x.stride()
+
+
+def test_what_the_compiler_is_told_of_the_operators():
+    x, row = torch.randn(2, 3, 4, 5), torch.linspace(-1, 1, 4)
+    slopes = torch.tensor([0.0, 1, 2, 3, 0])
+    torch.library.opcheck(torch.ops.adq_train.staircase.default, (x, row, slopes))
+    sums = x, torch.randn_like(x), row, midpoints(row), slopes
+    torch.library.opcheck(torch.ops.adq_train.interval_sums.default, sums)
+
+
+@pytest.mark.parametrize("bits", [2, 8])
+def test_a_compiled_network_takes_the_same_path(bits):
+    x = torch.randn(2, 3, 8, 8)
+    inputs = torch.tensor(-1.5), torch.rand(2**bits - 1) * 6 / 2**bits + 1e-3, torch.tensor(0.4)
+
+    def outputs(function: Callable[..., Tensor]) -> list[Tensor]:
+        leaves = [v.clone().requires_grad_() for v in (x, *inputs)]
+        y = function(*leaves, torch.tensor(1.0))
+        return [y, *torch.autograd.grad(y.square().sum(), leaves)]
+
+    compiled = outputs(torch.compile(GeneralizedSTE.apply, fullgraph=True, backend="aot_eager"))
+    for got, expected in zip(compiled, outputs(GeneralizedSTE.apply), strict=True):
+        torch.testing.assert_close(got, expected)
 
 
 @settings(deadline=None, max_examples=80)

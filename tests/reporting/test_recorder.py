@@ -15,7 +15,9 @@ from adq_train.training.loop import EpochReport
 
 
 def report(epoch, loss=1.0):
-    return EpochReport(epoch, 10 * epoch, loss, 2.0, 50.0 + epoch, 0.1, 3.0 * epoch)
+    return EpochReport(
+        epoch, 10 * epoch, loss, 2.0, 50.0 + epoch, 0.1, 3.0 * epoch, 80.0, 5.0, 10**6
+    )
 
 
 def network(bits=(2, 8)):
@@ -58,6 +60,9 @@ def test_an_epoch_is_recorded_in_both_places(tmp_path):
         "validation_top1_percent": 51.0,
         "lr": 0.1,
         "seconds": 3.0,
+        "images_per_second": 80.0,
+        "data_wait_percent": 5.0,
+        "peak_memory_bytes": 10**6,
         # Few enough levels to follow; not those of the 8-bit layer.
         "codebooks": {"0": model[0].weight_quantizer.levels().tolist()},
     }

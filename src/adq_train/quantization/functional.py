@@ -60,16 +60,21 @@ def staircase(x: Tensor, borders: Tensor, values: Tensor) -> Tensor:
     Returns:
         The shape of ``x``.
     """
+    if is_channels_last(x):  # elementwise work in memory order
+        return staircase(x.permute(0, 2, 3, 1), borders, values).permute(0, 3, 1, 2)
+    if compiled_on_cpu(x):
+        opaque: Tensor = _opaque_staircase(x, borders, values)
+        return opaque
+    x = x.contiguous()
     if kernels.usable(x):
         return kernels.staircase(x, borders, values)
-    x = x.contiguous()
     cells = torch.bucketize(x, borders, out_int32=True)
     return values.index_select(0, cells.flatten()).view(x.shape)
 
 
 def interval_sums(
     x: Tensor, grad: Tensor, edges: Tensor, thresholds: Tensor, slopes: Tensor
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor]:
     """What the backward pass of :class:`GeneralizedSTE` reads from its input, in one pass.
 
     Args:
@@ -80,43 +85,86 @@ def interval_sums(
         slopes: (N + 2,) below the first edge, in each interval, above the last edge.
 
     Returns:
-        ``grad`` times the slope where ``x`` lies; Σ grad and Σ grad · x, (N + 1,) each, over the
-        values above each edge; Σ grad · code and Σ grad, () each.
+        ``grad`` times the slope where ``x`` lies; and sums (2 N + 4,), float64: Σ grad over the
+        values above each edge, Σ grad · x over the same, Σ grad · code, Σ grad.
     """
+    if is_channels_last(x):
+        order = 0, 2, 3, 1
+        grad_x, sums = interval_sums(
+            x.permute(order), grad.permute(order), edges, thresholds, slopes
+        )
+        return grad_x.permute(0, 3, 1, 2), sums
+    if compiled_on_cpu(x):
+        opaque: tuple[Tensor, Tensor] = _opaque_interval_sums(x, grad, edges, thresholds, slopes)
+        return opaque
+    x, grad = x.contiguous(), grad.to(x.dtype).contiguous()
     if kernels.usable(x):
-        return kernels.staircase_backward(x, grad, edges, thresholds, slopes)
-    x = x.contiguous()  # elementwise work in memory order; a strided search would copy it
-    grad = grad.to(x.dtype)
-    if len(edges) <= 16 and (x.is_cuda or torch.compiler.is_compiling()):
-        return _interval_sums_by_mask(x, grad, edges, thresholds, slopes)
+        return kernels.interval_sums(x, grad, edges, thresholds, slopes)
+    if x.is_cuda and len(edges) <= 16:
+        return interval_sums_by_mask(x, grad, edges, thresholds, slopes)
     # Edges and thresholds alternate: cell c of both lies in interval (c + 1) // 2, has code c // 2.
     pairs = torch.stack([edges[:-1], thresholds], 1).flatten()
-    cells = torch.bucketize(x, torch.cat([pairs, edges[-1:]]), out_int32=True)
+    cells = torch.bucketize(x, torch.cat([pairs, edges[-1:]]), out_int32=True).flatten()
     slots = torch.arange(2 * len(edges), device=x.device)
-    grad_x = grad * slopes[(slots + 1) // 2].index_select(0, cells.flatten()).view(x.shape)
-    sums, moments = (
-        torch.bincount(cells.flatten(), weights=w.flatten(), minlength=len(slots)).double()
+    grad_x = grad * slopes[(slots + 1) // 2].index_select(0, cells).view(x.shape)
+    by_cell, moments = (
+        torch.bincount(cells, weights=w.flatten(), minlength=len(slots)).double()
         for w in (grad, grad * x)
     )
     # Cell 2k + 1 is the first above edge k.
-    above, moments = (y.flip(0).cumsum(0).flip(0)[1::2] for y in (sums, moments))
-    return grad_x, above, moments, (sums * (slots // 2)).sum(), sums.sum()
+    above = [y.flip(0).cumsum(0).flip(0)[1::2] for y in (by_cell, moments)]
+    return grad_x, torch.cat(
+        [*above, (by_cell * (slots // 2)).sum().view(1), by_cell.sum().view(1)]
+    )
 
 
-def _interval_sums_by_mask(
+def interval_sums_by_mask(
     x: Tensor, grad: Tensor, edges: Tensor, thresholds: Tensor, slopes: Tensor
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor]:
     """The same edge by edge: what a compiler fuses into one pass, without atomic additions."""
 
     def over(weights: Tensor, borders: Tensor) -> Tensor:
         parts = [torch.where(x <= b, 0, weights).sum(dtype=torch.float64) for b in borders]
         return torch.stack(parts)
 
-    grad_x = grad * slopes[torch.bucketize(x, edges)]
-    by_code = over(grad, thresholds).sum()
-    return (
-        grad_x, over(grad, edges), over(grad * x, edges), by_code, grad.sum(dtype=torch.float64)
-    )  # fmt: skip
+    codes, total = over(grad, thresholds).sum(), grad.sum(dtype=torch.float64)
+    sums = [over(grad, edges), over(grad * x, edges), codes.view(1), total.view(1)]
+    return grad * slopes[torch.bucketize(x, edges)], torch.cat(sums)
+
+
+def is_channels_last(x: Tensor) -> bool:
+    """Whether a batch of images lies in memory with its channels innermost."""
+    last = torch.channels_last
+    return x.dim() == 4 and not x.is_contiguous() and x.is_contiguous(memory_format=last)
+
+
+def compiled_on_cpu(x: Tensor) -> bool:
+    """Whether torch.compile traces this for the CPU, where it would not see the kernels."""
+    return torch.compiler.is_compiling() and x.device.type == "cpu"
+
+
+@torch.library.custom_op("adq_train::staircase", mutates_args=())
+def _opaque_staircase(x: Tensor, borders: Tensor, values: Tensor) -> Tensor:
+    return staircase(x, borders, values)
+
+
+@_opaque_staircase.register_fake
+def _(x: Tensor, borders: Tensor, values: Tensor) -> Tensor:
+    return values.new_empty(x.shape)
+
+
+@torch.library.custom_op("adq_train::interval_sums", mutates_args=())
+def _opaque_interval_sums(
+    x: Tensor, grad: Tensor, edges: Tensor, thresholds: Tensor, slopes: Tensor
+) -> tuple[Tensor, Tensor]:
+    return interval_sums(x, grad, edges, thresholds, slopes)
+
+
+@_opaque_interval_sums.register_fake
+def _(
+    x: Tensor, grad: Tensor, edges: Tensor, thresholds: Tensor, slopes: Tensor
+) -> tuple[Tensor, Tensor]:
+    return x.new_empty(x.shape), x.new_empty(2 * len(edges) + 2, dtype=torch.float64)
 
 
 def order_statistics(values: Tensor, ranks: Tensor) -> Tensor:
@@ -297,16 +345,15 @@ class GeneralizedSTE(torch.autograd.Function):
         x, edges, thresholds, widths, step, zero_point = ctx.saved_tensors
         outside = step.new_zeros(1)
         slopes = torch.cat([outside, step / widths, outside])
-        grad_x, above, moments, by_code, total = interval_sums(
-            x, grads[0], edges, thresholds, slopes
-        )
+        grad_x, sums = interval_sums(x, grads[0], edges, thresholds, slopes)
+        above, moments = sums[: len(edges)], sums[len(edges) : -2]
         in_interval = above[:-1] - above[1:]
         moment = moments[:-1] - moments[1:] - edges[:-1] * in_interval
         pull = step * in_interval / widths  # −∂L/∂start of each interval
         # Widening an interval shifts every interval after it, as moving the start does.
         later = pull.sum() - pull.cumsum(0)
         grad_widths = -(step / widths) * (moment / widths) - later
-        grad_step = by_code - zero_point * total
+        grad_step = sums[-2] - zero_point * sums[-1]
         dtype = step.dtype
         return grad_x, -pull.sum().to(dtype), grad_widths.to(dtype), grad_step.to(dtype), None
 

@@ -182,9 +182,9 @@ INLINE void many_intervals(const Search *search, const float *x, const float *gr
 
 /* x, grad, grad_x (size); edges (count + 1); thresholds (count); slopes (count + 2), one for each
  * interval and 0 at both ends; sums (2 count + 4), as above. Returns 0, or 1 without memory. */
-int adq_staircase_backward(const float *x, const float *grad, float *grad_x, size_t size,
-                           const float *edges, const float *thresholds, const float *slopes,
-                           double *sums, int count, int threads) {
+int adq_interval_sums(const float *x, const float *grad, float *grad_x, size_t size,
+                      const float *edges, const float *thresholds, const float *slopes,
+                      double *sums, int count, int threads) {
     size_t chunks = (size + CHUNK - 1) / CHUNK, width = 2 * (size_t)count + 4;
     double *partial = calloc(chunks * width, sizeof *partial);
     if (!partial) return 1;

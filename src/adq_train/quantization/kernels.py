@@ -99,11 +99,10 @@ def staircase(x: Tensor, borders: Tensor, values: Tensor) -> Tensor:
     """``values[i]`` for i the number of borders below ``x``; see functional.staircase.
 
     Args:
-        x: Any shape; its memory format is kept.
+        x: Any shape, contiguous.
         borders: (K - 1,) sorted.
         values: (K,).
     """
-    x = _dense(x.detach())
     y = torch.empty_like(x)
     borders, values = _row(borders), _row(values)
     _library().adq_staircase(
@@ -113,36 +112,31 @@ def staircase(x: Tensor, borders: Tensor, values: Tensor) -> Tensor:
     return y
 
 
-def staircase_backward(
+def interval_sums(
     x: Tensor, grad: Tensor, edges: Tensor, thresholds: Tensor, slopes: Tensor
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor]:
     """Gradient and sums for the generalised straight-through; see functional.interval_sums.
 
     Args:
-        x: Any shape.
-        grad: Of the output, in the shape of ``x``.
+        x: Any shape, contiguous.
+        grad: Of the output, in the shape of ``x``, contiguous.
         edges: (N + 1,) sorted.
         thresholds: (N,), each within its interval.
         slopes: (N + 2,).
 
     Returns:
-        The gradient of ``x``; sums (N + 1,) and moments (N + 1,) over the values above each edge,
-        the sum () of gradient times code and of the gradient; sums in float64.
+        The gradient of ``x``, and sums (2 N + 4,).
     """
-    x = _dense(x.detach())
-    if grad.dtype != x.dtype or grad.stride() != x.stride():
-        grad = torch.empty_like(x).copy_(grad)
     grad_x = torch.empty_like(x)
     edges, thresholds, slopes = _row(edges), _row(thresholds), _row(slopes)
     sums = torch.empty(2 * len(edges) + 2, dtype=torch.float64)
-    failed = _library().adq_staircase_backward(
+    failed = _library().adq_interval_sums(
         *_pointers(x, grad, grad_x), ctypes.c_size_t(x.numel()),
         *_pointers(edges, thresholds, slopes, sums), len(thresholds), torch.get_num_threads(),
     )  # fmt: skip
     if failed:
         raise MemoryError
-    n = len(edges)
-    return grad_x, sums[:n], sums[n : 2 * n], sums[-2], sums[-1]
+    return grad_x, sums
 
 
 def order_statistics(values: Tensor, ranks: Tensor) -> Tensor:
@@ -155,7 +149,7 @@ def order_statistics(values: Tensor, ranks: Tensor) -> Tensor:
     Returns:
         (m,) values.
     """
-    values = values.detach().contiguous()
+    values = values.contiguous()
     ascending, places = ranks.sort()
     found = torch.empty(len(ranks))
     failed = _library().adq_order_statistics(
@@ -179,10 +173,3 @@ def _pointers(*tensors: Tensor) -> list[ctypes.c_void_p]:
 
 def _row(x: Tensor) -> Tensor:
     return x.detach().float().contiguous()
-
-
-def _dense(x: Tensor) -> Tensor:
-    """``x`` without gaps in memory, in the order it has, where that is one of the usual two."""
-    if x.is_contiguous() or (x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last)):
-        return x
-    return x.contiguous()

@@ -72,6 +72,9 @@ class Recorder:
             ("loss/validation", "validation_loss"),
             ("accuracy/validation_top1_percent", "validation_top1_percent"),
             ("learning_rate", "lr"),
+            ("speed/images_per_second", "images_per_second"),
+            ("speed/data_wait_percent", "data_wait_percent"),
+            ("speed/peak_memory_bytes", "peak_memory_bytes"),
         ):
             self.writer.add_scalar(tag, values[name], report.epoch)
         for name, found in codebooks.items():

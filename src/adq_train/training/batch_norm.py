@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from adq_train.data.base import Batches
 from adq_train.errors import UserError
 from adq_train.quantization.describe import run_with_hooks
 
@@ -77,6 +78,16 @@ def kept_statistics(norms: Sequence[_BatchNorm]) -> Iterator[None]:
         for norm, buffers in zip(norms, before, strict=True):
             for name, value in buffers.items():
                 norm.get_buffer(name).copy_(value)
+
+
+def first_images(batches: Batches, epoch: int, num_images: int) -> Iterator[Tensor]:
+    """The first batches of an epoch, without targets, until they hold ``num_images``."""
+    found = 0
+    for images, _ in batches.epoch(epoch):
+        yield images
+        found += len(images)
+        if found >= num_images:
+            return
 
 
 @torch.no_grad()

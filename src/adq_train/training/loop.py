@@ -11,17 +11,18 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.nn import functional as F
 from torch.optim import Optimizer
 
 from adq_train.data.base import Batches, ImageData
 from adq_train.errors import UserError
 from adq_train.quantization.base import Quantizer
-from adq_train.quantization.prepare import Upkeep
 from adq_train.reporting.progress import Progress
+from adq_train.training.batch_norm import first_images, reestimate_batch_norm
 from adq_train.training.checkpoint import CheckpointFolder
 from adq_train.training.evaluate import evaluate
 from adq_train.training.schedule import Schedule
+from adq_train.training.step import TrainingStep
+from adq_train.training.throughput import TimedBatches, duration
 
 log = logging.getLogger(__name__)
 
@@ -30,7 +31,10 @@ MakeOptimizer = Callable[[Iterable[dict[str, Any]]], Optimizer]
 
 @dataclass(frozen=True)
 class EpochReport:
-    """What one epoch gave; ``epoch`` counts from 1, ``lr`` is the last step's base rate."""
+    """What one epoch gave; ``epoch`` counts from 1, ``lr`` is the last step's base rate.
+
+    The last three figures are of its training, without evaluation.
+    """
 
     epoch: int
     step: int
@@ -39,6 +43,9 @@ class EpochReport:
     validation_top1_percent: float
     lr: float
     seconds: float
+    images_per_second: float
+    data_wait_percent: float
+    peak_memory_bytes: int
 
 
 def parameter_groups(
@@ -72,53 +79,36 @@ def parameter_groups(
 
 
 def train_epoch(
-    model: nn.Module,
-    batches: Batches,
-    epoch: int,
-    optimizer: Optimizer,
-    lr_factor: Callable[[int], float],
-    *,
-    label_smoothing: float = 0.0,
-    gradient_clip_norm: float | None = None,
+    step: TrainingStep, batches: Batches, epoch: int, lr_factor: Callable[[int], float]
 ) -> float:
     """One pass over the training images.
 
     Args:
-        model: Float or prepared; codebooks adapt after each optimizer step.
+        step: What happens with each batch; its optimizer's groups keep their base rate in
+            ``initial_lr``.
         batches: The training images.
         epoch: From 0.
-        optimizer: Its groups keep their base rate in ``initial_lr``.
         lr_factor: Maps the number of finished steps to the factor on the base rates.
-        label_smoothing: Share of the target's probability spread over all classes.
-        gradient_clip_norm: Largest L2 norm of the gradients, or None.
 
     Returns:
         The mean training loss.
     """
-    model.train()
-    upkeep = Upkeep(model)
+    step.model.train()
     total = torch.zeros((), dtype=torch.float64)
     count = 0
-    for step, (images, targets) in enumerate(batches.epoch(epoch), epoch * len(batches)):
-        for group in optimizer.param_groups:
-            group["lr"] = group["initial_lr"] * lr_factor(step)
-        loss = F.cross_entropy(model(images), targets, label_smoothing=label_smoothing)
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()  # type: ignore[no-untyped-call]
-        upkeep.before_step()
-        if gradient_clip_norm is not None:
-            nn.utils.clip_grad_norm_(model.parameters(), gradient_clip_norm)
-        optimizer.step()
-        upkeep.after_step(step + 1)
-        total = total.to(loss.device) + loss.detach().double() * len(targets)
+    for done, (images, targets) in enumerate(batches.epoch(epoch), epoch * len(batches)):
+        for group in step.optimizer.param_groups:
+            group["lr"] = group["initial_lr"] * lr_factor(done)
+        loss = step(images, targets, done)
+        total = total.to(loss.device) + loss.double() * len(targets)
         count += len(targets)
+    step.finish_epoch()
     return float(total) / count
 
 
 def fit(
-    model: nn.Module,
+    step: TrainingStep,
     data: ImageData,
-    optimizer: Optimizer,
     schedule: Schedule,
     *,
     epochs: int,
@@ -127,8 +117,7 @@ def fit(
     key: str,
     on_start: Callable[[int, float], None],
     on_epoch: Callable[[EpochReport, nn.Module], None],
-    label_smoothing: float = 0.0,
-    gradient_clip_norm: float | None = None,
+    batch_norm_images: int = 0,
 ) -> None:
     """Trains to the last epoch, from the newest checkpoint where there is one.
 
@@ -136,29 +125,30 @@ def fit(
     was interrupted ends with the same weights as one that was not.
 
     Args:
-        model: Trained in place.
+        step: What happens with each batch; its model is trained in place.
         data: Trains on ``train``, watches ``validation``.
-        optimizer: Over the model's parameters.
         schedule: Maps progress in [0, 1) to a factor on the learning rates.
         epochs: How many in all.
         stage: Shown in the progress.
         checkpoints: One checkpoint after every epoch.
         key: Everything that the outcome depends on; other checkpoints are not used.
         on_start: Called with the epochs that are done already and the seconds that they took.
-        on_epoch: Called after every epoch, before its checkpoint.
-        label_smoothing: See :func:`train_epoch`.
-        gradient_clip_norm: See :func:`train_epoch`.
+        on_epoch: Called after every epoch, before its checkpoint, with the evaluated model.
+        batch_norm_images: So many training images, at least, give batch norm's statistics anew
+            before each evaluation; 0 keeps those of training.
 
     Raises:
-        UserError: The loss is no longer finite; the last good checkpoint is kept.
+        UserError: A loss or gradient is not finite; the last good checkpoint is kept.
     """
+    optimizer = step.optimizer
     for group in optimizer.param_groups:
         group["initial_lr"] = group["lr"]
     done, best, seconds = 0, -math.inf, 0.0
     state = checkpoints.load(key)
     if state is not None:
-        model.load_state_dict(state["model"])
+        step.evaluated.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
+        step.load_state_dict(state["step"])
         _set_rng_states(state["rng"])
         done, best, seconds = state["epoch"], state["best_top1_percent"], state["seconds"]
         log.info("%s: continuing after epoch %d of %d", stage, done, epochs)
@@ -168,16 +158,13 @@ def fit(
     with Progress(stage, total=epochs, done=done) as progress:
         for epoch in range(done, epochs):
             began = time.perf_counter()
-            train_loss = train_epoch(
-                model,
-                data.train,
-                epoch,
-                optimizer,
-                lambda step: schedule(step / total_steps),
-                label_smoothing=label_smoothing,
-                gradient_clip_norm=gradient_clip_norm,
-            )
-            watched = evaluate(model, data.validation)
+            train = TimedBatches(data.train)
+            train_loss = train_epoch(step, train, epoch, lambda done: schedule(done / total_steps))
+            speed = train.throughput(time.perf_counter() - began)
+            if batch_norm_images:
+                images = first_images(data.train, epoch, batch_norm_images)
+                reestimate_batch_norm(step.evaluated, images)
+            watched = evaluate(step.evaluated, data.validation)
             for what, loss in (("training", train_loss), ("validation", watched.loss)):
                 if not math.isfinite(loss):
                     raise UserError(
@@ -194,8 +181,9 @@ def fit(
                 validation_top1_percent=watched.top1_percent,
                 lr=optimizer.param_groups[0]["lr"],
                 seconds=seconds,
+                **vars(speed),
             )
-            on_epoch(report, model)
+            on_epoch(report, step.evaluated)
             is_best = watched.top1_percent > best
             best = max(best, watched.top1_percent)
             checkpoints.save(
@@ -205,12 +193,20 @@ def fit(
                     "best_top1_percent": best,
                     "seconds": seconds,
                     "rng": _rng_states(),
-                    "model": model.state_dict(),
+                    "model": step.evaluated.state_dict(),
                     "optimizer": optimizer.state_dict(),
+                    "step": step.state_dict(),
                 },
                 best=is_best,
             )
-            progress.advance(f"loss {train_loss:.3f}, validation {watched.top1_percent:.1f} %")
+            left = seconds / (epoch + 1) * (epochs - epoch - 1)
+            progress.advance(
+                f"loss {train_loss:.3f}, validation {watched.top1_percent:.1f} %, "
+                f"{speed.images_per_second:.0f} images/s, {speed.data_wait_percent:.0f} % of it "
+                f"waiting for data, peak {speed.peak_memory_bytes / 1e6:.0f} MB, "
+                f"{duration(left)} left"
+            )
+    step.finish()
 
 
 def _rng_states() -> list[torch.Tensor]:

@@ -1,0 +1,75 @@
+"""An average of the weights over the last steps, for evaluation."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterable
+
+import torch
+from torch import Tensor, nn
+from torch.optim.swa_utils import get_ema_multi_avg_fn
+
+from adq_train.quantization.base import WeightQuantizer
+from adq_train.quantization.prepare import Upkeep
+from adq_train.training.batch_norm import batch_norms
+
+
+def decay_at(step: int, decay: float) -> float:
+    """min(γ, (1 + t) / (10 + t)): while few steps are done, the average forgets the start faster.
+
+    Args:
+        step: t, finished optimizer steps, from 1.
+        decay: γ, in [0, 1).
+    """
+    return min(decay, (1 + step) / (10 + step))
+
+
+@torch.no_grad()
+def move_towards(averages: Iterable[Tensor], values: Iterable[Tensor], decay: float) -> None:
+    """Every average a becomes γ a + (1 - γ) v of its value v, in place."""
+    update: Callable[..., None] = get_ema_multi_avg_fn(decay)  # type: ignore[no-untyped-call]
+    update(tuple(averages), tuple(values), 0)
+
+
+class WeightAverage:
+    """An exponential moving average of a network's parameters, as a network of its own.
+
+    Its running statistics of batch norm are averages at the same rate. Its codebooks are not:
+    an average of sorted levels would fit neither network, so they follow the averaged weights by
+    the quantizer's own rule. Other buffers are copies.
+
+    Args:
+        model: Float or prepared; copied.
+        decay: γ, in [0, 1); see :func:`decay_at`.
+    """
+
+    def __init__(self, model: nn.Module, decay: float) -> None:
+        self.decay = decay
+        self.model = copy.deepcopy(model).requires_grad_(False)
+        self._upkeep = Upkeep(self.model)
+
+    @torch.no_grad()
+    def update(self, model: nn.Module, step: int) -> None:
+        """Takes in the weights after optimizer step number ``step``, from 1.
+
+        Args:
+            model: The network that is trained.
+            step: Finished optimizer steps.
+        """
+        statistics = [f"{name}.running_{x}" for name in batch_norms(model) for x in ("mean", "var")]
+        own = [x.lstrip(".") for x in statistics]  # the network may be a batch norm itself
+        codebooks = {
+            f"{name}.{buffer}"
+            for name, module in model.named_modules()
+            if isinstance(module, WeightQuantizer)
+            for buffer, _ in module.named_buffers()
+        }
+        mine, theirs = dict(self.model.named_buffers()), dict(model.named_buffers())
+        move_towards(
+            [*self.model.parameters(), *(mine[x] for x in own)],
+            [*model.parameters(), *(theirs[x] for x in own)],
+            decay_at(step, self.decay),
+        )
+        for name in theirs.keys() - codebooks - set(own):
+            mine[name].copy_(theirs[name])
+        self._upkeep.after_step(step)

@@ -1,0 +1,72 @@
+"""Mixup and cutmix: batches whose images and labels are blends of two."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torchvision.transforms import v2
+
+from adq_train.data.base import derived_seed
+
+
+def blended(
+    images: Tensor, targets: Tensor, transform: v2.Transform, seed: int
+) -> tuple[Tensor, Tensor]:
+    """A batch as a random transform makes it; the same seed gives the same batch.
+
+    Args:
+        images: (N, C, H, W).
+        targets: (N,) int64.
+        transform: Draws from PyTorch's default generator, which is left as it was.
+        seed: Of the draw.
+
+    Returns:
+        What the transform makes of both.
+    """
+    with torch.random.fork_rng(devices=[]):
+        # The CPU's alone: torch.manual_seed would restart a GPU's dropout with every batch.
+        torch.default_generator.manual_seed(seed)
+        mixed: tuple[Tensor, Tensor] = transform(images, targets)
+        return mixed
+
+
+class Mixing:
+    """Mixup (Zhang et al. 2018, arXiv 1710.09412), cutmix (Yun et al. 2019, arXiv 1905.04899).
+
+    With λ from Beta(α, α), mixup gives λ x_i + (1 - λ) x_(i-1), and cutmix replaces a rectangle
+    of the share 1 - λ of x_i by that of x_(i-1); labels are mixed in the same shares. Where both
+    are on, each batch gets one of them, with equal chances. All draws depend on the seed and the
+    step alone.
+
+    Args:
+        num_classes: K.
+        seed: The run's.
+        mixup_alpha: α of mixup; 0 is none.
+        cutmix_alpha: α of cutmix; 0 is none.
+    """
+
+    def __init__(
+        self, num_classes: int, seed: int, *, mixup_alpha: float = 0.0, cutmix_alpha: float = 0.0
+    ) -> None:
+        alphas = {v2.MixUp: mixup_alpha, v2.CutMix: cutmix_alpha}
+        chosen = [
+            kind(alpha=alpha, num_classes=num_classes) for kind, alpha in alphas.items() if alpha
+        ]
+        self.seed = seed
+        self.transform = v2.RandomChoice(chosen) if chosen else None
+
+    def __call__(self, images: Tensor, targets: Tensor, step: int) -> tuple[Tensor, Tensor]:
+        """The batch of one step.
+
+        Args:
+            images: (N, C, H, W).
+            targets: (N,) int64.
+            step: Finished optimizer steps.
+
+        Returns:
+            Images of the same shape, and class probabilities (N, K); the batch as it is where
+            both are off.
+        """
+        if self.transform is None:
+            return images, targets
+        return blended(images, targets, self.transform, derived_seed(self.seed, "mixing", step))
