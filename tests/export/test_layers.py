@@ -1,10 +1,16 @@
+import copy
+
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import nn
 
-from adq_train.export.layers import Steps, compare_all, look_up
-from adq_train.export.tables import Staircase
+from adq_train.export.layers import Steps, compare_all, look_up, packed_layer
+from adq_train.export.tables import Staircase, tables_of
+from adq_train.quantization.adq import AdqWeightQuantizer
+from adq_train.quantization.layers import quantized
+from adq_train.quantization.n2uq import N2uqActivationQuantizer, N2uqWeightQuantizer
 
 
 @given(st.lists(st.integers(-20, 20), min_size=1, max_size=255).map(sorted))
@@ -41,3 +47,32 @@ def test_steps_keep_the_layout_where_training_did(bits, uniform):
         y = Steps(Staircase(bits, thresholds, levels, keeps))(x)
         assert y.is_contiguous(memory_format=torch.channels_last) is keeps
         assert y.is_contiguous() is not keeps
+
+
+LAYERS = {
+    "conv1d": (lambda: nn.Conv1d(4, 6, 3, stride=2, padding=1, groups=2), (2, 4, 9)),
+    "conv2d": (lambda: nn.Conv2d(4, 6, 3, dilation=2, bias=False), (2, 4, 9, 8)),
+    "conv3d": (lambda: nn.Conv3d(4, 6, 2), (2, 4, 5, 4, 3)),
+    "transposed": (
+        lambda: nn.ConvTranspose2d(4, 6, 3, stride=2, padding=1, output_padding=1, groups=2),
+        (2, 4, 5, 6),
+    ),
+    "linear": (lambda: nn.Linear(4, 6), (2, 3, 4)),
+}
+
+
+@pytest.mark.parametrize("dense", [True, False])
+@pytest.mark.parametrize("weights", [AdqWeightQuantizer, N2uqWeightQuantizer])
+@pytest.mark.parametrize("kind", LAYERS)
+def test_every_kind_of_layer_answers_as_the_trained_one(kind, weights, dense):
+    make, shape = LAYERS[kind]
+    torch.manual_seed(0)
+    layer, x = make(), torch.randn(shape)
+    weight_quantizer, input_quantizer = weights(3), N2uqActivationQuantizer(2)
+    weight_quantizer.calibrate(layer.weight.detach())
+    input_quantizer.calibrate(x)
+    trained = quantized(layer, weight_quantizer, input_quantizer)
+    with torch.no_grad():
+        expected = trained(x)
+        packed = packed_layer(copy.deepcopy(layer), tables_of(kind, trained), dense)
+        assert torch.equal(packed(x), expected)

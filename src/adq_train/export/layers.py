@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -132,6 +134,10 @@ class PackedLayer(nn.Module):
         x, weight = self.steps(x), self.weight()
         if isinstance(self.layer, nn.Linear):
             return F.linear(x, weight, self.layer.bias)
+        if isinstance(self.layer, nn.ConvTranspose2d):
+            of = self.layer
+            geometry: Any = (of.stride, of.padding, of.output_padding, of.groups, of.dilation)
+            return F.conv_transpose2d(x, weight, of.bias, *geometry)
         assert isinstance(self.layer, nn.Conv1d | nn.Conv2d | nn.Conv3d)
         output: Tensor = self.layer._conv_forward(x, weight, self.layer.bias)
         return output
