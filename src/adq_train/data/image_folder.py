@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision.datasets import ImageFolder
 from torchvision.transforms import v2
 
-from adq_train.data.base import Batch, HeldOut, ImageData, Loading, Pixels, derived_seed
+from adq_train.data.base import ALL, Batch, HeldOut, ImageData, Loading, Pixels, derived_seed
 from adq_train.errors import UserError
 
 # ImageNet's customary statistics, as torchvision's pretrained weights expect them.
@@ -56,6 +56,8 @@ def _collate(items: list[tuple[Tensor, int] | str]) -> tuple[Tensor, Tensor] | s
         if isinstance(item, str):
             return item
         good.append(item)
+    if not good:
+        return torch.empty(0, 3, 1, 1, dtype=torch.uint8), torch.empty(0, dtype=torch.int64)
     images, targets = zip(*good, strict=True)
     return torch.stack(images), torch.tensor(targets)
 
@@ -67,7 +69,7 @@ class _Order:
         self.num_images = num_images
         self.batch_size = batch_size
         self.shuffle_seed = shuffle_seed
-        self.epoch = 0
+        self.epoch, self.batches, self.images = 0, ALL, ALL
 
     def __len__(self) -> int:
         return -(-self.num_images // self.batch_size)
@@ -78,9 +80,9 @@ class _Order:
             seed = derived_seed(self.shuffle_seed, self.epoch)
             generator = torch.Generator().manual_seed(seed)
             order = torch.randperm(self.num_images, generator=generator)
-        for start in range(0, self.num_images, self.batch_size):
-            part = order[start : start + self.batch_size]
-            yield [(self.epoch, index) for index in part.tolist()]
+        for start in range(0, self.num_images, self.batch_size)[self.batches]:
+            part = order[start : start + self.batch_size].tolist()
+            yield [(self.epoch, index) for index in part[self.images]]
 
 
 class FolderBatches:
@@ -117,18 +119,22 @@ class FolderBatches:
     def __len__(self) -> int:
         return len(self.order)
 
-    def epoch(self, epoch: int) -> Iterator[Batch]:
-        """The batches of one epoch.
+    def size(self, index: int) -> int:
+        """The number of images in batch ``index``."""
+        return min(self.order.batch_size, self.num_images - index * self.order.batch_size)
+
+    def epoch(self, epoch: int, batches: slice = ALL, images: slice = ALL) -> Iterator[Batch]:
+        """Some batches of one epoch; only what they hold is decoded.
 
         Raises:
             UserError: An image cannot be decoded; its path is named.
         """
-        self.order.epoch = epoch
+        self.order.epoch, self.order.batches, self.order.images = epoch, batches, images
         for batch in self.loader:
             if isinstance(batch, str):
                 raise UserError(batch)
-            images, targets = (t.to(self.device, non_blocking=True) for t in batch)
-            yield (images.float() - self.mean) / self.std, targets
+            pixels, targets = (t.to(self.device, non_blocking=True) for t in batch)
+            yield (pixels.float() - self.mean) / self.std, targets
 
 
 def list_images(folder: Path) -> ImageFolder:
