@@ -160,6 +160,35 @@ def test_a_truncated_image_is_named(root, num_workers, name):
         list(load(root, num_workers=num_workers).test.epoch(0))
 
 
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_broken_images_are_left_out_up_to_the_limit(root, num_workers, caplog):
+    whole = joined(load(root).test)
+    paths = [root / "val" / "bird" / name for name in ("00.JPEG", "01.png")]
+    broken = [*paths, root / "val" / "dog" / "03.jpg"]
+    for path in broken:
+        path.write_bytes(b"broken")
+    data = load(root, num_workers=num_workers, skip_unreadable_images=3, batch_size=2)
+    for _ in range(2):  # the second time they are known
+        images, targets = joined(data.test)
+        assert targets.tolist() == [1, 1, 1, 2, 2, 2]
+        assert torch.equal(images, whole[0][2:8])
+    assert caplog.text.count("cannot read the image") == 3
+    assert f"{broken[2]} (" in caplog.text
+    assert "left out (3 of at most 3, data.skip_unreadable_images)" in caplog.text
+    strict = load(root, num_workers=num_workers, skip_unreadable_images=2)
+    with pytest.raises(UserError, match=r"03.jpg .*skip_unreadable_images=2 are left out; replace"):
+        joined(strict.test)
+
+
+def test_a_batch_of_broken_images_is_left_out(root):
+    for name in ("bird", "cat", "dog"):
+        for path in (root / "val" / name).iterdir():
+            if not (name == "dog" and path.name == "03.jpg"):
+                path.write_bytes(b"broken")
+    data = load(root, skip_unreadable_images=8)
+    assert [targets.tolist() for _, targets in data.test.epoch(0)] == [[2]]
+
+
 @pytest.mark.parametrize("content", [b"", b"hello", b"P6 2x 3 255\n"], ids=["empty", "text", "ppm"])
 def test_a_file_that_is_no_image_is_named(root, content):
     path = root / "val" / "cat" / "00.ppm"
@@ -221,6 +250,7 @@ def test_fingerprint_tells_names_and_sizes_but_not_the_place(root, tmp_path_fact
     ("changes", "message"),
     [
         ({"num_workers": -1}, "num_workers must be at least 0, got -1"),
+        ({"skip_unreadable_images": -1}, "skip_unreadable_images must be at least 0, got -1"),
         ({"image_size": 0}, r"image_size must lie in 1 … resize \(18\), got 0"),
         ({"image_size": 19}, r"image_size must lie in 1 … resize \(18\), got 19"),
     ],

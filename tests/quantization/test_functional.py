@@ -14,6 +14,7 @@ from adq_train.quantization.functional import (
     best_clip,
     best_codebook_scale,
     cell_statistics,
+    cell_sums,
     interval_edges,
     lloyd_max,
     midpoints,
@@ -383,3 +384,15 @@ def test_best_codebook_scale_is_the_best_of_its_candidates(seed, count, signed, 
 
 def test_best_codebook_scale_of_zeros():
     assert best_codebook_scale(torch.zeros(5), torch.tensor([-1.0, 0.0, 1.0])) == 1
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_cell_sums_are_the_same_for_the_compiler(dtype):
+    cells = torch.randint(5, (40,), generator=torch.Generator().manual_seed(0)).int()
+    values = torch.randn(40, generator=torch.Generator().manual_seed(1), dtype=dtype)
+    expected = [values[cells == cell].sum().item() for cell in range(7)]
+    found = cell_sums(cells, values, 7)
+    assert found.tolist() == pytest.approx(expected, rel=1e-5)
+    traced = torch.compile(cell_sums, backend="aot_eager", fullgraph=True)(cells, values, 7)
+    assert torch.equal(traced, found)
+    torch.library.opcheck(torch.ops.adq_train.cell_sums.default, (cells, values, 7))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +18,8 @@ from torchvision.transforms import v2
 
 from adq_train.data.base import ALL, Batch, HeldOut, ImageData, Loading, Pixels, derived_seed
 from adq_train.errors import UserError
+
+log = logging.getLogger(__name__)
 
 # ImageNet's customary statistics, as torchvision's pretrained weights expect them.
 MEAN = (0.485, 0.456, 0.406)
@@ -41,7 +44,7 @@ class _Images(Dataset[tuple[Tensor, int] | str]):
             with Image.open(path) as file:
                 image = file.convert("RGB")
         except Exception as error:  # each of Pillow's formats has errors of its own
-            return f"data.root: cannot read the image {path} ({error}); replace or remove it"
+            return f"{path} ({error})"
         # fork_rng: without workers this runs in the main process, whose stream must not move.
         with torch.random.fork_rng(devices=[]):
             # The CPU's alone: torch.manual_seed would restart a GPU's dropout with every image.
@@ -49,17 +52,55 @@ class _Images(Dataset[tuple[Tensor, int] | str]):
             return self.transform(image), target
 
 
-def _collate(items: list[tuple[Tensor, int] | str]) -> tuple[Tensor, Tensor] | str:
-    """A batch, or the first error: exceptions of a worker would lose their one-line message."""
-    good: list[tuple[Tensor, int]] = []
-    for item in items:
-        if isinstance(item, str):
-            return item
-        good.append(item)
-    if not good:
-        return torch.empty(0, 3, 1, 1, dtype=torch.uint8), torch.empty(0, dtype=torch.int64)
+def _collate(items: list[tuple[Tensor, int] | str]) -> tuple[list[Tensor], list[str]]:
+    """Images and targets, perhaps none, and the unreadable ones.
+
+    An exception of a worker would lose its one-line message.
+    """
+    unreadable = [item for item in items if isinstance(item, str)]
+    good = [item for item in items if not isinstance(item, str)]
+    if not good:  # an empty batch is still one, for the processes that have images of it
+        empty = torch.empty(0, 3, 1, 1, dtype=torch.uint8)
+        return [empty, torch.empty(0, dtype=torch.int64)], unreadable
     images, targets = zip(*good, strict=True)
-    return torch.stack(images), torch.tensor(targets)
+    return [torch.stack(images), torch.tensor(targets)], unreadable
+
+
+class Unreadable:
+    """The images of a run that cannot be decoded; they are left out up to a limit.
+
+    Args:
+        limit: So many may be left out.
+    """
+
+    def __init__(self, limit: int) -> None:
+        self.limit = limit
+        self.found: set[str] = set()
+
+    def add(self, image: str) -> None:
+        """Reports an image when it is met first.
+
+        Args:
+            image: Its path and what is wrong with it.
+
+        Raises:
+            UserError: There are more than the limit.
+        """
+        if image in self.found:
+            return
+        self.found.add(image)
+        if len(self.found) > self.limit:
+            allowed = f"data.skip_unreadable_images={self.limit} are left out; " * bool(self.limit)
+            raise UserError(
+                f"data.root: cannot read the image {image}; {allowed}replace or remove it, or "
+                "leave out a few with data.skip_unreadable_images"
+            )
+        log.warning(
+            "cannot read the image %s; left out (%d of at most %d, data.skip_unreadable_images)",
+            image,
+            len(self.found),
+            self.limit,
+        )
 
 
 class _Order:
@@ -98,7 +139,9 @@ class FolderBatches:
         seed: int,
         shuffle: bool,
         device: torch.device,
+        unreadable: Unreadable,
     ) -> None:
+        self.unreadable = unreadable
         self.num_images = len(samples)
         self.order = _Order(len(samples), batch_size, seed if shuffle else None)
         self.device = device
@@ -127,14 +170,14 @@ class FolderBatches:
         """Some batches of one epoch; only what they hold is decoded.
 
         Raises:
-            UserError: An image cannot be decoded; its path is named.
+            UserError: More images than allowed cannot be decoded; the path of one is named.
         """
         self.order.epoch, self.order.batches, self.order.images = epoch, batches, images
-        for batch in self.loader:
-            if isinstance(batch, str):
-                raise UserError(batch)
+        for batch, unreadable in self.loader:
+            for image in unreadable:
+                self.unreadable.add(image)
             pixels, targets = (t.to(self.device, non_blocking=True) for t in batch)
-            yield (pixels.float() - self.mean) / self.std, targets
+            yield pixels.float().sub_(self.mean).div_(self.std), targets
 
 
 def list_images(folder: Path) -> ImageFolder:
@@ -161,17 +204,24 @@ class Folders(HeldOut):
         image_size: Height and width that the model sees.
         resize: Shorter side before the centre crop, outside training.
         num_workers: Processes that decode images; 0 decodes in the main process.
+        skip_unreadable_images: So many images that cannot be decoded are left out; one more is
+            an error.
     """
 
     root: str
     image_size: int
     resize: int
     num_workers: int
+    skip_unreadable_images: int = 0
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.num_workers < 0:
             raise ValueError(f"num_workers must be at least 0, got {self.num_workers}")
+        if self.skip_unreadable_images < 0:
+            raise ValueError(
+                f"skip_unreadable_images must be at least 0, got {self.skip_unreadable_images}"
+            )
         if not 0 < self.image_size <= self.resize:
             raise ValueError(
                 f"image_size must lie in 1 … resize ({self.resize}), got {self.image_size}"
@@ -197,6 +247,8 @@ class Folders(HeldOut):
         resize = v2.Resize(self.resize, antialias=True)
         center = v2.Compose([resize, v2.CenterCrop(self.image_size), to_tensor])
 
+        unreadable = Unreadable(self.skip_unreadable_images)
+
         def batches(samples: Sequence[Sample], shuffle: bool = False) -> FolderBatches:
             return FolderBatches(
                 samples,
@@ -206,6 +258,7 @@ class Folders(HeldOut):
                 seed=loading.seed,
                 shuffle=shuffle,
                 device=loading.device,
+                unreadable=unreadable,
             )
 
         fingerprint = hashlib.sha256()

@@ -64,6 +64,38 @@ def quantiles(ordered: Tensor, fractions: Tensor) -> Tensor:
     return torch.lerp(ordered[below], ordered[above], (position - below).to(ordered.dtype))
 
 
+@torch.library.custom_op(
+    "adq_train::cell_sums",
+    mutates_args=(),
+    schema="(Tensor cells, Tensor values, int num_cells) -> Tensor",
+)
+def _opaque_cell_sums(cells: Tensor, values: Tensor, num_cells: int) -> Tensor:
+    return torch.bincount(cells, weights=values, minlength=num_cells)
+
+
+@_opaque_cell_sums.register_fake
+def _(cells: Tensor, values: Tensor, num_cells: int) -> Tensor:
+    return values.new_empty(num_cells)
+
+
+def cell_sums(cells: Tensor, values: Tensor, num_cells: int) -> Tensor:
+    """The sum of the values in each cell.
+
+    Args:
+        cells: (n,) in 0 … num_cells - 1.
+        values: (n,) float32 or float64.
+        num_cells: m.
+
+    Returns:
+        (m,) of the dtype of ``values``.
+    """
+    # The length of bincount's result depends on data, which would cut a compiled graph in two.
+    if torch.compiler.is_compiling():
+        sums: Tensor = _opaque_cell_sums(cells, values, num_cells)
+        return sums
+    return torch.bincount(cells, weights=values, minlength=num_cells)
+
+
 def cell_statistics(values: Tensor, indices: Tensor, num_levels: int) -> tuple[Tensor, Tensor]:
     """How many values each level got, and their sum.
 
@@ -206,8 +238,8 @@ class GeneralizedSTE(torch.autograd.Function):
         slopes = torch.cat([outside, (step / widths).repeat_interleave(2), outside])
         grad_x = (grad * slopes.index_select(0, cells)).view_as(x)
 
-        sums = torch.bincount(cells, weights=grad, minlength=len(codes)).to(x.dtype)
-        moments = torch.bincount(cells, weights=grad * x.flatten(), minlength=len(codes))
+        sums = cell_sums(cells, grad, len(codes)).to(x.dtype)
+        moments = cell_sums(cells, grad * x.flatten(), len(codes))
         in_interval = sums[1:-1].view(-1, 2).sum(1)
         moment = moments.to(x.dtype)[1:-1].view(-1, 2).sum(1) - edges[:-1] * in_interval
         pull = step * in_interval / widths  # −∂L/∂start of each interval

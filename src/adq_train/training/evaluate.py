@@ -41,6 +41,8 @@ def evaluate(model: nn.Module, batches: Batches, ranks: Ranks = ALONE) -> Evalua
     # Sums stay on the device until the end: reading them would stall a GPU at every batch.
     totals = torch.zeros(4, dtype=torch.float64)
     for images, targets in batches.epoch(0, ranks.own):
+        if not len(targets):
+            continue
         logits = model(images)
         loss = F.cross_entropy(logits, targets, reduction="sum").double()
         ranked = logits.topk(min(5, logits.shape[1])).indices == targets[:, None]

@@ -1,4 +1,4 @@
-"""Loss and gradients that are not finite: noticed without stalling a GPU, and traced to a layer."""
+"""Values that are not finite: noticed without stalling a GPU, and traced to a layer."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils import get_total_norm
 
 # Where this many further steps are queued, reading the flag of a step leaves no gap on a GPU.
@@ -17,15 +18,25 @@ STEPS_AHEAD = 2
 NOWHERE = "no layer: when the batch was run again, all was finite"
 
 
-def all_finite(loss: Tensor, parameters: Iterable[nn.Parameter]) -> Tensor:
-    """Whether the loss and every gradient are finite: a bool () on the device, not read.
+def all_finite(
+    loss: Tensor, parameters: Iterable[nn.Parameter], norms: Iterable[_BatchNorm] = ()
+) -> Tensor:
+    """Whether loss, gradients and running statistics are finite: a bool () on the device, not read.
+
+    A quantizer maps NaN to a level, so that in a quantized network what comes before it may show
+    in the statistics of a batch norm alone.
 
     Args:
         loss: ().
         parameters: Those without a gradient are left out.
+        norms: Batch norms with running statistics.
     """
-    gradients = [p.grad for p in parameters if p.grad is not None]
-    largest = get_total_norm(gradients, math.inf)  # the largest magnitude cannot overflow
+    values = [p.grad for p in parameters if p.grad is not None]
+    for norm in norms:
+        assert norm.running_mean is not None
+        assert norm.running_var is not None
+        values += [norm.running_mean, norm.running_var]
+    largest = get_total_norm(values, math.inf)  # the largest magnitude cannot overflow
     return torch.isfinite(loss) & torch.isfinite(largest)
 
 

@@ -38,7 +38,8 @@ Mix = Callable[[Tensor, Tensor, int], tuple[Tensor, Tensor]]
 class TrainingStep:
     """What happens to a model with every batch; codebooks adapt after each optimizer step.
 
-    Every step is checked: it stops where the loss or a gradient is not finite. On a GPU this is
+    Every step is checked: it stops where loss, gradients or batch norm's statistics are not
+    finite. On a GPU this is
     noticed two steps later, since reading a value at once would stall it; gradients are cleared
     until then, so that the weights stay as they were.
 
@@ -95,6 +96,7 @@ class TrainingStep:
         self._device = next(model.parameters()).device
         self._scaler = torch.amp.GradScaler(self._device.type, enabled=precision == "fp16")
         self._upkeep = Upkeep(model)
+        self._norms = list(batch_norms(model).values())
         self._average = WeightAverage(model, average_decay) if average_decay else None
         self._late = LateFlags(STEPS_AHEAD if self._device.type == "cuda" else 0)
         self._forward = compiled(model, compile)
@@ -128,7 +130,7 @@ class TrainingStep:
         self._average_over_ranks(loss, len(images))
         self._scaler.unscale_(self.optimizer)
         self._upkeep.before_step()
-        finite = all_finite(loss, self.model.parameters())
+        finite = all_finite(loss, self.model.parameters(), self._norms)
         if self._scaler.is_enabled() or self.skip_nonfinite_steps:
             if not finite:
                 self._leave_out(images, targets, step, loss, statistics)
@@ -204,8 +206,7 @@ class TrainingStep:
         """Batch norm's buffers with copies, where a step may be undone."""
         if not self.skip_nonfinite_steps:
             return []
-        norms = batch_norms(self.model).values()
-        return [(buffer, buffer.clone()) for norm in norms for buffer in norm.buffers()]
+        return [(buffer, buffer.clone()) for norm in self._norms for buffer in norm.buffers()]
 
     def _leave_out(
         self,
@@ -224,7 +225,7 @@ class TrainingStep:
         overflow = self._scaler.is_enabled() and self._scaler.get_scale() > 1
         if self._scaler.is_enabled():
             self._scaler.update()
-        if overflow and torch.isfinite(loss):
+        if overflow and all_finite(loss, (), self._norms):
             log.debug("step %d: the gradients exceed fp16; the scale is halved", step + 1)
             return
         self.skipped += 1

@@ -1,0 +1,88 @@
+"""Compiled training gives what eager training gives, under the same names."""
+
+import copy
+import shutil
+from functools import partial
+
+import pytest
+import torch
+from torch import nn
+from training_helpers import IMAGES, TARGETS, network, sgd
+
+from adq_train.quantization.adq import AdqWeightQuantizer
+from adq_train.quantization.base import Quantizer
+from adq_train.quantization.layers import quantized
+from adq_train.quantization.n2uq import N2uqActivationQuantizer
+from adq_train.training.compiling import compiled, compiler_problem
+from adq_train.training.step import TrainingStep
+
+needs_compiler = pytest.mark.skipif(
+    compiler_problem(torch.device("cpu")) is not None, reason="no C++ compiler"
+)
+
+
+def tiny():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(108, 4))
+    weights, inputs = AdqWeightQuantizer(2, decay=0.5), N2uqActivationQuantizer(2)
+    weights.calibrate(model[1].weight)
+    inputs.calibrate(IMAGES)
+    model[1] = quantized(model[1], weights, inputs)
+    return model
+
+
+def agree(eager, other, what):
+    steps = [TrainingStep(eager, sgd(eager)), TrainingStep(other, sgd(other), compile=what)]
+    for n in range(3):
+        losses = [step(IMAGES, TARGETS, n).item() for step in steps]
+        assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+    assert list(eager.state_dict()) == list(other.state_dict())
+    for name, value in eager.state_dict().items():
+        torch.testing.assert_close(other.state_dict()[name], value, rtol=1e-4, atol=1e-6)
+    copy.deepcopy(eager).load_state_dict(other.state_dict())
+    assert steps[1].evaluated is other
+
+
+@needs_compiler
+def test_a_compiled_model_is_the_eager_one():
+    torch.compiler.reset()
+    agree(tiny(), tiny(), "model")
+
+
+@pytest.mark.parametrize("what", ["quantizers", "model"])
+def test_no_graph_breaks(what, monkeypatch):
+    """Without Inductor, which takes its time: what Dynamo and autograd make of the network."""
+    torch.compiler.reset()
+    torch._dynamo.utils.counters.clear()
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
+    agree(network(), network(), what)
+    counters = torch._dynamo.utils.counters
+    assert counters["stats"]["unique_graphs"] == {"quantizers": 4, "model": 1}[what]
+    assert not counters["graph_break"]
+
+
+def test_none_is_the_model():
+    model = network()
+    assert compiled(model, "none") is model
+
+
+def test_only_quantizers_compile():
+    model = network()
+    assert compiled(model, "quantizers") is model
+    for module in model.modules():
+        assert (module._compiled_call_impl is not None) is isinstance(module, Quantizer)
+
+
+def test_a_machine_without_a_compiler(monkeypatch):
+    monkeypatch.delenv("CXX", raising=False)
+    monkeypatch.setattr(shutil, "which", lambda name: None)
+    assert "there is no C++ compiler" in compiler_problem(torch.device("cpu"))
+    monkeypatch.setenv("CXX", "my-cc")
+    assert "(my-cc)" in compiler_problem(torch.device("cpu"))
+    monkeypatch.setattr(shutil, "which", lambda name: f"/bin/{name}")
+    assert compiler_problem(torch.device("cpu")) is None
+
+
+def test_a_gpu_without_triton(monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert "Triton is not installed" in compiler_problem(torch.device("cuda"))
