@@ -59,7 +59,7 @@ def _collate(items: list[tuple[Tensor, int] | str]) -> tuple[list[Tensor], list[
     """
     unreadable = [item for item in items if isinstance(item, str)]
     good = [item for item in items if not isinstance(item, str)]
-    if not good:  # an empty batch is still one, for the processes that have images of it
+    if not good:  # still a batch of training: other processes may have images of it
         empty = torch.empty(0, 3, 1, 1, dtype=torch.uint8)
         return [empty, torch.empty(0, dtype=torch.int64)], unreadable
     images, targets = zip(*good, strict=True)
@@ -176,6 +176,8 @@ class FolderBatches:
         for batch, unreadable in self.loader:
             for image in unreadable:
                 self.unreadable.add(image)
+            if not len(batch[1]) and self.order.shuffle_seed is None:
+                continue
             pixels, targets = (t.to(self.device, non_blocking=True) for t in batch)
             yield pixels.float().sub_(self.mean).div_(self.std), targets
 
