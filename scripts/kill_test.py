@@ -74,7 +74,7 @@ def command(processes: int) -> list[str]:
 
 
 def start(folder: Path, processes: int) -> subprocess.Popen[str]:
-    """Starts the run in a process group of its own."""
+    """Starts the run."""
     folder.mkdir(exist_ok=True, parents=True)
     return subprocess.Popen(
         command(processes),
@@ -83,21 +83,19 @@ def start(folder: Path, processes: int) -> subprocess.Popen[str]:
         stderr=(folder / "stderr.txt").open("w"),
         text=True,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
-        start_new_session=True,
     )
 
 
-def members(group: int) -> list[int]:
-    """The processes of a group that are still alive."""
+def members(folder: Path) -> list[int]:
+    """The processes that run in a folder (Linux); torchrun gives each a session of its own."""
     found = []
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit():
             try:
-                fields = (entry / "stat").read_text().rpartition(")")[2].split()
-            except OSError:
+                if (entry / "cwd").readlink() == folder.resolve():
+                    found.append(int(entry.name))
+            except OSError:  # it is gone, a zombie, or somebody else's
                 continue
-            if int(fields[2]) == group and fields[0] != "Z":
-                found.append(int(entry.name))
     return sorted(found)
 
 
@@ -176,7 +174,7 @@ def strike(
         how = "SIGTERM to the run"
         os.kill(run.pid, signal.SIGTERM)
     else:
-        victim = choose.choice(members(run.pid) or [run.pid])
+        victim = choose.choice(members(folder) or [run.pid])
         how = "SIGKILL to " + ("the run" if victim == run.pid else "one of its processes")
         if processes > 1 and victim == run.pid:
             how = "SIGKILL to torchrun"
@@ -186,7 +184,7 @@ def strike(
             how = "nothing: it was gone"
     run.wait()
     waiting = time.monotonic() + 90
-    while left := members(run.pid):
+    while left := members(folder):
         if time.monotonic() > waiting:
             raise RuntimeError(f"{how} in {stage} left processes over: {left}")
         time.sleep(0.02)
