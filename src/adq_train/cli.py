@@ -5,11 +5,18 @@ Torch is imported only when a run begins, so that ``--help`` and completion answ
 
 from __future__ import annotations
 
+import errno
+import json
 import logging
+import os
 import re
+import shlex
 import sys
 import tempfile
 import traceback
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import NoReturn
 
 import hydra
@@ -34,61 +41,138 @@ def main() -> None:
         problems = problems_of(args.overrides, args.config_dir)
         if problems:
             fail(ConfigError(problems))
-    outcomes: dict[str, bool] = {}
+    command = ["adq-train", *sys.argv[1:]]
+    process = os.getpid()
 
-    @hydra.main(config_path="pkg://adq_train.configs", config_name="config", version_base="1.3")
-    def job(cfg: DictConfig) -> None:
-        name = " ".join(HydraConfig.get().overrides.task)
-        outcomes[name] = run_job(cfg, args.config_dir)
+    # Jobs of a sweep may run on other machines; its outcomes come back through a folder.
+    elsewhere = any(text.startswith("hydra/launcher=") for text in argv)
+    with tempfile.TemporaryDirectory(dir="." if elsewhere else None, prefix=".adq-") as scratch:
 
-    with tempfile.TemporaryDirectory() as scratch:
+        @hydra.main(config_path="pkg://adq_train.configs", config_name="config", version_base="1.3")
+        def job(cfg: DictConfig) -> None:
+            outcome = run_job(cfg, args.config_dir, command)
+            keep(outcome, Path(scratch))
+            if outcome.code >= 128 and os.getpid() == process:
+                sys.exit(outcome.code)
+
         # Hydra's own record of a sweep says less than the folders of its runs; it goes away.
-        given = any(argument.startswith("hydra.sweep.dir=") for argument in argv)
+        given = elsewhere or any(argument.startswith("hydra.sweep.dir=") for argument in argv)
         sys.argv[1:] = argv if given else [*argv, f"hydra.sweep.dir={scratch}"]
-        job()
-    failed = [name for name, went_well in outcomes.items() if not went_well]
+        code = 0
+        try:
+            job()
+        except KeyboardInterrupt:  # while the program was still being read
+            print("\ninterrupted", file=sys.stderr)
+            code = 130
+        except SystemExit as stop:
+            code = stop.code if isinstance(stop.code, int) else 1
+        outcomes = kept(Path(scratch))
     if len(outcomes) > 1:
-        print(f"\n{len(outcomes) - len(failed)} of {len(outcomes)} runs are done", file=sys.stderr)
-        for name in failed:
-            print(f"failed: {name}", file=sys.stderr)
+        print(table_of(outcomes), file=sys.stderr)
+    code = code or int(any(outcome.code for outcome in outcomes))
+    if code:
+        sys.exit(code)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a job ended: its number in a sweep, its overrides, its exit code, and why."""
+
+    number: int
+    name: str
+    code: int
+    reason: str
+
+
+def keep(outcome: Outcome, folder: Path) -> None:
+    """Writes an outcome for the process that began the sweep."""
+    (folder / f"{outcome.number}.outcome.json").write_text(json.dumps(asdict(outcome)))
+
+
+def kept(folder: Path) -> list[Outcome]:
+    """The outcomes of all jobs, in their order."""
+    found = [json.loads(path.read_text()) for path in folder.glob("*.outcome.json")]
+    return sorted((Outcome(**x) for x in found), key=lambda x: x.number)
+
+
+def table_of(outcomes: Sequence[Outcome]) -> str:
+    """How a sweep ended: a line for each job that is not done, with the reason."""
+    failed = [x for x in outcomes if x.code]
+    lines = [f"\n{len(outcomes) - len(failed)} of {len(outcomes)} runs are done"]
+    for x in failed:
+        first, *more = x.reason.splitlines()
+        lines += [f"failed: {x.name}", f"        {first}{' …' if more else ''}"]
     if failed:
-        sys.exit(1)
+        lines.append("the same command does only these again")
+    return "\n".join(lines)
 
 
-def run_job(cfg: DictConfig, config_dir: str | None) -> bool:
-    """Runs one configuration and reports an error as a message; whether it went well."""
+def run_job(cfg: DictConfig, config_dir: str | None, whole_command: list[str]) -> Outcome:
+    """Runs one configuration and reports an error as a message.
+
+    Args:
+        cfg: The composed configuration.
+        config_dir: Where the user's own choices are.
+        whole_command: What was typed, which of a sweep is more than this job.
+    """
+    from adq_train import interrupts, pipeline
+    from adq_train.training.distributed import (
+        from_environment,
+        is_first_to_report,
+        joined,
+        launch_prefix,
+    )
+
     hydra_config = HydraConfig.get()
     overrides = list(hydra_config.overrides.task)
     # Of a sweep, the command that repeats this run alone.
     where = [f"--config-dir={config_dir}"] if config_dir else []
-    command = ["adq-train", *where, *overrides]
-    configure_logging()
-    if hydra_config.mode == RunMode.MULTIRUN:
-        print(f"\n══ run {hydra_config.job.num + 1}: {' '.join(overrides)}", file=sys.stderr)
+    ranks = from_environment()
+    command = [*launch_prefix(ranks), *where, *overrides]
+    configure_logging(quiet=not ranks.is_main)
+    sweep = hydra_config.mode == RunMode.MULTIRUN
+    number = hydra_config.job.num if sweep else 0
+    if sweep and ranks.is_main:
+        print(f"\n══ run {number + 1}: {' '.join(overrides)}", file=sys.stderr)
+    code, reason = 1, ""
     try:
-        from adq_train import pipeline
-
-        pipeline.run(cfg, hydra_config.runtime.choices.get("experiment"), overrides, command)
+        with interrupts.caught(), joined() as ranks:
+            if sweep and ranks.world_size > 1:
+                raise UserError("a sweep runs one job after the other; start each with torchrun")
+            experiment = hydra_config.runtime.choices.get("experiment")
+            pipeline.run(cfg, experiment, overrides, command, ranks)
+        code = 0
+    except interrupts.Interrupted as stop:
+        code, reason = 128 + stop.number, str(stop)
+        if ranks.is_main:
+            again = command if ranks.world_size > 1 else whole_command
+            print(f"\n{stop}; what is done is kept, continue with", file=sys.stderr)
+            print(f"  {shlex.join(again)}", file=sys.stderr)
     except UserError as error:
-        show_error(error, cfg.debug)
-    except KeyboardInterrupt:
-        print("\ninterrupted; the same command continues", file=sys.stderr)
-        sys.exit(130)
+        reason = str(error)
+        if is_first_to_report():
+            show_error(error, cfg.debug)
     except Exception as error:
-        print(f"error: {type(error).__name__}: {error} (debug=true shows where)", file=sys.stderr)
-        if cfg.debug:
-            traceback.print_exc()
-    else:
-        return True
-    return False
+        full = isinstance(error, OSError) and error.errno == errno.ENOSPC
+        reason = f"{type(error).__name__}: {error}"
+        if full:
+            reason = f"the disk is full ({error}); free some space, and the same command continues"
+        if is_first_to_report():
+            hint = "" if full else " (debug=true shows where)"
+            print(f"error: {reason}{hint}", file=sys.stderr)
+            if cfg.debug:
+                traceback.print_exc()
+    return Outcome(number, " ".join(overrides), code, reason)
 
 
-def configure_logging() -> None:
-    """Messages of the program to standard error, without decoration."""
+def configure_logging(quiet: bool = False) -> None:
+    """Messages of the program to standard error, without decoration; quiet: nowhere."""
     logger = logging.getLogger("adq_train")
     logger.setLevel(logging.DEBUG)
     logger.propagate = False
-    if not logger.handlers:
+    # A log that a full disk does not take is no reason for tracebacks.
+    logging.raiseExceptions = False
+    if not logger.handlers and not quiet:
         logger.addHandler(Console(logging.INFO))
 
 
@@ -110,6 +194,7 @@ def show_error(error: UserError, debug: bool) -> None:
 
 
 def fail(error: UserError) -> NoReturn:
-    """Reports an error of the command line and exits."""
-    show_error(error, debug=any(a in ("debug=true", "debug=True") for a in sys.argv))
+    """Reports an error of the command line, once for all processes of a run, and exits."""
+    if os.environ.get("RANK", "0") == "0":
+        show_error(error, debug=any(a in ("debug=true", "debug=True") for a in sys.argv))
     sys.exit(2)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import os
 import re
 import tempfile
 from pathlib import Path
@@ -17,6 +18,7 @@ from adq_train.allocation.budget import Problem, budget_from
 from adq_train.allocation.patterns import by_layer, pinned_bits
 from adq_train.artifacts import RunResult
 from adq_train.data.base import Loading
+from adq_train.errors import UserError
 from adq_train.files import sha256
 from adq_train.models import load_weights
 from adq_train.quantization.describe import describe_layers
@@ -33,12 +35,19 @@ from adq_train.stages import (
     profile,
     train_quantized,
 )
+from adq_train.training.distributed import ALONE, Ranks
 from adq_train.validate import Parts, validate
 
 log = logging.getLogger(__name__)
 
 
-def run(cfg: DictConfig, experiment: str | None, overrides: list[str], command: list[str]) -> None:
+def run(
+    cfg: DictConfig,
+    experiment: str | None,
+    overrides: list[str],
+    command: list[str],
+    ranks: Ranks = ALONE,
+) -> None:
     """Runs a composed configuration, or continues it, or says that it is done.
 
     Args:
@@ -46,46 +55,56 @@ def run(cfg: DictConfig, experiment: str | None, overrides: list[str], command: 
         experiment: Name of the experiment, for the run's folder.
         overrides: The command line's overrides, for the run's folder.
         command: What repeats this run, for its manifest.
+        ranks: The processes of the run.
 
     Raises:
         UserError: Something outside the program is wrong; nothing is left half-written.
     """
     config, parts = validate(cfg)
+    check_ranks(ranks, config, parts.device)
     if config["dry_run"]:
         with tempfile.TemporaryDirectory(prefix="adq-train-") as scratch:
             config["output_root"] = scratch
             config["pretrain"]["epochs"] = min(1, config["pretrain"]["epochs"])
             config["trainer"]["epochs"] = min(1, config["trainer"]["epochs"])
-            result = execute(config, parts, Path(scratch, "run"), command)
+            result = execute(config, parts, Path(scratch, "run"), command, ranks)
+        if not ranks.is_main:
+            return
         stages = ", ".join(f"{name} {seconds:.1f} s" for name, seconds in result.seconds.items())
         print(f"dry run passed: every stage ran on two batches ({stages}); nothing was kept")
         return
     path = run_dir(config, experiment, overrides)
-    check_same_run(path, config)
-    if (read_status(path) or {}).get("state") == "done":
+    if ranks.is_main:
+        check_same_run(path, config)
+    if ranks.share(lambda: (read_status(path) or {}).get("state") == "done"):
         log.info("all stages of %s are done; delete it to run it anew", path)
     else:
-        execute(config, parts, path, command)
-    report.show(path)
+        execute(config, parts, path, command, ranks)
+    if ranks.is_main:
+        report.show(path)
 
 
-def execute(config: dict[str, Any], parts: Parts, path: Path, command: list[str]) -> RunResult:
+def execute(
+    config: dict[str, Any], parts: Parts, path: Path, command: list[str], ranks: Ranks = ALONE
+) -> RunResult:
     """Runs the stages that are not done yet, in the folder ``path``."""
+    set_deterministic(config["trainer"]["deterministic"])
     torch.manual_seed(config["seed"])
-    data = parts.data.load(
-        Loading(
-            config["trainer"]["batch_size"] * config["trainer"]["accumulate_batches"],
-            config["trainer"]["eval_batch_size"],
-            config["seed"],
-            parts.device,
-        )
+    loading = Loading(
+        config["trainer"]["batch_size"] * config["trainer"]["accumulate_batches"],
+        config["trainer"]["eval_batch_size"],
+        config["seed"],
+        parts.device,
     )
+    with ranks.one_first():
+        data = parts.data.load(loading)
+        model = parts.model.build(data.num_classes, data.image_shape[0])
     data = data.for_dry_run() if config["dry_run"] else data
-    model = parts.model.build(data.num_classes, data.image_shape[0])
     checkpoint = config["pretrain"]["checkpoint"]
     if checkpoint:
         load_weights(model, Path(checkpoint))
     model.to(parts.device)
+    ranks.equalize(model)
     teacher = parts.distillation.teacher(model, data.num_classes, data.image_shape[0])
 
     images, _ = next(data.calibration.epoch(0))
@@ -102,19 +121,20 @@ def execute(config: dict[str, Any], parts: Parts, path: Path, command: list[str]
     )
     parts.allocator.check(problem)
 
-    with RunFolder(path, config) as folder:
+    with RunFolder(path, config, ranks) as folder:
         folder.write_manifest(
             {
                 "command": command,
                 "seed": config["seed"],
                 "device": str(parts.device),
+                "processes": ranks.world_size,
                 "data": {"name": data.name, "fingerprint": data.fingerprint},
                 "checkpoint_sha256": sha256(Path(checkpoint)) if checkpoint else None,
                 "input": data.input_format.to_dict(),
                 "model": {"num_float_values": report.num_float_values(model, layers)},
             }
         )
-        run = Context(config, parts, data, folder)
+        run = Context(config, parts, data, folder, ranks)
         log.info("run folder %s, on %s", path, parts.device)
         with folder.stage("pretrain"):
             pretrain(run, model)
@@ -132,9 +152,38 @@ def execute(config: dict[str, Any], parts: Parts, path: Path, command: list[str]
             figures = evaluate_models(run, model, calibrated, quantized)
             keep_levels(run, quantized)
         result = keep_result(run, *figures)
-        if not config["dry_run"]:
+        if not config["dry_run"] and ranks.is_main:
             report.write(folder, table, allocation, result, quantized)
     return result
+
+
+def check_ranks(ranks: Ranks, config: dict[str, Any], device: torch.device) -> None:
+    """Refuses what cannot be done by several processes.
+
+    Raises:
+        UserError: A batch has fewer images than there are processes, or they share a GPU.
+    """
+    if ranks.world_size == 1:
+        return
+    if config["trainer"]["batch_size"] < ranks.world_size:
+        raise UserError(
+            f"trainer.batch_size: {config['trainer']['batch_size']} images cannot be shared by "
+            f"{ranks.world_size} processes; it counts the images of all of them together"
+        )
+    if device.type == "cuda" and (device.index is not None or not ranks.has_own_gpu):
+        raise UserError(
+            f"trainer.device: {device} is not one GPU for each process; this machine has "
+            f"{torch.cuda.device_count()}: start at most so many processes on it with "
+            "trainer.device=cuda, or set trainer.device=cpu"
+        )
+
+
+def set_deterministic(deterministic: bool) -> None:
+    """Chooses whether a GPU computes the same bits every time; a CPU does in any case."""
+    if deterministic:  # read by cuBLAS when it starts
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(deterministic)
+    torch.backends.cudnn.deterministic = deterministic
 
 
 def run_dir(config: dict[str, Any], experiment: str | None, overrides: list[str]) -> Path:

@@ -20,11 +20,21 @@ from omegaconf import OmegaConf
 from adq_train import __version__
 from adq_train.errors import UserError
 from adq_train.files import write_text
+from adq_train.training.distributed import ALONE, Ranks
 
 log = logging.getLogger(__name__)
 
 # Settings that change where or how a run goes, but not what comes out of it.
 NOT_PART_OF_A_RUN = ("run_dir", "output_root", "dry_run", "debug", "trusted_packages")
+
+NOT_TRAINING = (
+    "device",
+    "channels_last",
+    "compile",
+    "checkpoint_every_steps",
+    "checkpoint_every_minutes",
+    "check_ranks",
+)
 
 
 class _Artifact(Protocol):
@@ -40,8 +50,7 @@ A = TypeVar("A", bound=_Artifact)
 def identity(config: dict[str, Any]) -> dict[str, Any]:
     """What a run is: its resolved configuration without places and switches."""
     same = {k: v for k, v in config.items() if k not in NOT_PART_OF_A_RUN}
-    machine = ("device", "channels_last", "compile")
-    same["trainer"] = {k: v for k, v in config["trainer"].items() if k not in machine}
+    same["trainer"] = {k: v for k, v in config["trainer"].items() if k not in NOT_TRAINING}
     same["data"] = {k: v for k, v in config["data"].items() if k != "num_workers"}
     return same
 
@@ -69,20 +78,29 @@ class RunFolder:
     Args:
         path: The folder; made where it is missing.
         config: The resolved configuration.
+        ranks: The processes of the run. Rank 0 alone writes, and reads for all of them.
 
     Raises:
         UserError: It holds a run with other settings, another process writes to it, or it cannot
             be written.
     """
 
-    def __init__(self, path: Path, config: dict[str, Any]) -> None:
+    def __init__(self, path: Path, config: dict[str, Any], ranks: Ranks = ALONE) -> None:
         self.path = path
         self.config = config
+        self.ranks = ranks
         self.stage_name = "setup"
         self.seconds: dict[str, float] = {}
-        check_same_run(path, config)
+        if ranks.is_main:
+            check_same_run(path, config)
 
     def __enter__(self) -> RunFolder:
+        if self.ranks.is_main:
+            self._open()
+        return self
+
+    def _open(self) -> None:
+        """Takes the lock and writes what a run begins with."""
         existed = self.path.exists()
         try:
             self.path.mkdir(parents=True, exist_ok=True)
@@ -113,9 +131,10 @@ class RunFolder:
         self.log_file = logging.FileHandler(self.path / "train.log", encoding="utf-8")
         self.log_file.setFormatter(logging.Formatter("%(asctime)s %(levelname)-7s %(message)s"))
         logging.getLogger("adq_train").addHandler(self.log_file)
-        return self
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        if not self.ranks.is_main:
+            return
         try:
             if error is None:
                 self._write_status("done")
@@ -126,7 +145,8 @@ class RunFolder:
                     self._write_status("failed", reason)
         finally:
             logging.getLogger("adq_train").removeHandler(self.log_file)
-            self.log_file.close()
+            with contextlib.suppress(OSError):  # as above
+                self.log_file.close()
             os.close(self._lock)
 
     @contextlib.contextmanager
@@ -141,7 +161,8 @@ class RunFolder:
 
     def save(self, name: str, artifact: _Artifact) -> None:
         """Writes a stage's value as JSON, whole or not at all."""
-        write_text(self.path / name, artifact.to_json())
+        if self.ranks.is_main:
+            write_text(self.path / name, artifact.to_json())
 
     def load(self, name: str, kind: type[A]) -> A | None:
         """The value that an earlier run left, or None.
@@ -150,10 +171,11 @@ class RunFolder:
             UserError: The file is damaged; it is named.
         """
         path = self.path / name
-        if not path.exists():
+        content = self.ranks.share(lambda: path.read_bytes() if path.exists() else None)
+        if content is None:
             return None
         try:
-            value: A = kind.from_json(path.read_text(encoding="utf-8"))
+            value: A = kind.from_json(content.decode())
         except (UserError, UnicodeDecodeError) as error:
             raise UserError(f"{path} is {error}; delete it to make it anew") from error
         return value
@@ -164,6 +186,8 @@ class RunFolder:
         Raises:
             UserError: The data set or the float checkpoint has changed since.
         """
+        if not self.ranks.is_main:
+            return
         path = self.path / "manifest.json"
         if not path.exists():
             write_text(path, json.dumps({**environment(), **facts}, indent=2) + "\n")
@@ -175,8 +199,17 @@ class RunFolder:
                     f"{key}: not what the run in {self.path} began with; choose another run_dir "
                     "to start anew"
                 )
+        if before.get("processes", 1) != facts.get("processes", 1):
+            log.warning(
+                "the run began with %d processes and continues with %d: it will not have the same "
+                "bits as one without an interruption",
+                before.get("processes", 1),
+                facts["processes"],
+            )
 
     def _write_status(self, state: str, error: str | None = None) -> None:
+        if not self.ranks.is_main:
+            return
         stage = None if state == "done" else self.stage_name
         content = {"state": state, "stage": stage, "error": error, "seconds": self.seconds}
         write_text(self.path / "status.json", json.dumps(content, indent=2) + "\n")

@@ -114,6 +114,7 @@ class TrainerConfig:
 
     # QAT epochs; 0 stops after calibration.
     epochs: int = number(60, minimum=0)
+    # Images of a step, over all processes together.
     batch_size: int = number(128, minimum=1)
     eval_batch_size: int = number(500, minimum=1)
     # auto: CUDA where there is one, else the CPU; or cpu, cuda, cuda:1, mps.
@@ -141,6 +142,14 @@ class TrainerConfig:
     batch_norm_reestimation: int = number(0, minimum=0)
     # Steps with a loss or gradient that is not finite which are left out before one is an error.
     skip_nonfinite_steps: int = number(0, minimum=0)
+    # Checkpoints within an epoch, besides the one after it: every so many of its steps, or when
+    # so many minutes have passed since the last one.
+    checkpoint_every_steps: int | None = number(None, minimum=1)
+    checkpoint_every_minutes: float | None = number(None, above=0)
+    # PyTorch's deterministic algorithms: on a GPU the same bits in every run, at some cost.
+    deterministic: bool = False
+    # Compare the models of all processes after every step; costs a hash of the model.
+    check_ranks: bool = False
     # The model that is tested: the last one, or the best on the validation split.
     select: str = choice("last", "best")
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -19,10 +20,10 @@ from adq_train.allocation.budget import Problem
 from adq_train.artifacts import (
     BitAllocation,
     LayerInfo,
+    LayerSensitivity,
     LevelCounts,
     RunResult,
     SensitivityTable,
-    require_finite,
 )
 from adq_train.data.base import ImageData
 from adq_train.errors import UserError
@@ -35,8 +36,10 @@ from adq_train.reporting.recorder import Recorder, read_metrics
 from adq_train.run_folder import RunFolder, digest, exclusive, identity
 from adq_train.sensitivity.base import warn_negative
 from adq_train.sensitivity.partial import PartialTable, weights_digest
-from adq_train.training.checkpoint import CheckpointFolder
+from adq_train.sensitivity.split import measure_split
+from adq_train.training.checkpoint import CheckpointFolder, Rhythm
 from adq_train.training.distillation import Teacher
+from adq_train.training.distributed import ALONE, Ranks
 from adq_train.training.evaluate import Evaluation, evaluate
 from adq_train.training.loop import fit, parameter_groups
 from adq_train.training.mixing import Mixing
@@ -68,6 +71,7 @@ class Context:
     parts: Parts
     data: ImageData
     folder: RunFolder
+    ranks: Ranks = ALONE
 
     @property
     def seed(self) -> int:
@@ -96,20 +100,27 @@ def pretrain(run: Context, model: nn.Module) -> None:
     key = digest(depends_on)
     shared = Path(run.config["output_root"], "shared", f"pretrain-{key[:12]}")
     weights = shared / "model.safetensors"
-    with exclusive(shared):
-        if not weights.exists():
-            write_text(shared / "depends_on.json", json.dumps(depends_on, indent=2) + "\n")
+    main = run.ranks.is_main
+    with exclusive(shared) if main else contextlib.nullcontext():
+        if not run.ranks.share(weights.exists):
+            if main:
+                write_text(shared / "depends_on.json", json.dumps(depends_on, indent=2) + "\n")
             _fit(run, model, shared, key, "pretrain")
-            with written_whole(weights) as temporary:
-                save_model(model, str(temporary))
+            if main:
+                with written_whole(weights) as temporary:
+                    save_model(model, str(temporary))
         else:
             log.info("pretrain: float model from %s", shared)
-        try:
-            load_model(model, str(weights))
-        except (SafetensorError, RuntimeError, OSError) as error:
-            raise UserError(f"{weights} is damaged ({error}); delete it to train anew") from error
-        _copy_metrics(shared, run.folder.path)
-    watched = evaluate(model, run.data.validation)
+        if main:
+            try:
+                load_model(model, str(weights))
+            except (SafetensorError, RuntimeError, OSError) as error:
+                raise UserError(
+                    f"{weights} is damaged ({error}); delete it to train anew"
+                ) from error
+            _copy_metrics(shared, run.folder.path)
+    run.ranks.equalize(model)
+    watched = evaluate(model, run.data.validation, run.ranks)
     log.info("pretrain: validation top-1 %.2f %%", watched.top1_percent)
 
 
@@ -131,29 +142,29 @@ def profile(run: Context, model: nn.Module, layers: Sequence[LayerInfo]) -> Sens
     if table is None:
         metric, bit_widths = run.parts.sensitivity, run.config["bits"]["candidates"]
         key = digest([identity(run.config), run.data.fingerprint, weights_digest(model)])
-        partial = PartialTable(finished, key, metric.name, tuple(bit_widths))
+        ranks = run.ranks
+        partial = PartialTable(finished, key, metric.name, tuple(bit_widths), ranks)
         done = {row.name for row in partial.table.layers}
         log.info("profile: %d layers at %s bits", len(layers), bit_widths)
         num_inputs = {x.name: x.num_inputs for x in layers}
         if done:
             log.info("profile: continuing after %d layers", len(done))
-        with Progress("profile", total=len(layers), done=len(done)) as progress:
-            for row in metric.measure(
-                model,
-                [x for x in layers if x.name not in done],
-                bit_widths,
-                list(run.data.calibration.epoch(0)),
-                run.parts.make_weight_quantizer,
-                run.parts.make_activation_quantizer,
-                run.seed,
-            ):
-                require_finite(SensitivityTable(metric.name, tuple(bit_widths), (row,)))
+        batches = list(run.data.calibration.epoch(0))
+        makers = run.parts.make_weight_quantizer, run.parts.make_activation_quantizer
+
+        def measure(some: Sequence[LayerInfo]) -> Iterator[LayerSensitivity]:
+            return metric.measure(model, some, bit_widths, batches, *makers, run.seed)
+
+        todo = [x for x in layers if x.name not in done]
+        with Progress("profile", len(layers), len(done), quiet=not ranks.is_main) as progress:
+            for row in measure_split(measure, metric.name, bit_widths, todo, ranks):
                 warn_negative(metric.name, row)
                 partial.append(replace(row, num_inputs=num_inputs[row.name]))
                 progress.advance(row.name)
         table = partial.table
         run.folder.save("sensitivity.json", table)
-    finished.unlink(missing_ok=True)
+    if run.ranks.is_main:
+        finished.unlink(missing_ok=True)
     _require_layers("sensitivity.json", run, [x.name for x in table.layers], layers)
     return table
 
@@ -169,7 +180,8 @@ def allocate_bits(run: Context, problem: Problem, table: SensitivityTable) -> Bi
         allocation = allocate(run.parts.allocator, problem, table)
         run.folder.save("allocation.json", allocation)
     _require_layers("allocation.json", run, [x.name for x in allocation.layers], problem.layers)
-    write_text(run.folder.path / "allocation.txt", why.render(problem, table, allocation))
+    if run.ranks.is_main:
+        write_text(run.folder.path / "allocation.txt", why.render(problem, table, allocation))
     log.info(
         "allocate: %s, average %.2f bits", allocation.allocator, allocation.average_weight_bits
     )
@@ -205,7 +217,8 @@ def prepare_and_calibrate(run: Context, model: nn.Module, allocation: BitAllocat
         inputs,
         run.seed,
     )
-    watched = evaluate(quantized, run.data.validation)
+    run.ranks.equalize(quantized)
+    watched = evaluate(quantized, run.data.validation, run.ranks)
     log.info("calibrate: validation top-1 %.2f %%", watched.top1_percent)
     return quantized
 
@@ -231,11 +244,11 @@ def train_quantized(
     key = qat_key(run.config, allocation)
     checkpoints = _fit(run, model, run.folder.path, key, "qat", teacher)
     if run.config["trainer"]["select"] == "best":
-        state = checkpoints.load(key, names=("best",))
+        state = run.ranks.share(lambda: checkpoints.load(key, names=("best",)))
         if state is None:
             raise UserError(f"{checkpoints.folder}/best.pt is missing or damaged")
         model.load_state_dict(state["model"])
-    watched = evaluate(model, run.data.validation)
+    watched = evaluate(model, run.data.validation, run.ranks)
     log.info("qat: validation top-1 %.2f %%", watched.top1_percent)
 
 
@@ -273,13 +286,15 @@ def _fit(
             cutmix_alpha=trainer["cutmix_alpha"],
         ),
         teacher=teacher,
+        ranks=run.ranks,
     )
     checkpoints = CheckpointFolder(folder / "checkpoints")
     recorder = Recorder(folder, stage, epochs)
     log.info("%s: %d epochs of %d steps", stage, epochs, len(run.data.train))
 
     def on_start(done: int, seconds: float) -> None:
-        recorder.start(done)
+        if run.ranks.is_main:
+            recorder.start(done)
         if done:  # time that a killed process spent on epochs that need not be done again
             run.folder.seconds[stage] = seconds
 
@@ -295,6 +310,9 @@ def _fit(
             on_start=on_start,
             on_epoch=recorder.epoch,
             batch_norm_images=trainer["batch_norm_reestimation"],
+            seed=run.seed,
+            rhythm=Rhythm(trainer["checkpoint_every_steps"], trainer["checkpoint_every_minutes"]),
+            check_ranks=trainer["check_ranks"],
         )
     finally:
         recorder.close()
@@ -312,8 +330,12 @@ def evaluate_models(
         calibrated: Prepared and calibrated, before any QAT step.
         quantized: After QAT.
     """
-    test = run.data.test
-    return evaluate(model, test), evaluate(calibrated, test), evaluate(quantized, test)
+    test, ranks = run.data.test, run.ranks
+    return (
+        evaluate(model, test, ranks),
+        evaluate(calibrated, test, ranks),
+        evaluate(quantized, test, ranks),
+    )
 
 
 def keep_levels(run: Context, quantized: nn.Module) -> LevelCounts:

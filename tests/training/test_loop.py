@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from adq_train.data.base import ImageData
+from adq_train.data.base import ALL, ImageData, derived_seed
 from adq_train.errors import UserError
 from adq_train.quantization.adq import AdqWeightQuantizer
 from adq_train.quantization.layers import quantized
@@ -31,13 +31,16 @@ class Drawn:
     def __len__(self):
         return len(self.sizes)
 
-    def epoch(self, epoch):
+    def size(self, index):
+        return self.sizes[index]
+
+    def epoch(self, epoch, batches=ALL, images=ALL):
         generator = torch.Generator().manual_seed(epoch)
-        for size in self.sizes:
-            images = torch.randn(size, 4, generator=generator)
+        drawn = [torch.randn(size, 4, generator=generator) for size in self.sizes]
+        for pixels in drawn[batches]:
             if epoch == self.spoil_epoch:
-                images = images * math.inf
-            yield images, (images.sum(1) > 0).long()
+                pixels = pixels * math.inf
+            yield pixels[images], (pixels.sum(1) > 0).long()[images]
 
 
 def network(quantize=True):
@@ -115,6 +118,7 @@ def test_an_epoch_is_the_loop_that_one_would_write_by_hand():
     optimizer, total = sgd(reference), 0.0
     reference.train()
     for step, (images, targets) in enumerate(Drawn().epoch(0)):
+        torch.manual_seed(derived_seed(0, "step", step, 0))
         for group in optimizer.param_groups:
             group["lr"] = group["initial_lr"] * factors[step]
         value = F.cross_entropy(reference(images), targets, label_smoothing=0.1)

@@ -4,6 +4,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from adq_train.data.base import ALL
 from adq_train.training.throughput import TimedBatches, duration, peak_memory_bytes
 
 
@@ -11,8 +12,8 @@ class Slow:
     def __len__(self):
         return 3
 
-    def epoch(self, epoch):
-        for index in range(3):
+    def epoch(self, epoch, batches=ALL, images=ALL):
+        for index in range(3)[batches]:
             time.sleep(0.02)
             yield torch.full((4, 1), float(epoch)), torch.full((4,), index)
 

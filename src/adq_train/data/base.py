@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
-from itertools import islice
 from typing import Any, Protocol
 
 import torch
@@ -13,6 +12,7 @@ from torch import Tensor
 
 from adq_train.errors import UserError
 
+ALL = slice(None)
 Batch = tuple[Tensor, Tensor]  # images (N, C, H, W) float32, normalised; targets (N,) int64
 
 
@@ -23,8 +23,18 @@ class Batches(Protocol):
         """The number of batches of an epoch."""
         ...
 
-    def epoch(self, epoch: int) -> Iterator[Batch]:
-        """The batches of one epoch, on the training device."""
+    def size(self, index: int) -> int:
+        """The number of images in the whole batch number ``index``."""
+        ...
+
+    def epoch(self, epoch: int, batches: slice = ALL, images: slice = ALL) -> Iterator[Batch]:
+        """The batches of one epoch, on the training device.
+
+        Args:
+            epoch: From 0; decides on order and augmentation.
+            batches: Which of them; the others cost nothing.
+            images: Which images of each; a batch may be left without any.
+        """
         ...
 
 
@@ -149,10 +159,15 @@ class FirstBatches:
     def __len__(self) -> int:
         return min(self.limit, len(self.batches))
 
-    def epoch(self, epoch: int) -> Iterator[Batch]:
-        """The first batches of that epoch."""
-        for images, targets in islice(self.batches.epoch(epoch), self.limit):
-            yield images[: self.images], targets[: self.images]
+    def size(self, index: int) -> int:
+        """The number of images in batch ``index``."""
+        return len(range(self.batches.size(index))[: self.images])
+
+    def epoch(self, epoch: int, batches: slice = ALL, images: slice = ALL) -> Iterator[Batch]:
+        """Some of the first batches of that epoch."""
+        first = slice(*batches.indices(len(self)))
+        for pixels, targets in self.batches.epoch(epoch, first):
+            yield pixels[: self.images][images], targets[: self.images][images]
 
 
 @dataclass(frozen=True)

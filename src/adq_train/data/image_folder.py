@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision.datasets import ImageFolder
 from torchvision.transforms import v2
 
-from adq_train.data.base import Batch, HeldOut, ImageData, Loading, Pixels, derived_seed
+from adq_train.data.base import ALL, Batch, HeldOut, ImageData, Loading, Pixels, derived_seed
 from adq_train.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -53,14 +53,15 @@ class _Images(Dataset[tuple[Tensor, int] | str]):
 
 
 def _collate(items: list[tuple[Tensor, int] | str]) -> tuple[list[Tensor], list[str]]:
-    """Images and targets, if there are any, and the unreadable ones.
+    """Images and targets, perhaps none, and the unreadable ones.
 
     An exception of a worker would lose its one-line message.
     """
     unreadable = [item for item in items if isinstance(item, str)]
     good = [item for item in items if not isinstance(item, str)]
-    if not good:
-        return [], unreadable
+    if not good:  # still a batch of training: other processes may have images of it
+        empty = torch.empty(0, 3, 1, 1, dtype=torch.uint8)
+        return [empty, torch.empty(0, dtype=torch.int64)], unreadable
     images, targets = zip(*good, strict=True)
     return [torch.stack(images), torch.tensor(targets)], unreadable
 
@@ -109,7 +110,7 @@ class _Order:
         self.num_images = num_images
         self.batch_size = batch_size
         self.shuffle_seed = shuffle_seed
-        self.epoch = 0
+        self.epoch, self.batches, self.images = 0, ALL, ALL
 
     def __len__(self) -> int:
         return -(-self.num_images // self.batch_size)
@@ -120,9 +121,9 @@ class _Order:
             seed = derived_seed(self.shuffle_seed, self.epoch)
             generator = torch.Generator().manual_seed(seed)
             order = torch.randperm(self.num_images, generator=generator)
-        for start in range(0, self.num_images, self.batch_size):
-            part = order[start : start + self.batch_size]
-            yield [(self.epoch, index) for index in part.tolist()]
+        for start in range(0, self.num_images, self.batch_size)[self.batches]:
+            part = order[start : start + self.batch_size].tolist()
+            yield [(self.epoch, index) for index in part[self.images]]
 
 
 class FolderBatches:
@@ -161,20 +162,24 @@ class FolderBatches:
     def __len__(self) -> int:
         return len(self.order)
 
-    def epoch(self, epoch: int) -> Iterator[Batch]:
-        """The batches of one epoch.
+    def size(self, index: int) -> int:
+        """The number of images in batch ``index``."""
+        return min(self.order.batch_size, self.num_images - index * self.order.batch_size)
+
+    def epoch(self, epoch: int, batches: slice = ALL, images: slice = ALL) -> Iterator[Batch]:
+        """Some batches of one epoch; only what they hold is decoded.
 
         Raises:
             UserError: More images than allowed cannot be decoded; the path of one is named.
         """
-        self.order.epoch = epoch
+        self.order.epoch, self.order.batches, self.order.images = epoch, batches, images
         for batch, unreadable in self.loader:
             for image in unreadable:
                 self.unreadable.add(image)
-            if not batch:
+            if not len(batch[1]) and self.order.shuffle_seed is None:
                 continue
-            images, targets = (t.to(self.device, non_blocking=True) for t in batch)
-            yield images.float().sub_(self.mean).div_(self.std), targets
+            pixels, targets = (t.to(self.device, non_blocking=True) for t in batch)
+            yield pixels.float().sub_(self.mean).div_(self.std), targets
 
 
 def list_images(folder: Path) -> ImageFolder:

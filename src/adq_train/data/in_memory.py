@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from adq_train.data.base import Batch, HeldOut, ImageData, Loading, Pixels, derived_seed
+from adq_train.data.base import ALL, Batch, HeldOut, ImageData, Loading, Pixels, derived_seed
 from adq_train.errors import UserError
 
 
@@ -117,7 +117,7 @@ class InMemoryBatches:
         self.batch_size = batch_size
         self.shuffle_seed = shuffle_seed
         self.augmentation = augmentation
-        self.size = images.shape[-2], images.shape[-1]
+        self.shape = images.shape[-2], images.shape[-1]
         padding = 0 if shuffle_seed is None else augmentation.crop_padding
         self.padded = torch.nn.functional.pad(images, [padding] * 4)
         self.scale = (1 / std).view(1, -1, 1, 1)
@@ -126,12 +126,18 @@ class InMemoryBatches:
     def __len__(self) -> int:
         return -(-self.num_images // self.batch_size)
 
-    def epoch(self, epoch: int) -> Iterator[Batch]:
-        """The batches of one epoch; all its random numbers are drawn before the first one."""
+    def size(self, index: int) -> int:
+        """The number of images in batch ``index``."""
+        return min(self.batch_size, self.num_images - index * self.batch_size)
+
+    def epoch(self, epoch: int, batches: slice = ALL, images: slice = ALL) -> Iterator[Batch]:
+        """Some batches of one epoch; its random numbers are all drawn before the first one."""
         device = self.padded.device
+        starts = range(0, self.num_images, self.batch_size)[batches]
+        ranges = [range(start, start + self.size(start // self.batch_size)) for start in starts]
+        parts = [slice(x.start, x.stop, x.step) for x in (x[images] for x in ranges)]
         if self.shuffle_seed is None:
-            for start in range(0, self.num_images, self.batch_size):
-                part = slice(start, start + self.batch_size)
+            for part in parts:
                 yield self._normalize(self.padded[part]), self.targets[part]
             return
         # Drawn on the CPU, so that the order is the same on every device.
@@ -142,12 +148,11 @@ class InMemoryBatches:
         flips = torch.rand(self.num_images, generator=generator) < 0.5
         flips &= self.augmentation.flip
         order, top, left, flips = (t.to(device) for t in (order, offsets[0], offsets[1], flips))
-        for start in range(0, self.num_images, self.batch_size):
-            part = slice(start, start + self.batch_size)
-            images = crop_and_flip(
-                self.padded, order[part], top[part], left[part], flips[part], *self.size
+        for part in parts:
+            windows = crop_and_flip(
+                self.padded, order[part], top[part], left[part], flips[part], *self.shape
             )
-            yield self._normalize(images), self.targets[order[part]]
+            yield self._normalize(windows), self.targets[order[part]]
 
     def _normalize(self, images: Tensor) -> Tensor:
         return torch.addcmul(self.shift, images.float(), self.scale)

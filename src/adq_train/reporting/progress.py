@@ -22,11 +22,13 @@ class Progress:
         what: The stage.
         total: Steps in all.
         done: Steps that an earlier run has done.
+        quiet: Whether another process of the run shows the progress.
     """
 
-    def __init__(self, what: str, total: int, done: int = 0) -> None:
+    def __init__(self, what: str, total: int, done: int = 0, quiet: bool = False) -> None:
         self.what, self.total, self.done = what, total, done
-        self.terminal = sys.stderr.isatty()
+        self.quiet = quiet
+        self.terminal = sys.stderr.isatty() and not quiet
         self.last_line = time.monotonic()
 
     def __enter__(self) -> Progress:
@@ -48,6 +50,8 @@ class Progress:
         self.done += 1
         self.bar.set_postfix_str(text, refresh=False)
         self.bar.update()
+        if self.quiet:
+            return
         due = time.monotonic() - self.last_line >= SECONDS_BETWEEN_LINES
         level = logging.INFO if due and not self.terminal else logging.DEBUG
         if level == logging.INFO:

@@ -13,6 +13,7 @@ from torch import nn
 from adq_train.artifacts import LayerSensitivity, SensitivityTable
 from adq_train.errors import UserError
 from adq_train.files import write_text
+from adq_train.training.distributed import ALONE, Ranks
 
 log = logging.getLogger(__name__)
 
@@ -25,27 +26,39 @@ class PartialTable:
         key: Digest of everything that the rows depend on; rows with another one are not used.
         metric: The metric's name.
         bit_widths: The candidates.
+        ranks: The processes of the run. Rank 0 alone writes, and reads for all of them.
     """
 
-    def __init__(self, path: Path, key: str, metric: str, bit_widths: tuple[int, ...]) -> None:
-        self.path, self.key = path, key
+    def __init__(
+        self,
+        path: Path,
+        key: str,
+        metric: str,
+        bit_widths: tuple[int, ...],
+        ranks: Ranks = ALONE,
+    ) -> None:
+        self.path, self.key, self.ranks = path, key, ranks
         self.table = SensitivityTable(metric, bit_widths, self._read())
 
     def append(self, row: LayerSensitivity) -> None:
         """Adds a row and writes the file."""
         rows = (*self.table.layers, row)
         self.table = SensitivityTable(self.table.metric, self.table.bit_widths, rows)
+        if not self.ranks.is_main:
+            return
         content = {"key": self.key, **json.loads(self.table.to_json())}
         write_text(self.path, json.dumps(content, indent=2) + "\n")
 
     def _read(self) -> tuple[LayerSensitivity, ...]:
         """The rows that an earlier run left, if they can be used here."""
-        if not self.path.exists():
+        path = self.path
+        content = self.ranks.share(lambda: path.read_bytes() if path.exists() else None)
+        if content is None:
             return ()
         try:
-            text = self.path.read_text(encoding="utf-8")
+            text = content.decode()
             table = SensitivityTable.from_json(text)
-        except (OSError, UnicodeDecodeError, UserError) as error:
+        except (UnicodeDecodeError, UserError) as error:
             log.warning("%s cannot be read (%s); not used", self.path, error)
             return ()
         if json.loads(text).get("key") != self.key:

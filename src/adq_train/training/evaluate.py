@@ -10,6 +10,7 @@ from torch.nn import functional as F
 
 from adq_train.data.base import Batches
 from adq_train.errors import UserError
+from adq_train.training.distributed import ALONE, Ranks
 
 
 @dataclass(frozen=True)
@@ -23,12 +24,14 @@ class Evaluation:
 
 
 @torch.no_grad()
-def evaluate(model: nn.Module, batches: Batches) -> Evaluation:
+def evaluate(model: nn.Module, batches: Batches, ranks: Ranks = ALONE) -> Evaluation:
     """Evaluates a model in evaluation mode and leaves it in the mode that it was in.
 
     Args:
         model: Maps images (N, C, H, W) to logits (N, num_classes).
         batches: What to evaluate on.
+        ranks: The processes that share the work: each takes every so many-th batch whole, so
+            that no image counts twice and none is lost.
 
     Raises:
         UserError: There are no images.
@@ -36,17 +39,17 @@ def evaluate(model: nn.Module, batches: Batches) -> Evaluation:
     was_training = model.training
     model.eval()
     # Sums stay on the device until the end: reading them would stall a GPU at every batch.
-    totals: torch.Tensor | None = None
-    count = 0
-    for images, targets in batches.epoch(0):
+    totals = torch.zeros(4, dtype=torch.float64)
+    for images, targets in batches.epoch(0, ranks.own):
+        if not len(targets):
+            continue
         logits = model(images)
         loss = F.cross_entropy(logits, targets, reduction="sum").double()
         ranked = logits.topk(min(5, logits.shape[1])).indices == targets[:, None]
-        sums = torch.stack([loss, ranked[:, 0].sum().double(), ranked.sum().double()])
-        totals = sums if totals is None else totals + sums
-        count += len(targets)
+        counts = ranked[:, 0].sum().double(), ranked.sum().double(), loss.new_tensor(len(targets))
+        totals = totals.to(loss.device) + torch.stack([loss, *counts])
     model.train(was_training)
-    if totals is None:
+    total_loss, top1, top5, count = ranks.sum(totals.cpu()).tolist()
+    if not count:
         raise UserError("data: there are no images to evaluate on; hold out at least one")
-    total_loss, top1, top5 = totals.tolist()
-    return Evaluation(total_loss / count, 100 * top1 / count, 100 * top5 / count, count)
+    return Evaluation(total_loss / count, 100 * top1 / count, 100 * top5 / count, int(count))

@@ -15,6 +15,7 @@ from torch.nn.utils import get_total_norm
 
 # Where this many further steps are queued, reading the flag of a step leaves no gap on a GPU.
 STEPS_AHEAD = 2
+NOWHERE = "no layer: when the batch was run again, all was finite"
 
 
 def all_finite(
@@ -86,7 +87,7 @@ def origin(model: nn.Module, images: Tensor, run: Callable[[], object]) -> str:
     for name, parameter in model.named_parameters():
         if parameter.grad is not None and not torch.isfinite(parameter.grad).all():
             return f"the gradient of {name}"
-    return "no layer: when the batch was run again, all was finite"
+    return NOWHERE
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,15 @@ from adq_train.training.average import WeightAverage
 from adq_train.training.batch_norm import batch_norms
 from adq_train.training.compiling import compiled
 from adq_train.training.distillation import Teacher
-from adq_train.training.health import STEPS_AHEAD, LateFlags, all_finite, clear_unless, origin
+from adq_train.training.distributed import ALONE, Ranks
+from adq_train.training.health import (
+    NOWHERE,
+    STEPS_AHEAD,
+    LateFlags,
+    all_finite,
+    clear_unless,
+    origin,
+)
 
 log = logging.getLogger(__name__)
 
@@ -51,6 +59,7 @@ class TrainingStep:
         average_decay: Decay of the weights' average; 0 for none.
         mix: Maps images, targets and the step to a mixed batch.
         teacher: For distillation.
+        ranks: The processes that share each batch; all end the step with the same bits.
     """
 
     def __init__(
@@ -68,6 +77,7 @@ class TrainingStep:
         average_decay: float = 0.0,
         mix: Mix | None = None,
         teacher: Teacher | None = None,
+        ranks: Ranks = ALONE,
     ) -> None:
         if channels_last:
             model.to(memory_format=torch.channels_last)
@@ -81,6 +91,7 @@ class TrainingStep:
         self.skip_nonfinite_steps = skip_nonfinite_steps
         self.mix = mix
         self.teacher = teacher
+        self.ranks = ranks
         self.skipped = 0
         self._device = next(model.parameters()).device
         self._scaler = torch.amp.GradScaler(self._device.type, enabled=precision == "fp16")
@@ -99,22 +110,24 @@ class TrainingStep:
         """Trains on one batch.
 
         Args:
-            images: (N, C, H, W).
+            images: (N, C, H, W), this process's part of the batch; may be empty.
             targets: (N,) int64.
             step: Finished optimizer steps.
 
         Returns:
-            The mean loss (), detached, on the device; 0 for a step that was left out.
+            The mean loss () over all processes, detached, on the device; 0 for a step that was
+            left out.
 
         Raises:
             UserError: This step or one shortly before it is not finite.
         """
-        if self.mix is not None:
+        if self.mix is not None and len(images):
             images, targets = self.mix(images, targets, step)
         if self.channels_last and images.dim() == 4:
             images = images.contiguous(memory_format=torch.channels_last)
         statistics = self._statistics()
         loss = self._gradients(images, targets)
+        self._average_over_ranks(loss, len(images))
         self._scaler.unscale_(self.optimizer)
         self._upkeep.before_step()
         finite = all_finite(loss, self.model.parameters(), self._norms)
@@ -139,6 +152,8 @@ class TrainingStep:
     def _gradients(self, images: Tensor, targets: Tensor) -> Tensor:
         """Sets the gradients of the mean loss, which it returns, (), detached."""
         self.optimizer.zero_grad(set_to_none=True)
+        if not len(images):  # fewer images than processes
+            return torch.zeros((), device=self._device)
         total: Tensor | None = None
         parts = zip(
             images.chunk(self.accumulate_batches),
@@ -155,6 +170,27 @@ class TrainingStep:
             total = loss.detach() if total is None else total + loss.detach()
         assert total is not None
         return total
+
+    def _average_over_ranks(self, loss: Tensor, num_images: int) -> None:
+        """Gives loss, gradients and batch norm's statistics their mean over all images, in place.
+
+        Within a process, batch norm normalises with the statistics of its own images. A parameter
+        without a gradient gets one of zeros where there are several processes.
+        """
+        if self.ranks.world_size == 1:
+            return
+        gradients = []
+        for parameter in self.model.parameters():
+            if parameter.requires_grad:
+                if parameter.grad is None:
+                    parameter.grad = torch.zeros_like(parameter)
+                gradients.append(parameter.grad)
+        norms = batch_norms(self.model).values()
+        statistics = [norm.get_buffer(f"running_{x}") for norm in norms for x in ("mean", "var")]
+        self.ranks.average([loss, *gradients, *statistics], num_images)
+        for norm in norms:
+            if not num_images and norm.num_batches_tracked is not None:
+                norm.num_batches_tracked.add_(1)
 
     def _loss(self, images: Tensor, targets: Tensor) -> Tensor:
         """The mean loss of some images, ()."""
@@ -215,7 +251,11 @@ class TrainingStep:
         Raises:
             UserError: Always.
         """
-        where = origin(self.model, images, lambda: self._gradients(images, targets))
+        where = NOWHERE
+        if len(images):
+            where = origin(self.model, images, lambda: self._gradients(images, targets))
+        found = [x for x in self.ranks.gather(where) if x != NOWHERE]
+        where = found[0] if found else NOWHERE
         raise UserError(
             f"step {step + 1}: the loss or a gradient is not finite; it began in {where}; the last "
             "good checkpoint is kept; try a lower learning rate (optimizer.lr, pretrain.lr), "

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
-from adq_train.data.base import Batch, Batches
+from adq_train.data.base import ALL, Batch, Batches
 
 
 @dataclass(frozen=True)
@@ -46,9 +46,13 @@ class TimedBatches:
     def __len__(self) -> int:
         return len(self.batches)
 
-    def epoch(self, epoch: int) -> Iterator[Batch]:
-        """The batches of one epoch."""
-        source = iter(self.batches.epoch(epoch))
+    def size(self, index: int) -> int:
+        """The number of images in batch ``index``."""
+        return self.batches.size(index)
+
+    def epoch(self, epoch: int, batches: slice = ALL, images: slice = ALL) -> Iterator[Batch]:
+        """Some batches of one epoch."""
+        source = self.batches.epoch(epoch, batches, images)
         while True:
             began = time.perf_counter()
             batch = next(source, None)
