@@ -5,7 +5,7 @@ BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint format wheel clean
+.PHONY: help setup demo test lint format bench wheel clean
 
 help:  ## Show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -34,6 +34,10 @@ lint: $(STAMP)  ## Check style and types
 format: $(STAMP)  ## Rewrite the code in the house style
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+bench: $(STAMP)  ## Measure the training step and each quantizer, for docs/performance.md
+	$(BIN)/python scripts/bench_step.py --memory --methods adq adq_plain n2uq lsq pact dorefa apot --bits 2 3 4 8
+	$(BIN)/python scripts/bench_quantizers.py
 
 wheel: $(STAMP)  ## Build dist/*.whl
 	$(BIN)/python -m build --wheel --no-isolation
