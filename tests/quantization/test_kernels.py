@@ -1,9 +1,9 @@
 """The fast path gives what the plain one gives: values exactly, gradients within rounding."""
 
+import contextlib
 import math
 import subprocess
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from unittest import mock
 
 import pytest
@@ -27,7 +27,7 @@ from adq_train.quantization.functional import (
 pytestmark = pytest.mark.skipif(kernels.library() is None, reason="no C compiler here")
 
 
-@contextmanager
+@contextlib.contextmanager
 def plain() -> Iterator[None]:
     """As on a machine without a compiler."""
     with mock.patch.object(kernels, "library", return_value=None):
@@ -103,6 +103,18 @@ def test_the_gradients_agree_within_rounding(seed, bits, layout, size):
     bound = 1e-6 * float(grad.abs().sum()) * max(1.0, inverse) * max(1.0, inverse)
     for got, expected in zip(fast[1:], slow[1:], strict=True):
         torch.testing.assert_close(got, expected, rtol=1e-5, atol=bound * float(edges.abs().max()))
+
+
+@pytest.mark.parametrize("count", [3, 15, 255])
+def test_the_code_of_nan_is_the_last(count):
+    x = torch.tensor([math.nan, math.inf, -math.inf, 0.0])
+    edges = torch.linspace(-1, 1, count + 1)
+    grad, slopes = torch.ones(4), torch.zeros(count + 2)
+    codes = (count, count, 0, int((midpoints(edges) < 0).sum()))
+    for context in (contextlib.nullcontext(), plain()):
+        with context:
+            sums = interval_sums(x, grad, edges, midpoints(edges), slopes)[1]
+        assert sums[-2] == sum(codes)
 
 
 @pytest.mark.parametrize("form", [interval_sums, interval_sums_by_mask])

@@ -24,8 +24,14 @@ enum { LANES = 8, CHUNK = 8192, FEW = 15, MOST = 256, WAYS = 4, BINS = 1024, DIG
 
 INLINE lanes load(const float *from, size_t count) {
     lanes x = {0};
-    memcpy(&x, from, count * sizeof *from);
+    if (count == LANES) memcpy(&x, from, sizeof x);  /* a constant: one instruction */
+    else memcpy(&x, from, count * sizeof *from);
     return x;
+}
+
+INLINE void store(lanes x, float *to, size_t count) {
+    if (count == LANES) memcpy(to, &x, sizeof x);
+    else memcpy(to, &x, count * sizeof *to);
 }
 
 INLINE lanes all(float x) { return (lanes){x, x, x, x, x, x, x, x}; }
@@ -37,7 +43,7 @@ INLINE lanes where(masks mask, lanes yes, lanes no) {
 INLINE size_t shorter(size_t a, size_t b) { return a < b ? a : b; }
 
 /* Finds how many borders lie below a value. Bins of equal width tell how many lie below the bin;
- * those inside it, seldom more than one, are compared. Rounding does no harm: bin_of never falls
+ * those inside it, seldom more than one, are compared. Rounding does no harm: bins_of never falls
  * where x rises, so a border in a lower bin is smaller, and one in a higher bin is larger. */
 typedef struct {
     float borders[MOST + 1];  /* closed by infinities */
@@ -46,16 +52,23 @@ typedef struct {
     float origin, density;
 } Search;
 
-INLINE int bin_of(const Search *search, float x) {
-    float at = (x - search->origin) * search->density;
-    at = at > 0 ? at : 0;  /* also where it is not a number */
-    return (int)(at < BINS - 1 ? at : BINS - 1);
+INLINE masks bins_of(const Search *search, lanes x) {
+    lanes at = (x - all(search->origin)) * all(search->density);
+    at = where(at > all(0), at, all(0));  /* also where it is not a number */
+    at = where(at < all(BINS - 1), at, all(BINS - 1));
+    return __builtin_convertvector(at, masks);
 }
 
-INLINE int find(const Search *search, float x, const int inside) {
-    int index = search->first[bin_of(search, x)];
-    for (int k = 0; k < inside; k++) index += !(x <= search->borders[index]);
-    return x == x ? index : search->count;
+INLINE masks find(const Search *search, lanes x, const int inside) {
+    masks bins = bins_of(search, x), index;
+    for (int lane = 0; lane < LANES; lane++) index[lane] = search->first[bins[lane]];
+    for (int k = 0; k < inside; k++) {
+        lanes border;
+        for (int lane = 0; lane < LANES; lane++) border[lane] = search->borders[index[lane]];
+        index -= ~(x <= border);  /* a mask is -1 where it holds */
+    }
+    masks last = search->count - (masks){0};
+    return ((x == x) & index) | ((x != x) & last);
 }
 
 static void prepare(Search *search, const float *borders, int count) {
@@ -67,7 +80,7 @@ static void prepare(Search *search, const float *borders, int count) {
     for (int k = 0; k <= MOST; k++) search->borders[k] = k < count ? borders[k] : INFINITY;
     for (int bin = 0, index = 0; bin < BINS; bin++) {
         int begin = search->first[bin] = index;
-        while (index < count && bin_of(search, borders[index]) <= bin) index++;
+        while (index < count && bins_of(search, all(borders[index]))[0] <= bin) index++;
         if (index - begin > search->inside) search->inside = index - begin;
     }
 }
@@ -77,18 +90,23 @@ INLINE void few_steps(const float *x, float *y, size_t size, const float *border
                       const float *values, const int count) {
     for (size_t i = 0; i < size; i += LANES) {
         size_t here = shorter(size - i, LANES);
-        lanes a = here == LANES ? load(x + i, LANES) : load(x + i, here);
+        lanes a = load(x + i, here);
         lanes out = all(values[0]);
         for (int k = 0; k < count; k++) out = where(a <= all(borders[k]), out, all(values[k + 1]));
-        if (here == LANES) memcpy(y + i, &out, sizeof out);
-        else memcpy(y + i, &out, here * sizeof *y);
+        store(out, y + i, here);
     }
 }
 
 /* The same for many borders: search. */
 INLINE void many_steps(const Search *search, const float *x, float *y, size_t size,
                        const float *values, const int inside) {
-    for (size_t i = 0; i < size; i++) y[i] = values[find(search, x[i], inside)];
+    for (size_t i = 0; i < size; i += LANES) {
+        size_t here = shorter(size - i, LANES);
+        masks index = find(search, load(x + i, here), inside);
+        lanes out;
+        for (int lane = 0; lane < LANES; lane++) out[lane] = values[index[lane]];
+        store(out, y + i, here);
+    }
 }
 
 /* Maps x (size) to y (size) by borders (count), sorted, and values (count + 1). */
@@ -123,8 +141,8 @@ INLINE void few_intervals(const float *x, const float *grad, float *grad_x, size
     for (int k = 0; k <= count; k++) above[k] = moment[k] = (lanes){0};
     for (size_t i = 0; i < size; i += LANES) {
         size_t here = shorter(size - i, LANES);
-        lanes a = here == LANES ? load(x + i, LANES) : load(x + i, here);
-        lanes g = here == LANES ? load(grad + i, LANES) : load(grad + i, here);
+        lanes a = load(x + i, here);
+        lanes g = load(grad + i, here);
         lanes slope = all(slopes[0]);
         total += g;
         for (int k = 0; k <= count; k++) {
@@ -136,9 +154,7 @@ INLINE void few_intervals(const float *x, const float *grad, float *grad_x, size
         }
         for (int k = 0; k < count; k++)
             by_code += (lanes)(~(a <= all(thresholds[k])) & (masks)g);
-        slope *= g;
-        if (here == LANES) memcpy(grad_x + i, &slope, sizeof slope);
-        else memcpy(grad_x + i, &slope, here * sizeof *grad_x);
+        store(slope * g, grad_x + i, here);
     }
     for (int lane = 0; lane < LANES; lane++) {
         for (int k = 0; k <= count; k++) {
@@ -156,24 +172,33 @@ INLINE void few_intervals(const float *x, const float *grad, float *grad_x, size
 INLINE void many_intervals(const Search *search, const float *x, const float *grad, float *grad_x,
                            size_t size, const float *thresholds, const float *slopes,
                            double *sums, int count, const int inside) {
-    double own[WAYS][2][MOST + 2] = {0}, by_code[WAYS] = {0}, total[WAYS] = {0};
-    for (size_t i = 0; i < size; i++) {
-        int interval = find(search, x[i], inside);  /* 0: below all edges */
-        int below = interval > 0 ? interval - 1 : 0;
-        int code = below < count ? below + !(x[i] <= thresholds[below]) : count;
-        double g = grad[i];
-        int way = i % WAYS;
-        grad_x[i] = grad[i] * slopes[interval];
-        own[way][0][interval] += g;
-        own[way][1][interval] += g * x[i];
-        by_code[way] += g * code;
-        total[way] += g;
+    double own[WAYS][MOST + 2][2] = {0}, by_code[WAYS] = {0}, total[WAYS] = {0};
+    for (size_t i = 0; i < size; i += LANES) {
+        size_t here = shorter(size - i, LANES);
+        lanes a = load(x + i, here), g = load(grad + i, here), slope, threshold;
+        masks interval = find(search, a, inside);  /* 0: below all edges */
+        masks below = interval - (masks)((interval > 0) & 1);
+        for (int lane = 0; lane < LANES; lane++) {
+            slope[lane] = slopes[interval[lane]];
+            threshold[lane] = below[lane] < count ? thresholds[below[lane]] : INFINITY;
+        }
+        masks code = below - ~(a <= threshold);
+        code += code > count;  /* a NaN is above infinity too */
+        store(slope * g, grad_x + i, here);
+        lanes moment = g * a, by = g * __builtin_convertvector(code, lanes);
+        for (int lane = 0; lane < LANES; lane++) {
+            double *sum = own[lane % WAYS][interval[lane]];
+            sum[0] += g[lane];
+            sum[1] += moment[lane];
+            by_code[lane % WAYS] += by[lane];
+            total[lane % WAYS] += g[lane];
+        }
     }
     for (int way = 0; way < WAYS; way++) {
         double above = 0, moment = 0;
         for (int k = count; k >= 0; k--) {
-            sums[k] += above += own[way][0][k + 1];
-            sums[count + 1 + k] += moment += own[way][1][k + 1];
+            sums[k] += above += own[way][k + 1][0];
+            sums[count + 1 + k] += moment += own[way][k + 1][1];
         }
         sums[2 * count + 2] += by_code[way];
         sums[2 * count + 3] += total[way];
