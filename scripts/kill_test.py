@@ -99,10 +99,13 @@ def members(folder: Path) -> list[int]:
     return sorted(found)
 
 
-def stage_of(folder: Path) -> str:
-    """The stage that the run's folder tells; ``start`` before there is one."""
+def stage_of(folder: Path, since: float = 0.0) -> str:
+    """The stage that the run's folder tells; ``start`` before it was written ``since`` a time."""
+    path = folder / "run" / "status.json"
     try:
-        status = json.loads((folder / "run" / "status.json").read_text())
+        if path.stat().st_mtime < since:
+            return "start"
+        status = json.loads(path.read_text())
     except (OSError, ValueError):
         return "start"
     return "report" if status["stage"] is None else str(status["stage"])
@@ -159,8 +162,9 @@ def strike(
     Raises:
         RuntimeError: The run failed by itself, or processes were left over.
     """
+    since = time.time()
     run = start(folder, processes)
-    while target and run.poll() is None and stage_of(folder) != target:
+    while target and run.poll() is None and stage_of(folder, since) != target:
         time.sleep(0.002)
     end = time.monotonic() + delay
     while run.poll() is None and time.monotonic() < end:
@@ -169,7 +173,7 @@ def strike(
         if run.returncode:
             raise RuntimeError((folder / "stderr.txt").read_text()[-2000:])
         return None
-    stage = stage_of(folder)
+    stage = stage_of(folder, since)
     if choose.random() < 0.15:
         how = "SIGTERM to the run"
         os.kill(run.pid, signal.SIGTERM)

@@ -26,6 +26,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig
 from tqdm import tqdm
 
+from adq_train import interrupts
 from adq_train.errors import ConfigError, UserError
 from adq_train.overrides import problems_of
 from adq_train.schema import register
@@ -33,6 +34,8 @@ from adq_train.schema import register
 
 def main() -> None:
     """``adq-train``: float model → sensitivity → bit allocation → QAT → result."""
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        interrupts.end_with_parent()
     # Appending an experiment would let it win over an ablation; selecting it keeps the order.
     argv = [re.sub(r"^\+(experiment|comparison|ablation)=", r"\1=", text) for text in sys.argv[1:]]
     args = get_args_parser().parse_args(argv)
@@ -57,7 +60,10 @@ def main() -> None:
 
         # Hydra's own record of a sweep says less than the folders of its runs; it goes away.
         given = elsewhere or any(argument.startswith("hydra.sweep.dir=") for argument in argv)
-        sys.argv[1:] = argv if given else [*argv, f"hydra.sweep.dir={scratch}"]
+        if not given:  # beside the other overrides, which argparse wants in one place
+            place = argv.index(args.overrides[0]) if args.overrides else len(argv)
+            argv.insert(place, f"hydra.sweep.dir={scratch}")
+        sys.argv[1:] = argv
         code = 0
         try:
             job()
@@ -70,6 +76,11 @@ def main() -> None:
     if len(outcomes) > 1:
         print(table_of(outcomes), file=sys.stderr)
     code = code or int(any(outcome.code for outcome in outcomes))
+    if code and int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        # What PyTorch does at exit would wait for processes that may be gone.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
     if code:
         sys.exit(code)
 
@@ -115,7 +126,7 @@ def run_job(cfg: DictConfig, config_dir: str | None, whole_command: list[str]) -
         config_dir: Where the user's own choices are.
         whole_command: What was typed, which of a sweep is more than this job.
     """
-    from adq_train import interrupts, pipeline
+    from adq_train import pipeline
     from adq_train.training.distributed import (
         from_environment,
         is_first_to_report,
@@ -136,7 +147,8 @@ def run_job(cfg: DictConfig, config_dir: str | None, whole_command: list[str]) -
         print(f"\n══ run {number + 1}: {' '.join(overrides)}", file=sys.stderr)
     code, reason = 1, ""
     try:
-        with interrupts.caught(), joined() as ranks:
+        # While the others are waited for, SIGTERM need not be caught.
+        with joined() as ranks, interrupts.caught():
             if sweep and ranks.world_size > 1:
                 raise UserError("a sweep runs one job after the other; start each with torchrun")
             experiment = hydra_config.runtime.choices.get("experiment")
