@@ -183,6 +183,22 @@ ERRORS = {
         ["pretrain.checkpoint=float.pt"],
         "pretrain.checkpoint: there is no file float.pt",
     ),
+    "a precision that does not exist": (
+        ["trainer.precision=fp8"],
+        "trainer.precision: must be one of float32, bf16, fp16, got 'fp8'",
+    ),
+    "an average that forgets nothing": (
+        ["trainer.weight_average_decay=1"],
+        "trainer.weight_average_decay: must be at least 0 and less than 1, got 1.0",
+    ),
+    "a teacher with no say": (
+        ["distillation=logits", "distillation.weight=0"],
+        "distillation.weight must be more than 0 and at most 1, got 0",
+    ),
+    "a missing teacher": (
+        ["distillation=logits", "distillation.checkpoint=teacher.pt"],
+        "distillation.checkpoint: there is no file teacher.pt",
+    ),
     "too much held out": (
         ["data.validation_images=1800"],
         "leave none of the 1347 training images",

@@ -130,6 +130,32 @@ def test_ablations_share_the_float_model_and_change_the_result(cli, tmp_path):
         assert not torch.equal(weights["none"], weights[toggle]), toggle
 
 
+EVERYTHING = (
+    "trainer.precision=bf16",
+    "trainer.accumulate_batches=2",
+    "trainer.mixup_alpha=0.2",
+    "trainer.cutmix_alpha=1",
+    "trainer.weight_average_decay=0.9",
+    "trainer.batch_norm_reestimation=64",
+    "trainer.skip_nonfinite_steps=1",
+    "trainer.channels_last=true",
+    "distillation=logits",
+    "distillation.weight=0.5",
+)
+
+
+@pytest.mark.usefixtures("no_pictures")
+def test_every_option_of_training_at_once(cli, tmp_path):
+    outcome = cli(*QUICK, "trainer.epochs=2", *EVERYTHING, "run_dir=run")
+    assert outcome.code == 0, outcome.err
+    records = [json.loads(x) for x in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    assert [x["stage"] for x in records] == ["pretrain", "qat", "qat"]
+    assert records[-1]["step"] == 2 * 2  # 256 images in batches of 2 x 64
+    assert all(x["images_per_second"] > 0 for x in records)
+    state = torch.load(tmp_path / "run/checkpoints/last.pt", weights_only=True)
+    assert state["step"]["trained"].keys() == state["model"].keys()
+
+
 @pytest.mark.usefixtures("no_pictures")
 def test_another_seed_trains_another_float_model(cli, tmp_path):
     for seed in (0, 1):

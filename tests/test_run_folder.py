@@ -67,6 +67,13 @@ def messages(caplog, monkeypatch):
         ({"trusted_packages": ["mine"]}, True),
         ({"trainer": {"epochs": 3, "device": "cuda:1", "lr": 1e-05}}, True),
         ({"data": {"name": "digits", "num_workers": 0}}, True),
+        (
+            {
+                "trainer": {"epochs": 3, "device": "auto", "lr": 1e-05, "compile": "model"}
+                | {"channels_last": True}
+            },
+            True,
+        ),
         ({"seed": 1}, False),
         ({"trainer": {"epochs": 4, "device": "auto", "lr": 1e-05}}, False),
         ({"data": {"name": "cifar10", "num_workers": 4}}, False),

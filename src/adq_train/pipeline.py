@@ -105,6 +105,7 @@ def execute(
         load_weights(model, Path(checkpoint))
     model.to(parts.device)
     ranks.equalize(model)
+    teacher = parts.distillation.teacher(model, data.num_classes, data.image_shape[0])
 
     images, _ = next(data.calibration.epoch(0))
     layers = describe_layers(model, images[:1])
@@ -146,7 +147,7 @@ def execute(
             require_achieved(allocation, achieved(calibrated, images[:1], problem.pinned))
             quantized = copy.deepcopy(calibrated)
         with folder.stage("qat"):
-            train_quantized(run, quantized, allocation, model)
+            train_quantized(run, quantized, allocation, teacher)
         with folder.stage("evaluate"):
             figures = evaluate_models(run, model, calibrated, quantized)
             keep_levels(run, quantized)

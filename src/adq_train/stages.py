@@ -229,7 +229,7 @@ def qat_key(config: dict[str, Any], allocation: BitAllocation) -> str:
 
 
 def train_quantized(
-    run: Context, model: nn.Module, allocation: BitAllocation, float_model: nn.Module
+    run: Context, model: nn.Module, allocation: BitAllocation, teacher: Teacher | None
 ) -> None:
     """Quantization-aware training, in place; ends with the model that ``trainer.select`` names.
 
@@ -237,13 +237,11 @@ def train_quantized(
         run: The run.
         model: Prepared and calibrated.
         allocation: Its bits.
-        float_model: Where it comes from; may be its teacher.
+        teacher: For distillation.
     """
     if not run.config["trainer"]["epochs"]:
         return
     key = qat_key(run.config, allocation)
-    data = run.data
-    teacher = run.parts.distillation.teacher(float_model, data.num_classes, data.image_shape[0])
     checkpoints = _fit(run, model, run.folder.path, key, "qat", teacher)
     if run.config["trainer"]["select"] == "best":
         state = run.ranks.share(lambda: checkpoints.load(key, names=("best",)))

@@ -70,6 +70,8 @@ def test_an_epoch_is_recorded_in_both_places(tmp_path):
     found = events(tmp_path)
     curve = found.Scalars("accuracy/validation_top1_percent")
     assert [(x.step, x.value) for x in curve] == [(1, 51), (2, 52)]
+    assert [x.value for x in found.Scalars("speed/images_per_second")] == [80, 80]
+    assert [x.value for x in found.Scalars("speed/data_wait_percent")] == [5, 5]
     levels = [found.Scalars(f"codebook/0/{i}")[0].value for i in range(4)]
     assert levels == pytest.approx(model[0].weight_quantizer.levels().tolist())
     assert not [tag for tag in found.Tags()["scalars"] if tag.startswith("codebook/1/")]

@@ -59,8 +59,8 @@ def test_the_labels_have_the_rest_of_the_loss():
     model = nn.Linear(3, 4).train()
     images, z = torch.randn(5, 3), logits(0, torch.float32)
     teacher = Teacher(model, 2.0, 0.25)
-    assert not model.training
     found = teacher.loss(z, images, lambda: torch.tensor(8.0))
+    assert not model.training
     expected = 0.25 * divergence(z, model(images).detach(), 2.0) + 6
     torch.testing.assert_close(found, expected)
     alone = Teacher(model, 2.0, 1.0).loss(z, images, lambda: pytest.fail("labels were used"))

@@ -14,7 +14,9 @@ from adq_train.quantization.adq import AdqWeightQuantizer
 from adq_train.quantization.layers import quantized
 from adq_train.quantization.n2uq import N2uqActivationQuantizer
 from adq_train.quantization.pact import PactActivationQuantizer
+from adq_train.training.batch_norm import reestimate_batch_norm
 from adq_train.training.checkpoint import CheckpointFolder
+from adq_train.training.evaluate import evaluate
 from adq_train.training.loop import fit, parameter_groups, train_epoch
 from adq_train.training.schedule import Cosine
 from adq_train.training.step import TrainingStep
@@ -74,10 +76,10 @@ def sgd(model):
     return optimizer
 
 
-def run(model, folder, epochs, batches=None, key="k"):
+def run(model, folder, epochs, batches=None, key="k", batch_norm_images=0, **knobs):
     reports = []
     fit(
-        TrainingStep(model, sgd(model)),
+        TrainingStep(model, sgd(model), **knobs),
         data_of(batches or Drawn()),
         Cosine(),
         epochs=epochs,
@@ -86,6 +88,7 @@ def run(model, folder, epochs, batches=None, key="k"):
         key=key,
         on_start=lambda done, seconds: None,
         on_epoch=lambda report, _: reports.append(report),
+        batch_norm_images=batch_norm_images,
     )
     return reports
 
@@ -173,9 +176,12 @@ def test_the_commitment_term_reaches_the_gradient():
 
 
 @pytest.mark.parametrize("done", [1, 2, 3])
-def test_an_interrupted_run_ends_as_one_that_was_not(tmp_path, done):
+@pytest.mark.parametrize("averaged", [False, True])
+def test_an_interrupted_run_ends_as_one_that_was_not(tmp_path, done, averaged):
+    knobs = {"average_decay": 0.7, "precision": "fp16"} if averaged else {}
+    again_norms = 7 * averaged
     whole = network()
-    reports = run(whole, tmp_path / "whole", 4)
+    reports = run(whole, tmp_path / "whole", 4, batch_norm_images=again_norms, **knobs)
 
     class KilledError(Exception):
         pass
@@ -189,13 +195,14 @@ def test_an_interrupted_run_ends_as_one_that_was_not(tmp_path, done):
 
     with pytest.raises(KilledError):
         fit(
-            TrainingStep(broken, sgd(broken)), data_of(Drawn()), Cosine(), epochs=4, stage="qat",
+            TrainingStep(broken, sgd(broken), **knobs), data_of(Drawn()), Cosine(), epochs=4,
+            stage="qat", batch_norm_images=again_norms,
             checkpoints=CheckpointFolder(tmp_path / "broken"), key="k",
             on_start=lambda *_: None, on_epoch=stop,
         )  # fmt: skip
     torch.manual_seed(99)
     again = network()
-    rest = run(again, tmp_path / "broken", 4)
+    rest = run(again, tmp_path / "broken", 4, batch_norm_images=again_norms, **knobs)
     assert [x.epoch for x in rest] == list(range(done + 1, 5))
     for mine, other in zip(rest, reports[done:], strict=True):
         assert (mine.train_loss, mine.validation_loss) == (other.train_loss, other.validation_loss)
@@ -203,6 +210,43 @@ def test_an_interrupted_run_ends_as_one_that_was_not(tmp_path, done):
         assert mine.validation_top1_percent == other.validation_top1_percent
     for name, value in whole.state_dict().items():
         assert torch.equal(value, again.state_dict()[name]), name
+
+
+def test_the_average_is_what_is_watched_kept_and_left_in_the_model(tmp_path):
+    model = network()
+    watched = []
+    step = TrainingStep(model, sgd(model), average_decay=0.9)
+    fit(
+        step, data_of(Drawn()), Cosine(), epochs=2, stage="qat",
+        checkpoints=CheckpointFolder(tmp_path), key="k", on_start=lambda *_: None,
+        on_epoch=lambda report, evaluated: watched.append((report, evaluated)),
+    )  # fmt: skip
+    report, evaluated = watched[-1]
+    assert evaluated is step.evaluated is not model
+    assert evaluate(evaluated, Drawn()).loss == report.validation_loss
+    state = CheckpointFolder(tmp_path).load("k")
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, state["model"][name]), name
+    assert not torch.equal(state["step"]["trained"]["0.weight"], state["model"]["0.weight"])
+
+
+def test_batch_norm_is_estimated_anew_before_each_evaluation(tmp_path):
+    plain = network()
+    run(plain, tmp_path / "plain", 2)
+    anew = network()  # which seeds dropout too
+    [*_, last] = run(anew, tmp_path / "anew", 2, batch_norm_images=7)
+    assert torch.equal(plain[0].weight, anew[0].weight)  # training does not notice
+    assert not torch.equal(plain[1].running_mean, anew[1].running_mean)
+    reestimate_batch_norm(plain, [images for images, _ in Drawn(sizes=(6, 6)).epoch(1)])
+    assert torch.equal(plain[1].running_mean, anew[1].running_mean)
+    assert evaluate(plain, Drawn()).loss == last.validation_loss
+
+
+def test_speed_is_reported(tmp_path):
+    for report in run(network(), tmp_path, 2):
+        assert report.images_per_second > 15 / report.seconds
+        assert 0 < report.data_wait_percent < 100
+        assert report.peak_memory_bytes > 10**7
 
 
 def test_a_checkpoint_of_another_run_is_not_used(tmp_path):

@@ -41,13 +41,13 @@ class Teacher:
     """A float network and how much it has to say.
 
     Args:
-        model: Images (N, C, H, W) to logits (N, K); in evaluation mode from here on.
+        model: Images (N, C, H, W) to logits (N, K); runs in evaluation mode.
         temperature: See :func:`divergence`.
         weight: Share w of the divergence in the loss, in (0, 1].
     """
 
     def __init__(self, model: nn.Module, temperature: float, weight: float) -> None:
-        self.model = model.eval()
+        self.model = model
         self.temperature = temperature
         self.weight = weight
 
@@ -59,6 +59,8 @@ class Teacher:
             images: (N, C, H, W) that it saw.
             label_loss: Computes the loss against the labels.
         """
+        if self.model.training:
+            self.model.eval()
         with torch.no_grad():
             teacher_logits = self.model(images)
         loss = self.weight * divergence(logits, teacher_logits, self.temperature)
