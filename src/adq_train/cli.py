@@ -6,6 +6,7 @@ Torch is imported only when a run begins, so that ``--help`` and completion answ
 from __future__ import annotations
 
 import errno
+import importlib.util
 import json
 import logging
 import os
@@ -44,11 +45,13 @@ def main() -> None:
         problems = problems_of(args.overrides, args.config_dir)
         if problems:
             fail(ConfigError(problems))
+    elsewhere = any(text.startswith("hydra/launcher=") for text in argv)
+    if elsewhere and importlib.util.find_spec("submitit") is None:
+        fail(ConfigError(["hydra/launcher: needs pip install 'adq-train[slurm]'"]))
     command = ["adq-train", *sys.argv[1:]]
     process = os.getpid()
 
-    # Jobs of a sweep may run on other machines; its outcomes come back through a folder.
-    elsewhere = any(text.startswith("hydra/launcher=") for text in argv)
+    # Jobs of a sweep may run on other machines; their outcomes come back through a folder.
     with tempfile.TemporaryDirectory(dir="." if elsewhere else None, prefix=".adq-") as scratch:
 
         @hydra.main(config_path="pkg://adq_train.configs", config_name="config", version_base="1.3")
@@ -59,7 +62,7 @@ def main() -> None:
                 sys.exit(outcome.code)
 
         # Hydra's own record of a sweep says less than the folders of its runs; it goes away.
-        given = elsewhere or any(argument.startswith("hydra.sweep.dir=") for argument in argv)
+        given = any(argument.startswith("hydra.sweep.dir=") for argument in argv)
         if not given:  # beside the other overrides, which argparse wants in one place
             place = argv.index(args.overrides[0]) if args.overrides else len(argv)
             argv.insert(place, f"hydra.sweep.dir={scratch}")
