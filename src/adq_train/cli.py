@@ -18,13 +18,13 @@ import traceback
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import hydra
 from hydra._internal.utils import get_args_parser
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from tqdm import tqdm
 
 from adq_train import interrupts
@@ -138,7 +138,9 @@ def run_job(cfg: DictConfig, config_dir: str | None, whole_command: list[str]) -
     )
 
     hydra_config = HydraConfig.get()
-    overrides = list(hydra_config.overrides.task)
+    # As typed: an interpolation in them is for the whole configuration to resolve.
+    typed: Any = OmegaConf.to_container(hydra_config.overrides, resolve=False)
+    overrides: list[str] = typed["task"]
     # Of a sweep, the command that repeats this run alone.
     where = [f"--config-dir={config_dir}"] if config_dir else []
     ranks = from_environment()
