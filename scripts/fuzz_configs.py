@@ -60,7 +60,8 @@ VALUES = (
     "[2,2]", "[[2],[3]]", "[nan]", "[word]", "{}", "{fc: 4}", "{fc: [2, 4]}", "{nothing: 3}",
     "{'*': 2}", "{fc: word}", "0.1x", "-1x", "x", "???", "${seed}", "${nothing}", "${oc.env:HOME}",
     "/dev/null", "/proc/nothing", ".", "../../etc/passwd", "9" * 30, "os.system",
-    "adq_train.cli.main",     "adq_train.errors.UserError", "torch.optim.SGD", "a=b", "1,", "[1", "{", "'",
+    "adq_train.cli.main", "adq_train.errors.UserError", "torch.optim.SGD", "a=b", "1,", "[1", "{",
+    "'",
 )  # fmt: skip
 # Deep in memory or time: more of it is slow, not wrong.
 KEPT_SMALL = ("model.width", "data.train_images", "data.test_images", "model.depth", "data.like")

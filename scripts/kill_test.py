@@ -152,8 +152,8 @@ def strike(
     Args:
         folder: Where it runs.
         processes: Of the run.
-        target: The stage to wait for; None: only for the delay.
-        delay: Seconds after that.
+        target: The stage to wait for; None: any.
+        delay: Seconds after that, or after the run has begun.
         choose: Chooses the process and the signal.
 
     Returns:
@@ -165,6 +165,8 @@ def strike(
     since = time.time()
     run = start(folder, processes)
     while target and run.poll() is None and stage_of(folder, since) != target:
+        time.sleep(0.002)
+    while not target and run.poll() is None and stage_of(folder, since) == "start":
         time.sleep(0.002)
     end = time.monotonic() + delay
     while run.poll() is None and time.monotonic() < end:
@@ -220,7 +222,7 @@ def kill_runs(folder: Path, processes: int, kills: int, seed: int = 0) -> Report
             later = STAGES[STAGES.index(passed) if passed in STAGES else 0 :]
             if choose.random() < 0.5:
                 target = min(later, key=lambda stage: report.kills[stage])
-            most = 1e9 if enough else 0.3 if target else duration
+            most = 1e9 if enough else 0.3 if target else duration / 3
             try:
                 hit = strike(broken, processes, target, choose.uniform(0, most), choose)
             except RuntimeError as error:

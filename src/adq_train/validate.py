@@ -84,6 +84,15 @@ def validate(cfg: DictConfig) -> tuple[dict[str, Any], Parts]:
         config: Any = without_missing(OmegaConf.to_container(cfg, resolve=True))
     except OmegaConfBaseException as error:
         raise ConfigError([f"{error.full_key}: {str(error).splitlines()[0]}"]) from error
+    lacking = [
+        f"{section}.{field.name}".strip(".")
+        for section, schema in SECTIONS.items()
+        for field in fields(schema)
+        if field.default is not MISSING
+        and field.name not in (config[section] if section else config)
+    ]
+    if lacking:
+        raise ConfigError(f"{name}: a value is required; give {name}=…" for name in lacking)
     # Numbers are floats from here on, so that 3 and 3.0 mean the same run.
     config["budget"] = {
         name: float(value) if type(value) is int else value
@@ -279,7 +288,10 @@ def build(
                 "defines; choose one of the group's files"
             ]
         )
-    problems = list(_argument_problems(target, arguments, path, bool(node.get("_partial_"))))
+    try:
+        problems = list(_argument_problems(target, arguments, path, bool(node.get("_partial_"))))
+    except ValueError as error:  # some built-in types have no signature
+        raise ConfigError([f"{path}._target_: {node['_target_']} cannot be configured"]) from error
     if problems:
         raise ConfigError(problems)
     try:
