@@ -54,7 +54,7 @@ def test_a_full_disk_is_told_and_the_run_continues_on_a_larger_one(tmp_path, kil
         assert done.returncode == 1
         assert "Traceback" not in done.stderr
         assert "No space left on device" in done.stderr
-        assert done.stderr.count("error:") == 1
+        assert done.stderr.count("\nerror: ") == 1
         subprocess.run(["mount", "-o", "remount,size=20m", str(disk)], check=True)
         again = adq_train(disk)
         assert again.returncode == 0, again.stderr

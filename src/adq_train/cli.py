@@ -14,6 +14,7 @@ import re
 import shlex
 import sys
 import tempfile
+import threading
 import traceback
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -189,6 +190,8 @@ def configure_logging(quiet: bool = False) -> None:
     logger.propagate = False
     # A log that a full disk does not take is no reason for tracebacks.
     logging.raiseExceptions = False
+    # TensorBoard's thread hands its errors to whoever writes next, who tells them.
+    threading.excepthook = lambda failed: logger.debug("a thread failed: %s", failed.exc_value)
     if not logger.handlers and not quiet:
         logger.addHandler(Console(logging.INFO))
 
