@@ -162,7 +162,9 @@ def run_job(cfg: DictConfig, config_dir: str | None, whole_command: list[str]) -
         code = 0
     except interrupts.Interrupted as stop:
         code, reason = 128 + stop.number, str(stop)
-        if ranks.is_main:
+        if ranks.is_main and cfg.dry_run:
+            print(f"\n{stop}; nothing was kept", file=sys.stderr)
+        elif ranks.is_main:
             again = command if ranks.world_size > 1 else whole_command
             print(f"\n{stop}; what is done is kept, continue with", file=sys.stderr)
             print(f"  {shlex.join(again)}", file=sys.stderr)
