@@ -77,7 +77,7 @@ def main() -> None:
         except SystemExit as stop:
             code = stop.code if isinstance(stop.code, int) else 1
         outcomes = kept(Path(scratch))
-    if len(outcomes) > 1:
+    if len(outcomes) > 1 and os.environ.get("RANK", "0") == "0":
         print(table_of(outcomes), file=sys.stderr)
     code = code or int(any(outcome.code for outcome in outcomes))
     if code and int(os.environ.get("WORLD_SIZE", 1)) > 1:
@@ -152,11 +152,14 @@ def run_job(cfg: DictConfig, config_dir: str | None, whole_command: list[str]) -
     if sweep and ranks.is_main:
         print(f"\n══ run {number + 1}: {' '.join(overrides)}", file=sys.stderr)
     code, reason = 1, ""
+    if sweep and ranks.world_size > 1:
+        reason = "a sweep runs one job after the other; start each with torchrun"
+        if ranks.is_main:
+            show_error(UserError(reason), cfg.debug)
+        return Outcome(number, " ".join(overrides), code, reason)
     try:
         # While the others are waited for, SIGTERM need not be caught.
         with joined() as ranks, interrupts.caught():
-            if sweep and ranks.world_size > 1:
-                raise UserError("a sweep runs one job after the other; start each with torchrun")
             experiment = hydra_config.runtime.choices.get("experiment")
             pipeline.run(cfg, experiment, overrides, command, ranks)
         code = 0

@@ -169,6 +169,9 @@ def _section_problems(config: dict[str, Any]) -> Iterator[str]:
 def _candidate_problems(candidates: list[int], per_layer: Any) -> Iterator[str]:
     """Lists of bit-widths that are out of order, and widths that would not be measured."""
     rule = "must be ascending and distinct, at least one"
+    if not all(type(b) is int for b in candidates):
+        yield f"bits.candidates: must be a list of bits, [2, 4], got {candidates}"
+        return
     if not candidates or sorted(set(candidates)) != candidates:
         yield f"bits.candidates: {rule}, got {candidates}"
     if not isinstance(per_layer, dict | None):

@@ -9,6 +9,7 @@ FOUND_BEFORE = (
     ["~trainer.compile=true"],
     ["+activation_quantizer=apot"],
     ["trusted_packages=???"],
+    ["bits.candidates=[[2],[3]]"],
     ["optimizer._target_=adq_train.errors.UserError"],
 )
 
