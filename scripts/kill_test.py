@@ -99,10 +99,13 @@ def members(folder: Path) -> list[int]:
     return sorted(found)
 
 
-def stage_of(folder: Path) -> str:
-    """The stage that the run's folder tells; ``start`` before there is one."""
+def stage_of(folder: Path, since: float = 0.0) -> str:
+    """The stage that the run's folder tells; ``start`` before it was written ``since`` a time."""
+    path = folder / "run" / "status.json"
     try:
-        status = json.loads((folder / "run" / "status.json").read_text())
+        if path.stat().st_mtime < since:
+            return "start"
+        status = json.loads(path.read_text())
     except (OSError, ValueError):
         return "start"
     return "report" if status["stage"] is None else str(status["stage"])
@@ -149,8 +152,8 @@ def strike(
     Args:
         folder: Where it runs.
         processes: Of the run.
-        target: The stage to wait for; None: only for the delay.
-        delay: Seconds after that.
+        target: The stage to wait for; None: any.
+        delay: Seconds after that, or after the run has begun.
         choose: Chooses the process and the signal.
 
     Returns:
@@ -159,8 +162,11 @@ def strike(
     Raises:
         RuntimeError: The run failed by itself, or processes were left over.
     """
+    since = time.time()
     run = start(folder, processes)
-    while target and run.poll() is None and stage_of(folder) != target:
+    while target and run.poll() is None and stage_of(folder, since) != target:
+        time.sleep(0.002)
+    while not target and run.poll() is None and stage_of(folder, since) == "start":
         time.sleep(0.002)
     end = time.monotonic() + delay
     while run.poll() is None and time.monotonic() < end:
@@ -169,7 +175,7 @@ def strike(
         if run.returncode:
             raise RuntimeError((folder / "stderr.txt").read_text()[-2000:])
         return None
-    stage = stage_of(folder)
+    stage = stage_of(folder, since)
     if choose.random() < 0.15:
         how = "SIGTERM to the run"
         os.kill(run.pid, signal.SIGTERM)
@@ -216,7 +222,7 @@ def kill_runs(folder: Path, processes: int, kills: int, seed: int = 0) -> Report
             later = STAGES[STAGES.index(passed) if passed in STAGES else 0 :]
             if choose.random() < 0.5:
                 target = min(later, key=lambda stage: report.kills[stage])
-            most = 1e9 if enough else 0.3 if target else duration
+            most = 1e9 if enough else 0.3 if target else duration / 3
             try:
                 hit = strike(broken, processes, target, choose.uniform(0, most), choose)
             except RuntimeError as error:

@@ -1,6 +1,9 @@
 """The command line as a user meets it: help, errors by their text, sweeps, traces left."""
 
+import errno
 import json
+import os
+import signal
 import subprocess
 import sys
 
@@ -263,8 +266,11 @@ def test_a_sweep_goes_on_after_a_failure_and_says_which(cli, tmp_path):
     outcome = cli("-m", *QUICK, "budget.average_weight_bits=1.5,2.5")
     assert outcome.code == 1
     assert "1 of 2 runs are done" in outcome.err
-    (failed,) = [line for line in outcome.err.splitlines() if line.startswith("failed: ")]
-    assert "budget.average_weight_bits=1.5" in failed
+    lines = outcome.err.splitlines()
+    (failed,) = [i for i, line in enumerate(lines) if line.startswith("failed: ")]
+    assert "budget.average_weight_bits=1.5" in lines[failed]
+    assert "budget.average_weight_bits: 1.5 cannot be reached" in lines[failed + 1]
+    assert lines[failed + 2] == "the same command does only these again"
     assert outcome.out.count("Top-1 accuracy") == 1
     runs = list((tmp_path / "outputs" / "quickstart").iterdir())
     assert len(runs) == 1
@@ -308,3 +314,72 @@ def test_a_user_s_own_experiments(cli, tmp_path):
     (folder / "tiny.yaml").write_text("# @package _global_\ntrainer:\n  epochs: 7\n")
     assert config_of(cli, "--config-dir", "mine", "experiment=tiny")["trainer"]["epochs"] == 7
     assert "did you mean 'tiny'" in cli("--config-dir", "mine", "experiment=tinny").err
+
+
+def test_the_flag_of_a_sweep_may_come_last(cli, monkeypatch):
+    monkeypatch.setattr("adq_train.pipeline.run", lambda *_: None)
+    assert "2 of 2 runs are done" in cli("seed=0,1", "-m").err
+
+
+def test_a_mistake_of_the_program_does_not_stop_a_sweep(cli, monkeypatch):
+    def fail_once(cfg, *_):
+        if cfg.seed == 0:
+            raise RuntimeError("a shape\nof the past")
+
+    monkeypatch.setattr("adq_train.pipeline.run", fail_once)
+    outcome = cli("-m", "seed=0,1")
+    assert outcome.code == 1
+    assert "failed: seed=0\n        RuntimeError: a shape …\n" in outcome.err
+
+
+def test_a_full_disk_is_told_as_one(cli, monkeypatch):
+    def write(*_):
+        raise OSError(errno.ENOSPC, "No space left on device", "metrics.jsonl")
+
+    monkeypatch.setattr("adq_train.pipeline.run", write)
+    outcome = cli()
+    assert outcome.code == 1
+    assert "error: the disk is full" in outcome.err
+    assert "free some space, and the same command continues" in outcome.err
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_with_its_code_and_the_command_that_continues(cli, monkeypatch, number):
+    monkeypatch.setattr("adq_train.pipeline.run", lambda *_: os.kill(os.getpid(), number))
+    outcome = cli("-m", "seed=0,1", "trainer.epochs=3")
+    assert outcome.code == 128 + number
+    assert f"stopped by {number.name}; what is done is kept, continue with\n" in outcome.err
+    assert "  adq-train -m seed=0,1 trainer.epochs=3\n" in outcome.err
+    assert "run 2" not in outcome.err
+
+
+def test_a_launcher_that_is_not_installed(cli, monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    outcome = cli("-m", "hydra/launcher=slurm", "seed=0,1")
+    assert outcome.code == 2
+    assert "needs pip install 'adq-train[slurm]'" in outcome.err
+
+
+def test_the_slurm_launcher_composes(cli):
+    pytest.importorskip("hydra_plugins.hydra_submitit_launcher", reason="needs adq-train[slurm]")
+    outcome = cli("--cfg", "hydra", "hydra/launcher=slurm", "hydra.launcher.partition=gpu")
+    launcher = yaml.safe_load(outcome.out)["hydra"]["launcher"]
+    assert launcher["_target_"].endswith("SlurmLauncher")
+    assert (launcher["partition"], launcher["gpus_per_node"]) == ("gpu", 1)
+
+
+@pytest.mark.slow
+def test_a_sweep_through_submitit_tells_what_failed(cli, tmp_path):
+    pytest.importorskip("hydra_plugins.hydra_submitit_launcher", reason="needs adq-train[slurm]")
+    sweep = (
+        "-m",
+        *QUICK,
+        "hydra/launcher=submitit_local",
+        "hydra.launcher.submitit_folder=submitit/%j",
+        "budget.average_weight_bits=1.5,2.5",
+    )
+    outcome = cli(*sweep)
+    assert outcome.code == 1
+    assert "1 of 2 runs are done" in outcome.err
+    assert "1.5 cannot be reached" in outcome.err
+    assert {x.name for x in tmp_path.iterdir()} == {"outputs", "submitit"}

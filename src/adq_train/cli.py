@@ -6,6 +6,7 @@ Torch is imported only when a run begins, so that ``--help`` and completion answ
 from __future__ import annotations
 
 import errno
+import importlib.util
 import json
 import logging
 import os
@@ -13,19 +14,21 @@ import re
 import shlex
 import sys
 import tempfile
+import threading
 import traceback
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import hydra
 from hydra._internal.utils import get_args_parser
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from tqdm import tqdm
 
+from adq_train import interrupts
 from adq_train.errors import ConfigError, UserError
 from adq_train.overrides import problems_of
 from adq_train.schema import register
@@ -33,6 +36,8 @@ from adq_train.schema import register
 
 def main() -> None:
     """``adq-train``: float model → sensitivity → bit allocation → QAT → result."""
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        interrupts.end_with_parent()
     # Appending an experiment would let it win over an ablation; selecting it keeps the order.
     argv = [re.sub(r"^\+(experiment|comparison|ablation)=", r"\1=", text) for text in sys.argv[1:]]
     args = get_args_parser().parse_args(argv)
@@ -41,11 +46,13 @@ def main() -> None:
         problems = problems_of(args.overrides, args.config_dir)
         if problems:
             fail(ConfigError(problems))
+    elsewhere = any(text.startswith("hydra/launcher=") for text in argv)
+    if elsewhere and importlib.util.find_spec("submitit") is None:
+        fail(ConfigError(["hydra/launcher: needs pip install 'adq-train[slurm]'"]))
     command = ["adq-train", *sys.argv[1:]]
     process = os.getpid()
 
-    # Jobs of a sweep may run on other machines; its outcomes come back through a folder.
-    elsewhere = any(text.startswith("hydra/launcher=") for text in argv)
+    # Jobs of a sweep may run on other machines; their outcomes come back through a folder.
     with tempfile.TemporaryDirectory(dir="." if elsewhere else None, prefix=".adq-") as scratch:
 
         @hydra.main(config_path="pkg://adq_train.configs", config_name="config", version_base="1.3")
@@ -56,8 +63,11 @@ def main() -> None:
                 sys.exit(outcome.code)
 
         # Hydra's own record of a sweep says less than the folders of its runs; it goes away.
-        given = elsewhere or any(argument.startswith("hydra.sweep.dir=") for argument in argv)
-        sys.argv[1:] = argv if given else [*argv, f"hydra.sweep.dir={scratch}"]
+        given = any(argument.startswith("hydra.sweep.dir=") for argument in argv)
+        if not given:  # beside the other overrides, which argparse wants in one place
+            place = argv.index(args.overrides[0]) if args.overrides else len(argv)
+            argv.insert(place, f"hydra.sweep.dir={scratch}")
+        sys.argv[1:] = argv
         code = 0
         try:
             job()
@@ -67,9 +77,14 @@ def main() -> None:
         except SystemExit as stop:
             code = stop.code if isinstance(stop.code, int) else 1
         outcomes = kept(Path(scratch))
-    if len(outcomes) > 1:
+    if len(outcomes) > 1 and os.environ.get("RANK", "0") == "0":
         print(table_of(outcomes), file=sys.stderr)
     code = code or int(any(outcome.code for outcome in outcomes))
+    if code and int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        # What PyTorch does at exit would wait for processes that may be gone.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
     if code:
         sys.exit(code)
 
@@ -115,7 +130,7 @@ def run_job(cfg: DictConfig, config_dir: str | None, whole_command: list[str]) -
         config_dir: Where the user's own choices are.
         whole_command: What was typed, which of a sweep is more than this job.
     """
-    from adq_train import interrupts, pipeline
+    from adq_train import pipeline
     from adq_train.training.distributed import (
         from_environment,
         is_first_to_report,
@@ -124,7 +139,9 @@ def run_job(cfg: DictConfig, config_dir: str | None, whole_command: list[str]) -
     )
 
     hydra_config = HydraConfig.get()
-    overrides = list(hydra_config.overrides.task)
+    # As typed: an interpolation in them is for the whole configuration to resolve.
+    typed: Any = OmegaConf.to_container(hydra_config.overrides, resolve=False)
+    overrides: list[str] = typed["task"]
     # Of a sweep, the command that repeats this run alone.
     where = [f"--config-dir={config_dir}"] if config_dir else []
     ranks = from_environment()
@@ -135,16 +152,22 @@ def run_job(cfg: DictConfig, config_dir: str | None, whole_command: list[str]) -
     if sweep and ranks.is_main:
         print(f"\n══ run {number + 1}: {' '.join(overrides)}", file=sys.stderr)
     code, reason = 1, ""
+    if sweep and ranks.world_size > 1:
+        reason = "a sweep runs one job after the other; start each with torchrun"
+        if ranks.is_main:
+            show_error(UserError(reason), cfg.debug)
+        return Outcome(number, " ".join(overrides), code, reason)
     try:
-        with interrupts.caught(), joined() as ranks:
-            if sweep and ranks.world_size > 1:
-                raise UserError("a sweep runs one job after the other; start each with torchrun")
+        # While the others are waited for, SIGTERM need not be caught.
+        with joined() as ranks, interrupts.caught():
             experiment = hydra_config.runtime.choices.get("experiment")
             pipeline.run(cfg, experiment, overrides, command, ranks)
         code = 0
     except interrupts.Interrupted as stop:
         code, reason = 128 + stop.number, str(stop)
-        if ranks.is_main:
+        if ranks.is_main and cfg.dry_run:
+            print(f"\n{stop}; nothing was kept", file=sys.stderr)
+        elif ranks.is_main:
             again = command if ranks.world_size > 1 else whole_command
             print(f"\n{stop}; what is done is kept, continue with", file=sys.stderr)
             print(f"  {shlex.join(again)}", file=sys.stderr)
@@ -172,6 +195,8 @@ def configure_logging(quiet: bool = False) -> None:
     logger.propagate = False
     # A log that a full disk does not take is no reason for tracebacks.
     logging.raiseExceptions = False
+    # TensorBoard's thread hands its errors to whoever writes next, who tells them.
+    threading.excepthook = lambda failed: logger.debug("a thread failed: %s", failed.exc_value)
     if not logger.handlers and not quiet:
         logger.addHandler(Console(logging.INFO))
 

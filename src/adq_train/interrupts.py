@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import os
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -23,6 +25,15 @@ class Interrupted(KeyboardInterrupt):
     def __init__(self, number: int) -> None:
         self.number = number
         super().__init__(f"stopped by {signal.Signals(number).name}")
+
+
+def end_with_parent() -> None:
+    """Asks Linux for SIGTERM when the parent dies, for torchrun leaves its processes behind."""
+    if sys.platform == "linux":
+        set_death_signal = 1
+        ctypes.CDLL(None).prctl(set_death_signal, signal.SIGTERM)
+        if os.getppid() == 1:  # it is dead already
+            sys.exit(1)
 
 
 class _State:

@@ -68,7 +68,23 @@ def problems_of(overrides: Sequence[str], search_path: str | None = None) -> lis
         known = [*_keys(cfg), *groups[1:]]
         for override in values:
             problems += _value_problems(cfg, override, known)
+        if not problems and any(_is_rare(override) for override in parsed):
+            texts = [
+                override.input_line or ""
+                for override in parsed
+                if not override.is_sweep_override()
+                and not override.key_or_group.startswith("hydra")
+            ]
+            try:
+                compose("config", [*chosen[: 1 if search_path else 0], *texts])
+            except (HydraException, OmegaConfBaseException) as error:
+                problems.append(" ".join(str(error).splitlines()[:1]))
     return problems
+
+
+def _is_rare(override: Override) -> bool:
+    """Whether an override adds or deletes, which Hydra judges as a whole."""
+    return override.is_add() or override.is_force_add() or override.is_delete()
 
 
 def _choices(override: Override) -> list[Any]:
@@ -95,8 +111,8 @@ def _value_problems(cfg: DictConfig, override: Override, known: Sequence[str]) -
     if not override.is_add() and key not in known:
         yield f"{key}: there is no such setting{did_you_mean(key, known)}"
         return
-    if override.is_add() or override.is_force_add() or override.is_delete():
-        return  # rare; Hydra and the signature check of the group look at these
+    if _is_rare(override):
+        return  # Hydra and the signature check of the group look at these
     for value in _choices(override):
         trial = cfg.copy()
         try:

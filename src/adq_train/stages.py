@@ -108,7 +108,10 @@ def pretrain(run: Context, model: nn.Module) -> None:
             _fit(run, model, shared, key, "pretrain")
             if main:
                 with written_whole(weights) as temporary:
-                    save_model(model, str(temporary))
+                    try:
+                        save_model(model, str(temporary))
+                    except SafetensorError as error:
+                        raise UserError(f"cannot write {weights}: {error}") from error
         else:
             log.info("pretrain: float model from %s", shared)
         if main:

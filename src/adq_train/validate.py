@@ -84,6 +84,15 @@ def validate(cfg: DictConfig) -> tuple[dict[str, Any], Parts]:
         config: Any = without_missing(OmegaConf.to_container(cfg, resolve=True))
     except OmegaConfBaseException as error:
         raise ConfigError([f"{error.full_key}: {str(error).splitlines()[0]}"]) from error
+    lacking = [
+        f"{section}.{field.name}".strip(".")
+        for section, schema in SECTIONS.items()
+        for field in fields(schema)
+        if field.default is not MISSING
+        and field.name not in (config[section] if section else config)
+    ]
+    if lacking:
+        raise ConfigError(f"{name}: a value is required; give {name}=…" for name in lacking)
     # Numbers are floats from here on, so that 3 and 3.0 mean the same run.
     config["budget"] = {
         name: float(value) if type(value) is int else value
@@ -160,6 +169,9 @@ def _section_problems(config: dict[str, Any]) -> Iterator[str]:
 def _candidate_problems(candidates: list[int], per_layer: Any) -> Iterator[str]:
     """Lists of bit-widths that are out of order, and widths that would not be measured."""
     rule = "must be ascending and distinct, at least one"
+    if not all(type(b) is int for b in candidates):
+        yield f"bits.candidates: must be a list of bits, [2, 4], got {candidates}"
+        return
     if not candidates or sorted(set(candidates)) != candidates:
         yield f"bits.candidates: {rule}, got {candidates}"
     if not isinstance(per_layer, dict | None):
@@ -279,7 +291,10 @@ def build(
                 "defines; choose one of the group's files"
             ]
         )
-    problems = list(_argument_problems(target, arguments, path, bool(node.get("_partial_"))))
+    try:
+        problems = list(_argument_problems(target, arguments, path, bool(node.get("_partial_"))))
+    except ValueError as error:  # some built-in types have no signature
+        raise ConfigError([f"{path}._target_: {node['_target_']} cannot be configured"]) from error
     if problems:
         raise ConfigError(problems)
     try:

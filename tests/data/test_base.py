@@ -97,3 +97,15 @@ def test_a_dry_run_has_two_full_training_batches_and_small_others():
         assert len(part) == 2
         assert [len(images) for images, _ in part.epoch(0)] == [4, 4]
     assert (data.name, data.num_classes, data.image_shape) == ("x", 8, (1, 2, 2))
+
+
+def test_parts_of_the_first_batches():
+    first = FirstBatches(Sized(5), 2, 3)
+    assert [first.size(i) for i in range(2)] == [3, 3]
+    found = list(first.epoch(0, slice(1, None), slice(0, None, 2)))
+    assert [targets.tolist() for _, targets in found] == [[4, 6]]
+
+
+class Sized(Counting):
+    def size(self, index):
+        return 4

@@ -1,8 +1,11 @@
 import builtins
+import io
 import os
 import pickle
 import re
+import shutil
 import struct
+import tarfile
 
 import numpy as np
 import pytest
@@ -293,16 +296,19 @@ def cache(monkeypatch, tmp_path):
 
 
 def replace_download(monkeypatch, function):
-    monkeypatch.setattr(torchvision.datasets.utils, "download_and_extract_archive", function)
+    monkeypatch.setattr(torchvision.datasets.utils, "download_url", function)
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_what_is_not_there_is_downloaded_once(cache, monkeypatch, name):
     calls = []
 
-    def download(url, root, md5):
+    def download(url, root, file, md5):
         calls.append((url, root, md5))
-        write(cache, name)
+        write(cache / "made", name)
+        with tarfile.open(cache / file, "w:gz") as archive:
+            archive.add(cache / "made", "somewhere")
+        shutil.rmtree(cache / "made")
 
     replace_download(monkeypatch, download)
     for _ in range(2):
@@ -312,7 +318,7 @@ def test_what_is_not_there_is_downloaded_once(cache, monkeypatch, name):
 
 
 def test_a_failed_download_says_what_to_do(cache, monkeypatch):
-    def download(url, root, md5):
+    def download(*_):
         raise OSError("Network is unreachable")
 
     replace_download(monkeypatch, download)
@@ -322,9 +328,40 @@ def test_a_failed_download_says_what_to_do(cache, monkeypatch):
 
 
 def test_a_download_without_the_files(cache, monkeypatch):
-    replace_download(monkeypatch, lambda *a, **k: None)
+    def download(url, root, file, md5):
+        cache.mkdir()
+        tarfile.open(cache / file, "w:gz").close()
+
+    replace_download(monkeypatch, download)
     with pytest.raises(UserError, match="does not hold cifar10"):
         load(None, "cifar10")
+
+
+def test_an_archive_cannot_lead_out_of_its_folder(tmp_path):
+    """Paths upwards and from the root, a link to a file and one to a folder, a device."""
+    secret = tmp_path / "secret"
+    secret.write_bytes(b"before")
+    with tarfile.open(tmp_path / "evil.tar", "w") as archive:
+
+        def add(name, content=b"evil", **fields):
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            for field, value in fields.items():
+                setattr(member, field, value)
+            archive.addfile(member, io.BytesIO(content))
+
+        add("../secret")
+        add(str(secret))
+        add("../../test.bin", b"plain")
+        add("train.bin", b"", type=tarfile.SYMTYPE, linkname=str(secret))
+        add("train.bin/secret")
+        add("train.bin", b"", type=tarfile.LNKTYPE, linkname="../secret")
+        add("train.bin", b"", type=tarfile.CHRTYPE, devmajor=1, devminor=5)
+    cifar.unpack(tmp_path / "evil.tar", tmp_path / "a" / "b", ["train.bin", "test.bin"])
+    assert secret.read_bytes() == b"before"
+    found = {str(x.relative_to(tmp_path)) for x in tmp_path.rglob("*") if x.is_file()}
+    assert found == {"secret", "evil.tar", "a/b/test.bin"}
+    assert (tmp_path / "a/b/test.bin").read_bytes() == b"plain"
 
 
 def test_a_given_folder_is_never_downloaded_into(tmp_path, monkeypatch):

@@ -258,3 +258,19 @@ def test_fingerprint_tells_names_and_sizes_but_not_the_place(root, tmp_path_fact
 def test_bad_values(root, changes, message):
     with pytest.raises(ValueError, match=message):
         load(root, **changes)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_some_batches_and_some_images_are_parts_of_the_whole(root, workers):
+    train = load(root, num_workers=workers).train
+    whole = list(train.epoch(1))
+    assert [train.size(i) for i in range(len(train))] == [len(t) for _, t in whole] == [4, 4, 2]
+    for rank in range(3):
+        part = slice(rank, None, 3)
+        found = list(train.epoch(1, slice(1, None), part))
+        expected = [(x[part], t[part]) for x, t in whole[1:]]
+        assert [t.tolist() for _, t in found] == [t.tolist() for _, t in expected]
+        for (images, _), (others, _) in zip(found, expected, strict=True):
+            assert images.shape[0] == others.shape[0]
+            assert not len(images) or torch.equal(images, others)
+    assert [len(t) for _, t in train.epoch(1)] == [4, 4, 2]

@@ -262,3 +262,18 @@ def test_a_limit_takes_the_first_images_or_says_that_there_are_fewer(count, limi
 def test_a_limit_of_nothing_is_refused():
     with pytest.raises(ValueError, match="train_images must be at least 1 or null, got 0"):
         Limited(validation_images=1, calibration_images=1, train_images=0)
+
+
+@pytest.mark.parametrize("seed", [None, 3])
+def test_some_batches_and_some_images_are_parts_of_the_whole(seed):
+    """Eleven images in batches of four, three and so on; every part is cut from the whole epoch."""
+    batches = batches_of(uint8_images(11), seed, Augmentation(1, flip=True))
+    whole = list(batches.epoch(2))
+    assert [batches.size(i) for i in range(len(batches))] == [len(t) for _, t in whole]
+    for some in (slice(1, None), slice(1, None, 2), slice(3, None)):
+        assert same(batches.epoch(2, some), whole[some])
+    for rank in range(4):
+        part = slice(rank, None, 4)
+        expected = [(x[part], t[part]) for x, t in whole[1:]]
+        assert same(batches.epoch(2, slice(1, None), part), expected)
+    assert len(list(batches.epoch(2, images=slice(3, None, 4)))[-1][1]) == 0

@@ -2,6 +2,8 @@
 
 import copy
 import math
+import os
+import signal
 
 import pytest
 import torch
@@ -10,12 +12,13 @@ from torch.nn import functional as F
 
 from adq_train.data.base import ALL, ImageData, derived_seed
 from adq_train.errors import UserError
+from adq_train.interrupts import Interrupted, caught
 from adq_train.quantization.adq import AdqWeightQuantizer
 from adq_train.quantization.layers import quantized
 from adq_train.quantization.n2uq import N2uqActivationQuantizer
 from adq_train.quantization.pact import PactActivationQuantizer
 from adq_train.training.batch_norm import reestimate_batch_norm
-from adq_train.training.checkpoint import CheckpointFolder
+from adq_train.training.checkpoint import CheckpointFolder, Rhythm
 from adq_train.training.evaluate import evaluate
 from adq_train.training.loop import fit, parameter_groups, train_epoch
 from adq_train.training.schedule import Cosine
@@ -266,3 +269,58 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_the_checkpoint(tmp_path):
     with pytest.raises(UserError, match=r"step 7: .*in the images of the batch; .*clip_norm"):
         run(network(quantize=False), tmp_path, 4, Drawn(spoil_epoch=2))
     assert CheckpointFolder(tmp_path).load("k")["epoch"] == 2
+
+
+@pytest.mark.parametrize("stop_after", [1, 2, 3, 4, 8, 12])
+def test_a_signal_in_the_middle_of_an_epoch_costs_nothing(tmp_path, stop_after):
+    """Three steps an epoch: within one, at its end, and after the last step of all."""
+    whole = network()
+    reports = run(whole, tmp_path / "whole", 4)
+
+    broken, calls = network(), []
+    after_step = broken.register_forward_hook(
+        lambda module, *_: (module.training and calls.append(1))
+        or (len(calls) == stop_after and os.kill(os.getpid(), signal.SIGTERM))
+        or None
+    )  # fmt: skip
+    with pytest.raises(Interrupted), caught():
+        run(broken, tmp_path / "broken", 4)
+    after_step.remove()
+    assert len(calls) == stop_after
+    kept = CheckpointFolder(tmp_path / "broken").load("k")
+    assert 3 * kept["epoch"] + kept["sums"]["batches"] == stop_after
+    again = network()
+    rest = run(again, tmp_path / "broken", 4)
+    for mine, other in zip(rest, reports[-len(rest) :], strict=True):
+        assert (mine.train_loss, mine.validation_loss) == (other.train_loss, other.validation_loss)
+        assert (mine.step, mine.lr, mine.epoch) == (other.step, other.lr, other.epoch)
+    for name, value in whole.state_dict().items():
+        assert torch.equal(value, again.state_dict()[name]), name
+
+
+def test_checkpoints_within_an_epoch_by_steps(tmp_path, monkeypatch):
+    saved = []
+    monkeypatch.setattr(
+        CheckpointFolder,
+        "save",
+        lambda _, state, best: saved.append((state["epoch"], state["sums"]["batches"])),
+    )
+    model = network()
+    fit(
+        TrainingStep(model, sgd(model)), data_of(Drawn((4, 4, 4, 4, 4))), Cosine(), epochs=2,
+        stage="qat", checkpoints=CheckpointFolder(tmp_path), key="k", on_start=lambda *_: None,
+        on_epoch=lambda *_: None, rhythm=Rhythm(steps=2),
+    )  # fmt: skip
+    assert saved == [(0, 2), (0, 4), (1, 0), (1, 2), (1, 4), (2, 0)]
+
+
+def test_checkpoints_by_the_clock(monkeypatch):
+    now = [100.0]
+    monkeypatch.setattr("adq_train.training.checkpoint.time.monotonic", lambda: now[0])
+    rhythm = Rhythm(minutes=0.5)
+    assert not rhythm.due(1)
+    now[0] += 30
+    assert rhythm.due(2)
+    rhythm.saved()
+    assert not rhythm.due(3)
+    assert not Rhythm().due(1)

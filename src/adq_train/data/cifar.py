@@ -8,9 +8,11 @@ unpickler that takes down numpy arrays and can build nothing else.
 from __future__ import annotations
 
 import pickle
-from collections.abc import Callable
+import shutil
+import tarfile
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any, ClassVar
 
 import numpy as np
@@ -20,6 +22,7 @@ from torch import Tensor
 from adq_train.data.base import ImageData, Loading
 from adq_train.data.in_memory import Augmentation, Limited, split_in_memory
 from adq_train.errors import UserError
+from adq_train.files import written_whole
 
 CACHE_FOLDER = Path("~/.cache/adq-train")
 PIXELS = 3 * 32 * 32
@@ -221,12 +224,37 @@ def find_reader(
     return None
 
 
+def unpack(archive: Path, folder: Path, names: Iterable[str]) -> None:
+    """Takes some files out of an archive.
+
+    Only the last part of a member's name counts, and only plain files do: no path or link in the
+    archive can lead out of the folder.
+
+    Args:
+        archive: A tar file, compressed or not.
+        folder: Where they go; made where it is missing.
+        names: Of the files; others stay in the archive.
+    """
+    wanted = set(names)
+    folder.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(archive) as members:
+        for member in members:
+            name = PurePosixPath(member.name).name
+            content = members.extractfile(member) if member.isreg() else None
+            if content is not None and name in wanted:
+                with written_whole(folder / name) as temporary, temporary.open("wb") as file:
+                    shutil.copyfileobj(content, file)
+
+
 def download(root: Path, layout: Layout) -> None:
     """Fetches and unpacks the binary version, checked against its published MD5."""
-    from torchvision.datasets.utils import download_and_extract_archive
+    from torchvision.datasets.utils import download_url
 
+    archive = layout.url.rpartition("/")[2]
     try:
-        download_and_extract_archive(layout.url, str(root), md5=layout.md5)
+        download_url(layout.url, str(root), archive, layout.md5)
+        names = [f"{name}.bin" for name in (*layout.train, layout.test)]
+        unpack(root / archive, root / layout.folders[0], names)
     except Exception as error:  # whatever the network, the mirror or the disk came up with
         raise UserError(
             f"data.root: {layout.url} could not be downloaded ({error}); fetch it elsewhere, "

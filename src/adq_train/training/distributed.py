@@ -9,11 +9,8 @@ the accumulation or the compiler did before it.
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import io
 import os
-import signal
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
@@ -169,7 +166,6 @@ def joined() -> Iterator[Ranks]:
     if ranks.world_size == 1:
         yield ranks
         return
-    _end_with_parent()
     has_gpus = torch.cuda.is_available()
     if has_gpus:
         torch.cuda.set_device(ranks.local_rank % torch.cuda.device_count())
@@ -227,10 +223,3 @@ def _together() -> Iterator[None]:
         yield
     except RuntimeError as error:
         raise RankLostError(f"another process of this run has stopped ({error})") from error
-
-
-def _end_with_parent() -> None:
-    """Asks Linux for SIGTERM when torchrun dies, which otherwise leaves its processes behind."""
-    if sys.platform == "linux":
-        set_death_signal = 1
-        ctypes.CDLL(None).prctl(set_death_signal, signal.SIGTERM)
