@@ -9,6 +9,9 @@ import yaml
 from helpers import QUICK
 from safetensors.torch import load_file
 
+from adq_train.export.trained import open_run, trained_network
+from adq_train.training.evaluate import evaluate
+
 CONTRACT = {
     "config.yaml",
     "levels.json",
@@ -202,6 +205,9 @@ def test_no_qat_leaves_the_calibrated_model(cli, tmp_path):
     assert outcome.code == 0, outcome.err
     result = read(tmp_path / "run" / "result.json")
     assert result["qat_top1_percent"] == result["ptq_top1_percent"]
+    kept = open_run(tmp_path / "run")
+    accuracy = evaluate(trained_network(kept), kept.load_data().test).top1_percent
+    assert accuracy == result["ptq_top1_percent"]
 
 
 @pytest.mark.usefixtures("no_pictures")

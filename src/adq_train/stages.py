@@ -242,9 +242,12 @@ def train_quantized(
         allocation: Its bits.
         teacher: For distillation.
     """
-    if not run.config["trainer"]["epochs"]:
-        return
     key = qat_key(run.config, allocation)
+    if not run.config["trainer"]["epochs"]:
+        if run.ranks.is_main:  # for adq-export and adq-eval
+            state = {"key": key, "epoch": 0, "model": model.state_dict()}
+            CheckpointFolder(run.folder.path / "checkpoints").save(state, best=True)
+        return
     checkpoints = _fit(run, model, run.folder.path, key, "qat", teacher)
     if run.config["trainer"]["select"] == "best":
         state = run.ranks.share(lambda: checkpoints.load(key, names=("best",)))

@@ -80,11 +80,6 @@ def trained_network(run: FinishedRun) -> nn.Module:
         UserError: There is no intact checkpoint, or it does not fit the configuration.
     """
     config, expects = run.config, run.input_format()
-    if not config["trainer"]["epochs"]:
-        raise UserError(
-            f"the run in {run.path} has trainer.epochs=0, which leaves no quantized network; "
-            "train for at least one epoch"
-        )
     name = config["trainer"]["select"]
     checkpoints = CheckpointFolder(run.path / "checkpoints")
     state = checkpoints.load(qat_key(config, run.allocation), names=(name,))
