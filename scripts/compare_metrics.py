@@ -32,7 +32,7 @@ import numpy as np
 import torch
 from hydra import compose, initialize_config_module
 from matplotlib.figure import Figure
-from matplotlib.ticker import NullFormatter
+from matplotlib.ticker import MaxNLocator, NullFormatter
 from scipy.stats import spearmanr
 from torch import nn
 
@@ -281,10 +281,13 @@ def draw(predicted: Any, rises: Any, against: Any) -> Figure:
             axes.plot([values[i] for i in rise], list(rise.values()), "o", markersize=3)
             rho = against[metric][stage]["rho"]
             shown = "too few" if rho is None else f"ρ = {rho:.2f}"
-            axes.set_title(f"{metric}\n{shown}, n = {len(rise)}", fontsize=8)
+            name = metric.replace(":", "\n", 1)
+            axes.set_title(f"{name}\n{shown}, n = {len(rise)}", fontsize=8)
             if min(values) > 0:
                 axes.set_xscale("log")
                 axes.xaxis.set_minor_formatter(NullFormatter())
+            else:
+                axes.xaxis.set_major_locator(MaxNLocator(4))
             axes.tick_params(labelsize=6)
             axes.spines[["top", "right"]].set_visible(False)
         panels[row][0].set_ylabel(
