@@ -36,7 +36,7 @@ format: $(STAMP)  ## Rewrite the code in the house style
 	$(BIN)/ruff format .
 
 bench: $(STAMP)  ## Measure the training step and each quantizer, for docs/performance.md
-	$(BIN)/python scripts/bench_step.py --memory --methods adq adq_plain n2uq lsq pact dorefa apot --bits 2 3 4 8
+	$(BIN)/python scripts/bench_step.py --memory --methods adq adq_plain lsq brevitas --bits 2 3 4 8
 	$(BIN)/python scripts/bench_quantizers.py
 
 wheel: $(STAMP)  ## Build dist/*.whl

@@ -15,6 +15,7 @@ layers with learned scales for weights and inputs. ``adq_plain`` is ADQ without 
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import os
 import platform
@@ -170,7 +171,11 @@ def peak_elsewhere(method: str, bits: int) -> int:
 
 def measure(options: argparse.Namespace) -> list[dict[str, Any]]:
     """One row for float and one for each method and bit-width."""
-    plan = [("float", 32), *((m, b) for m in options.methods for b in options.bits)]
+    methods = list(options.methods)
+    if "brevitas" in methods and importlib.util.find_spec("brevitas") is None:
+        print("no rows for brevitas: pip install 'adq-train[bench]'", file=sys.stderr)
+        methods.remove("brevitas")
+    plan = [("float", 32), *((m, b) for m in methods for b in options.bits)]
     images, targets = batch(options)
     steps = [stepper(options, *row, images, targets) for row in plan]
     times: list[list[float]] = [[] for _ in plan]
