@@ -250,10 +250,12 @@ def train_quantized(
         return
     checkpoints = _fit(run, model, run.folder.path, key, "qat", teacher)
     if run.config["trainer"]["select"] == "best":
-        state = run.ranks.share(lambda: checkpoints.load(key, names=("best",)))
-        if state is None:
+        best: dict[str, Any] | None = run.ranks.share(
+            lambda: checkpoints.load(key, names=("best",))
+        )
+        if best is None:
             raise UserError(f"{checkpoints.folder}/best.pt is missing or damaged")
-        model.load_state_dict(state["model"])
+        model.load_state_dict(best["model"])
     watched = evaluate(model, run.data.validation, run.ranks)
     log.info("qat: validation top-1 %.2f %%", watched.top1_percent)
 

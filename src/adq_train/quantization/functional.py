@@ -368,10 +368,25 @@ def round_ste(x: Tensor) -> Tensor:
     return x + (x.round() - x).detach()
 
 
+class ScaledGradient(torch.autograd.Function):
+    """The same value; the gradient is multiplied by a factor on its way back."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, factor: float) -> Tensor:
+        """Maps a tensor of any shape to itself."""
+        ctx.factor = factor
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        """The incoming gradient times the factor."""
+        return grads[0] * ctx.factor, None
+
+
 def scale_gradient(x: Tensor, factor: float) -> Tensor:
     """The value of ``x``; its gradient is multiplied by ``factor``."""
-    scaled = x * factor
-    return x.detach() + (scaled - scaled.detach())  # adds an exact zero
+    scaled: Tensor = ScaledGradient.apply(x, factor)
+    return scaled
 
 
 def best_clip(values: Tensor, low_codes: int, high_codes: int, candidates: int = 100) -> Tensor:
