@@ -2,7 +2,7 @@
 
     OMP_NUM_THREADS=1 python scripts/bench_profile.py --json
 
-ResNet-20 on random images of CIFAR's shape; both ways in turn, medians over the repetitions. Ends
+A CIFAR ResNet on random images; both ways in turn, medians over the repetitions. Ends
 with an error if the two tables differ in any bit. ``ratio_to_float`` counts float passes over the
 same images, ``ratio_to_whole`` compares the two ways; ``cpu_ratio_to_whole`` does so by the CPU
 time of the process, which other work on the machine disturbs less.
@@ -44,6 +44,7 @@ def timed(work: Callable[[], Any], device: torch.device) -> tuple[float, float, 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--json", action="store_true", help="print one JSON object")
+    parser.add_argument("--depth", type=int, default=20, help="of the ResNet, 6 n + 2")
     parser.add_argument("--images", type=int, default=128, help="calibration images")
     parser.add_argument("--batch-size", type=int, default=128)
     parser.add_argument("--repetitions", type=int, default=3)
@@ -53,7 +54,7 @@ def main() -> None:
     device = torch.device(options.device)
 
     torch.manual_seed(0)
-    model = CifarResNet(20, 16, 10, 3).eval().to(device)
+    model = CifarResNet(options.depth, 16, 10, 3).eval().to(device)
     pixels, targets = generate(options.images, SHAPES["cifar10"], seed=0)
     images = (pixels.float() / 128 - 1).to(device)
     targets = targets.to(device)
@@ -106,7 +107,8 @@ def main() -> None:
     name = torch.cuda.get_device_name() if device.type == "cuda" else platform.processor() or "cpu"
     result = {
         "device": f"{name}, {torch.get_num_threads()} threads",
-        "model": "resnet20",
+        "model": f"resnet{options.depth}",
+        "layers": len(layers),
         "batch_size": options.batch_size,
         "num_images": options.images,
         "repetitions": options.repetitions,

@@ -62,7 +62,7 @@ def test_a_run_and_its_resume(tmp_path, processes):
     whole = run(tmp_path / "whole", processes)
     assert [code for code, *_ in whole] == [0] * processes, whole[0][2]
     assert "Top-1 accuracy on the test set" in whole[0][1]
-    assert all((out, err) == ("", "") for _, out, err in whole[1:])
+    assert [(out, err) for _, out, err in whole[1:]] == [("", "")] * (processes - 1)
     folder = tmp_path / "whole" / "run"
     result = json.loads((folder / "result.json").read_text())
     assert result["num_test_images"] == 64
@@ -87,7 +87,7 @@ def test_a_run_and_its_resume(tmp_path, processes):
     assert [code for code, *_ in stopped] == [128 + signal.SIGTERM] * processes
     assert "stopped by SIGTERM; what is done is kept, continue with" in stopped[0][2]
     assert f"torchrun --nproc-per-node={processes} -m adq_train" in stopped[0][2]
-    assert all((out, err) == ("", "") for _, out, err in stopped[1:])
+    assert [(out, err) for _, out, err in stopped[1:]] == [("", "")] * (processes - 1)
     again = run(tmp_path / "broken", processes)
     assert "qat: continuing after epoch 0 of 1, 3 steps of the next" in again[0][2]
     first, second = weights(tmp_path / "whole"), weights(tmp_path / "broken")

@@ -13,14 +13,16 @@ import subprocess
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from omegaconf import OmegaConf
 
 from adq_train import __version__
 from adq_train.errors import UserError
 from adq_train.files import write_text
-from adq_train.training.distributed import ALONE, Ranks
+
+if TYPE_CHECKING:  # adq-report reads runs without torch
+    from adq_train.training.distributed import Ranks
 
 log = logging.getLogger(__name__)
 
@@ -78,14 +80,18 @@ class RunFolder:
     Args:
         path: The folder; made where it is missing.
         config: The resolved configuration.
-        ranks: The processes of the run. Rank 0 alone writes, and reads for all of them.
+        ranks: The processes of the run, by default this one alone. Rank 0 writes, and reads for
+            all of them.
 
     Raises:
         UserError: It holds a run with other settings, another process writes to it, or it cannot
             be written.
     """
 
-    def __init__(self, path: Path, config: dict[str, Any], ranks: Ranks = ALONE) -> None:
+    def __init__(self, path: Path, config: dict[str, Any], ranks: Ranks | None = None) -> None:
+        from adq_train.training.distributed import ALONE
+
+        ranks = ranks or ALONE
         self.path = path
         self.config = config
         self.ranks = ranks

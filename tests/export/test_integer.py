@@ -46,7 +46,7 @@ def test_sums_by_hand():
 def test_the_integer_path_is_the_fake_quantized_convolution(how, scaled, zero_point):
     generator = torch.Generator().manual_seed(1)
     levels = (torch.arange(8) - zero_point) * torch.tensor(0.37)
-    stairs = Staircase(3, torch.randn(7, generator=generator).sort().values, levels, False)
+    stairs = Staircase(3, torch.randn(7, generator=generator).sort().values, levels)
     codebook = torch.randn(7, generator=generator).sort().values
     codes = torch.randint(7, (4, 4 // how.get("groups", 1), 3, 3), generator=generator)
     scale = torch.rand(4, generator=generator) + 0.5 if scaled else None
@@ -73,7 +73,7 @@ def test_trained_layers_take_the_integer_path():
 
 
 def test_uneven_levels_have_no_integer_path():
-    stairs = Staircase(2, torch.zeros(3), torch.tensor([0.0, 1.0, 3.0, 4.0]), False)
+    stairs = Staircase(2, torch.zeros(3), torch.tensor([0.0, 1.0, 3.0, 4.0]))
     table = WeightTable(2, torch.zeros(1, 1, 1, 1, dtype=torch.uint8), torch.ones(1), None)
     with pytest.raises(ValueError, match="not multiples of one step"):
         integer_convolution(torch.zeros(1, 1, 2, 2), LayerTables(table, stairs))

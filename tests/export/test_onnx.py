@@ -68,7 +68,7 @@ def test_what_the_model_expects_travels_along(exported):
 )
 def test_staircases_are_exact_in_onnxruntime(small, tmp_path, bits, levels, uniform, monkeypatch):
     values = torch.arange(float(levels)) if uniform else torch.randn(levels).sort().values
-    stairs = Staircase(bits, torch.randn(levels - 1).sort().values, values, False)
+    stairs = Staircase(bits, torch.randn(levels - 1).sort().values, values)
     _, model = small
     monkeypatch.setattr("adq_train.export.onnx.onnx_network", lambda _: OnnxSteps(stairs))
     path = tmp_path / "steps.onnx"

@@ -123,13 +123,6 @@ def test_a_learned_input_scale_goes_into_the_thresholds():
     torch.testing.assert_close(stairs.thresholds * 2.718281828**0.3, quantizer.thresholds())
 
 
-def test_the_layout_of_the_output_is_noted():
-    for name, keeps in (("lsq", True), ("n2uq", False)):
-        quantizer = make("activation_quantizer", name)(2)
-        quantizer.calibrate(torch.rand(100))
-        assert staircase(quantizer).keeps_layout is keeps
-
-
 @pytest.mark.parametrize("zero_point", [0, 3, 7])
 def test_grids_are_recognised(zero_point):
     levels = (torch.arange(8) - zero_point) * torch.tensor(0.3)

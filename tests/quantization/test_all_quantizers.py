@@ -229,6 +229,7 @@ def test_memory_formats_give_equal_results(group, name, device):
     last = [t.to(memory_format=torch.channels_last) for t in (x, incoming)]
     assert not last[0].is_contiguous()
     other = run(quantizer, *last)
+    assert quantizer(last[0]).is_contiguous(memory_format=torch.channels_last)
     assert torch.equal(contiguous[0], other[0])
     assert torch.equal(contiguous[1], other[1])
     # Sums within gradients are in the order of memory.

@@ -37,7 +37,7 @@ class Steps(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Maps an input of any shape to levels."""
-        return self.values(self.codes(x if self.stairs.keeps_layout else x.contiguous()))
+        return self.values(self.codes(x))
 
     def codes(self, x: Tensor) -> Tensor:
         """The number of thresholds below each value; the shape and the layout of ``x``."""

@@ -201,7 +201,6 @@ def _index(model: TableModel) -> bytes:
                 "scaled": layer.weight.scale is not None,
                 "input_bits": layer.input.bit_width,
                 "input_levels": len(layer.input.levels),
-                "keeps_layout": layer.input.keeps_layout,
             }
             for name, layer in model.layers.items()
         ],
@@ -256,7 +255,7 @@ def _parsed(
         thresholds, levels = tables.take(row["input_levels"] - 1), tables.take(row["input_levels"])
         if not (thresholds.diff() >= 0).all():
             raise ValueError("thresholds that do not ascend")
-        stairs = Staircase(int(row["input_bits"]), thresholds, levels, bool(row["keeps_layout"]))
+        stairs = Staircase(int(row["input_bits"]), thresholds, levels)
         layers[str(row["name"])] = LayerTables(weight, stairs)
     kept = {
         str(name): floats.take(math.prod(_shape(shape))).float().view(_shape(shape))

@@ -48,14 +48,11 @@ class Staircase:
         bit_width: Bits of a code.
         thresholds: (K - 1,) float32, ascending; a step belongs to the values above its threshold.
         levels: (K,) float32.
-        keeps_layout: Whether the output has the memory layout of the input, as elementwise
-            arithmetic gives it, or is contiguous. Convolutions sum in an order that depends on it.
     """
 
     bit_width: int
     thresholds: Tensor
     levels: Tensor
-    keeps_layout: bool
 
 
 @dataclass(frozen=True)
@@ -162,7 +159,7 @@ def staircase(quantizer: ActivationQuantizer) -> Staircase:
         below = quantizer(_float(middle)) < levels[1:]
         low, high = torch.where(below, middle, low), torch.where(below, high, middle)
     thresholds = _float(low)
-    stairs = Staircase(quantizer.bit_width, thresholds, levels, _keeps_layout(quantizer))
+    stairs = Staircase(quantizer.bit_width, thresholds, levels)
     # On, just above and between the thresholds, and far outside.
     spread = float(thresholds[thresholds.isfinite()].abs().max().clamp_min(1e-30))
     probes = torch.cat(
@@ -178,12 +175,6 @@ def staircase(quantizer: ActivationQuantizer) -> Staircase:
     if not torch.equal(quantizer(probes), expected):
         raise ValueError(f"the output of {type(quantizer).__name__} does not rise level by level")
     return stairs
-
-
-def _keeps_layout(quantizer: ActivationQuantizer) -> bool:
-    """Whether a channels-last input gives a channels-last output."""
-    probe = torch.ones(2, 3, 4, 5).contiguous(memory_format=torch.channels_last)
-    return not quantizer(probe).is_contiguous()
 
 
 def _order(x: float) -> int:
