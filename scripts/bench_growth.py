@@ -5,7 +5,8 @@
 
 Runs the other benchmarks of this folder, one after the other, and writes ``growth.json``,
 ``growth.md`` and ``growth.png``: the training step's time and memory (bench_step.py, float and
-ADQ), the time of profiling (bench_profile.py) and that of the exact allocation (bench_allocation.py).
+ADQ), the time of profiling (bench_profile.py) and that of the exact allocation
+(bench_allocation.py).
 """
 
 from __future__ import annotations
@@ -63,7 +64,7 @@ def measure(options: argparse.Namespace) -> dict[str, list[Row]]:
     bits = [pair([float_row, row], bits=row["bits"]) for row in others]
     profiles = []
     for depth in options.depths:
-        result = run("bench_profile.py", "--depth", depth, "--images", 64, "--batch-size", 64)
+        result = run("bench_profile.py", "--depth", depth, "--images", 32, "--repetitions", 1)
         ways = {row["name"]: row["median_ms"] for row in result["rows"]}
         profiles.append(
             {
@@ -138,7 +139,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     words.add_argument("--batch-sizes", type=int, nargs="+", default=[32, 64, 128, 256])
-    words.add_argument("--depths", type=int, nargs="+", default=[8, 20, 32, 44, 56])
+    words.add_argument("--depths", type=int, nargs="+", default=[8, 20, 32, 44])
     words.add_argument("--bits", type=int, nargs="+", default=[2, 3, 4, 5, 6, 7, 8])
     words.add_argument("--rounds", type=int, default=7)
     words.add_argument("--output", type=Path, required=True, help="folder for table and picture")

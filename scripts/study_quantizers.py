@@ -10,7 +10,8 @@ adq-train: data, model, float training, schedule. All layers but the first and t
 bits. A narrow network tells quantizers apart, and its training loss sooner than its accuracy.
 
 Every run is one line of ``runs.jsonl`` in the output folder; the same command again goes on where
-it stopped. The table gives each variant its best learning rate, by its mean loss over the seeds.
+it stopped. The table is that of the command's own runs, and gives each variant its best learning
+rate, by its mean loss over the seeds.
 """
 
 from __future__ import annotations
@@ -176,9 +177,11 @@ def main() -> None:
     plans = product(
         options.seeds, options.bits, options.weights, options.activations, options.rates
     )
+    wanted = []
     for seed, bits, weights, activations, rate in plans:
         plan = dict(zip(PLAN, (weights, activations, bits, rate, seed), strict=True))
         plan["settings"] = options.settings
+        wanted.append(plan)
         if any(plan.items() <= x.items() for x in records):
             continue
         began = time.perf_counter()
@@ -189,7 +192,9 @@ def main() -> None:
         records.append({**plan, **found, "seconds": time.perf_counter() - began})
         write_text(file, "".join(json.dumps(x) + "\n" for x in records))
         print(json.dumps(records[-1]), file=sys.stderr)
-    print("\n".join(table(records)))
+    print(
+        "\n".join(table([x for x in records if any(plan.items() <= x.items() for plan in wanted)]))
+    )
 
 
 if __name__ == "__main__":
