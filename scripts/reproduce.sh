@@ -16,7 +16,7 @@
 # The float models are trained once, for both tables. Times have not been measured yet.
 #
 # A table has as many runs as configs/ablation has files (without grid.yaml), or 3 bit-widths for
-# each file of configs/comparison and 1 for adq_mixed.yaml, times the seeds.
+# each file of configs/comparison and 1 for each adq_mixed*.yaml, times the seeds.
 set -euo pipefail
 
 usage() { sed -n '2,20s/^# \{0,1\}//p' "$0" >&2; exit 2; }
@@ -27,8 +27,8 @@ cd "$(dirname "$0")/.."
 bin=${BIN:-.venv/bin}
 [ -x "$bin/adq-train" ] || { echo "$bin/adq-train is missing; run make setup, or set BIN" >&2; exit 2; }
 
-# names GROUP EXCEPT: the choices of a config group, with commas.
-names() { ls "configs/$1" | sed -n 's/\.yaml$//p' | grep -vx "$2" | paste -sd, -; }
+# names GROUP GREP…: the choices of a config group that grep lets through, with commas.
+names() { ls "configs/$1" | sed -n 's/\.yaml$//p' | grep "${@:2}" | paste -sd, -; }
 
 # sweep SETTING…: the table's own words come first, so that the folders' names begin with them.
 failed=0
@@ -37,10 +37,10 @@ more=("$@")
 
 case $table in
   ablation)
-    sweep "ablation=$(names ablation grid)" ;;
+    sweep "ablation=$(names ablation -vx grid)" ;;
   comparison)
-    sweep "comparison=$(names comparison adq_mixed)" budget.average_weight_bits=2,3,4
-    sweep comparison=adq_mixed ;;
+    sweep "comparison=$(names comparison -v ^adq_mixed)" budget.average_weight_bits=2,3,4
+    sweep "comparison=$(names comparison ^adq_mixed)" ;;
   *) usage ;;
 esac
 
