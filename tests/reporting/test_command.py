@@ -209,7 +209,12 @@ def test_a_report_needs_no_torch(tmp_path):
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "resnet20 on cifar10" in done.stdout
-    assert sorted(x.name for x in (tmp_path / "report").iterdir()) == [
+    written = sorted((tmp_path / "report").iterdir())
+    assert all(x.read_bytes()[:4] == b"\x89PNG" for x in written if x.suffix == ".png")
+    assert [x.name for x in written] == [
+        "cifar10-resnet20-accuracy.png",
+        "cifar10-resnet20-bars.png",
+        "cifar10-resnet20-bits.png",
         "report.html",
         "report.md",
         "runs.csv",

@@ -14,7 +14,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from adq_train.errors import UserError
-from adq_train.files import write_text
+from adq_train.files import write_text, written_whole
 from adq_train.reporting import machine, published, tables
 from adq_train.reporting.gather import gather
 from adq_train.reporting.groups import sections
@@ -82,12 +82,15 @@ def build(folders: Sequence[Path], reference: str | None) -> Report:
 
 
 def write(report: Report, output: Path) -> None:
-    """Writes the three files, each whole or not at all.
+    """Writes tables, page and pictures, each file whole or not at all.
 
     Raises:
         UserError: The folder cannot be written.
     """
-    from adq_train.reporting import page  # matplotlib takes a second; errors come before it
+    from adq_train.reporting import (
+        figures,
+        page,
+    )  # matplotlib takes a second; errors come before it
 
     contents = {
         "report.md": tables.markdown(report),
@@ -102,6 +105,11 @@ def write(report: Report, output: Path) -> None:
         ) from error
     for name, text in contents.items():
         write_text(output / name, text)
+    with figures.drawing():
+        for section in report.sections:
+            for name, figure in figures.png_files(section).items():
+                with written_whole(output / name) as path:
+                    figure.savefig(path, format="png", dpi=110)
 
 
 def show(report: Report) -> None:

@@ -16,7 +16,7 @@ from matplotlib.axes import Axes
 from matplotlib.colors import BoundaryNorm
 from matplotlib.figure import Figure
 
-from adq_train.reporting.groups import Row
+from adq_train.reporting.groups import Row, Section
 from adq_train.reporting.statistics import summarize
 
 GREY = "#718096"
@@ -36,6 +36,19 @@ def data_uri(figure: Figure) -> str:
     content = io.BytesIO()
     figure.savefig(content, format="svg", transparent=True, metadata={"Date": None})
     return "data:image/svg+xml;base64," + base64.b64encode(content.getvalue()).decode()
+
+
+def png_files(section: Section) -> dict[str, Figure]:
+    """A section's pictures by the names of their files: for a text that cannot hold them."""
+    rows = [row for row in section.rows if row.runs]
+    if not rows:
+        return {}
+    name = f"{section.data}-{section.model}"
+    return {
+        f"{name}-accuracy.png": accuracy_and_cost(rows),
+        f"{name}-bars.png": bars(rows, section.references_in_use()),
+        f"{name}-bits.png": bits(rows),
+    }
 
 
 def label(row: Row) -> str:
