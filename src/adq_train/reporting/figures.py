@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import contextlib
 import io
+import re
 import textwrap
 from collections.abc import Collection, Iterator, Sequence
 from statistics import fmean
@@ -43,7 +44,7 @@ def png_files(section: Section) -> dict[str, Figure]:
     rows = [row for row in section.rows if row.runs]
     if not rows:
         return {}
-    name = f"{section.data}-{section.model}"
+    name = re.sub(r"[^\w.]+", "-", f"{section.data}-{section.model}")
     return {
         f"{name}-accuracy.png": accuracy_and_cost(rows),
         f"{name}-bars.png": bars(rows, section.references_in_use()),
