@@ -2,6 +2,7 @@
 
 import errno
 import json
+import logging
 import os
 import signal
 import subprocess
@@ -10,6 +11,8 @@ import sys
 import pytest
 import yaml
 from helpers import QUICK
+
+from adq_train.cli import configure_logging
 
 
 def config_of(cli, *arguments):
@@ -383,3 +386,11 @@ def test_a_sweep_through_submitit_tells_what_failed(cli, tmp_path):
     assert "1 of 2 runs are done" in outcome.err
     assert "1.5 cannot be reached" in outcome.err
     assert {x.name for x in tmp_path.iterdir()} == {"outputs", "submitit"}
+
+
+def test_a_quiet_process_is_quiet_whoever_spoke_before(capsys):
+    configure_logging()
+    logging.getLogger("adq_train").info("said once")
+    configure_logging(quiet=True)
+    logging.getLogger("adq_train").info("never said")
+    assert capsys.readouterr().err == "said once\n"
