@@ -44,8 +44,26 @@ def test_a_long_name_is_broken_and_cut(tmp_path):
     make_run(tmp_path / "a", overrides=("x=1",))
     long = tuple(f"some.setting.number{i}=value" for i in range(9))
     make_run(tmp_path / "b", overrides=long, changes={"trainer": {"epochs": 9}})
-    short, cut = sorted(map(figures.label, rows_of(tmp_path)), key=len)
+    short, cut = sorted((figures.label(row.name) for row in rows_of(tmp_path)), key=len)
     assert short == "x=1"
     assert cut.count("\n") == 2
     assert cut.endswith("…")
     assert max(map(len, cut.splitlines())) <= 53
+
+
+def test_one_method_at_several_budgets_is_one_line(tmp_path):
+    for name in ("a", "b"):
+        for bits in (2, 3):
+            words = (f"comparison={name}", f"budget.average_weight_bits={bits}")
+            changes = {"budget": {"average_weight_bits": bits}, "comparison": name}
+            make_run(tmp_path / f"{name}{bits}", 90 + bits, overrides=words, changes=changes)
+    rows = rows_of(tmp_path)
+    assert len(rows) == 4
+    assert {name: len(x) for name, x in figures.methods(rows).items()} == {
+        "comparison=a": 2,
+        "comparison=b": 2,
+    }
+    left, _ = figures.accuracy_and_cost(rows).axes
+    lines = [bar.lines[0] for bar in left.containers]
+    assert [list(line.get_ydata()) for line in lines] == [[92, 93]] * 2
+    assert lines[0].get_color() != lines[1].get_color()

@@ -7,7 +7,7 @@ import contextlib
 import io
 import re
 import textwrap
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from statistics import fmean
 from typing import Any
 
@@ -16,6 +16,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.colors import BoundaryNorm
 from matplotlib.figure import Figure
+from matplotlib.transforms import ScaledTranslation
 
 from adq_train.reporting.groups import Row, Section
 from adq_train.reporting.statistics import summarize
@@ -23,6 +24,7 @@ from adq_train.reporting.statistics import summarize
 GREY = "#718096"
 MARKERS = "osD^v<>PX*hd"
 LINE, MOST_LINES = 52, 3
+APART = 4  # points of print between two methods
 
 
 @contextlib.contextmanager
@@ -52,15 +54,24 @@ def png_files(section: Section) -> dict[str, Figure]:
     }
 
 
-def label(row: Row) -> str:
-    """A row's name in a few lines; what is longer ends in an ellipsis."""
-    lines = textwrap.wrap(row.name, LINE)
+def label(name: str) -> str:
+    """A name in a few lines; what is longer ends in an ellipsis."""
+    lines = textwrap.wrap(name, LINE)
     return "\n".join(lines[:MOST_LINES]) + ("…" if len(lines) > MOST_LINES else "")
 
 
-def height(rows: Sequence[Row]) -> float:
-    """Inches that the labels of all rows need, one above the other."""
-    return sum(0.18 + 0.15 * (1 + label(row).count("\n")) for row in rows)
+def height(names: Iterable[str]) -> float:
+    """Inches that the labels of all names need, one above the other."""
+    return sum(0.18 + 0.15 * (1 + label(name).count("\n")) for name in names)
+
+
+def methods(rows: Sequence[Row]) -> dict[str, list[int]]:
+    """The rows that differ in nothing but their budgets, by what they share."""
+    found: dict[str, list[int]] = {}
+    for index, row in enumerate(rows):
+        words = [word for word in row.name.split() if not word.startswith("budget.")]
+        found.setdefault(" ".join(words) or "budgets", []).append(index)
+    return found
 
 
 def draw_float(panel: Axes, rows: Sequence[Row], colors: Sequence[Any]) -> None:
@@ -82,11 +93,20 @@ def draw_float(panel: Axes, rows: Sequence[Row], colors: Sequence[Any]) -> None:
 
 
 def accuracy_and_cost(rows: Sequence[Row]) -> Figure:
-    """Top-1 against average bits and against size, a point with its spread for each row."""
-    figure = Figure(figsize=(10, 4 + height(rows)), layout="constrained")
+    """Top-1 against average bits and against size, a point with its spread for each row.
+
+    Rows of one method at several budgets share a colour and are joined; methods are drawn a few
+    points of print apart, so that they do not hide each other where they cost the same.
+    """
+    series = methods(rows)
+    figure = Figure(figsize=(10, 4 + height(series)), layout="constrained")
     panels = figure.subplots(1, 2, sharey=True)
-    palette = mpl.colormaps["tab10" if len(rows) <= 10 else "tab20"]
-    colors = [palette(index % palette.N) for index in range(len(rows))]
+    palette = mpl.colormaps["tab10" if len(series) <= 10 else "tab20"]
+    colors = {
+        index: palette(number % palette.N)
+        for number, members in enumerate(series.values())
+        for index in members
+    }
     for panel, cost, unit in zip(
         panels,
         ("average_weight_bits", "model_size_bytes"),
@@ -94,21 +114,24 @@ def accuracy_and_cost(rows: Sequence[Row]) -> Figure:
         strict=True,
     ):
         scale = 1e3 if cost == "model_size_bytes" else 1
-        for index, row in enumerate(rows):
-            x, y = row.summary(cost), row.summary("qat_top1_percent")
-            assert x is not None
-            assert y is not None
+        for number, (name, members) in enumerate(series.items()):
+            x = [rows[index].summary(cost) for index in members]
+            y = [rows[index].summary("qat_top1_percent") for index in members]
+            aside = (number - (len(series) - 1) / 2) * APART
             panel.errorbar(
-                x.mean / scale,
-                y.mean,
-                xerr=(x.std or 0) / scale,
-                yerr=y.std or 0,
-                fmt=MARKERS[index % len(MARKERS)],
-                color=colors[index],
+                [value.mean / scale for value in x if value],
+                [value.mean for value in y if value],
+                xerr=[(value.std or 0) / scale for value in x if value],
+                yerr=[value.std or 0 for value in y if value],
+                marker=MARKERS[number % len(MARKERS)],
+                color=colors[members[0]],
+                linewidth=0.8,
                 capsize=3,
-                label=label(row),
+                label=label(name),
+                transform=panel.transData
+                + ScaledTranslation(aside / 72, 0, figure.dpi_scale_trans),
             )
-        draw_float(panel, rows, colors)
+        draw_float(panel, rows, [colors[index] for index in range(len(rows))])
         panel.set_xlabel(unit)
         panel.spines[["top", "right"]].set_visible(False)
         panel.grid(alpha=0.25)
@@ -125,7 +148,7 @@ def bars(rows: Sequence[Row], references: Collection[str]) -> Figure:
         rows: One bar each.
         references: Names of those drawn darker.
     """
-    figure = Figure(figsize=(10, 0.9 + height(rows)), layout="constrained")
+    figure = Figure(figsize=(10, 0.9 + height(row.name for row in rows)), layout="constrained")
     axes = figure.subplots()
     for position, row in enumerate(rows):
         found = summarize(
@@ -141,7 +164,7 @@ def bars(rows: Sequence[Row], references: Collection[str]) -> Figure:
             capsize=3,
             height=0.7,
         )
-    axes.set_yticks(range(len(rows)), [label(row) for row in rows])
+    axes.set_yticks(range(len(rows)), [label(row.name) for row in rows])
     axes.invert_yaxis()
     axes.axvline(0, color=GREY, linewidth=1)
     axes.set_xlabel("top-1 after QAT minus float, points (mean ± standard deviation)")
@@ -161,7 +184,7 @@ def bits(rows: Sequence[Row]) -> Figure:
             for found in allocations
         ]
     )  # fmt: skip
-    tall = 0.6 + height(rows) + 0.06 * max(map(len, names))
+    tall = 0.6 + height(row.name for row in rows) + 0.06 * max(map(len, names))
     figure = Figure(figsize=(10, tall), layout="constrained")
     axes = figure.subplots()
     norm = BoundaryNorm(np.arange(0.5, 9), 256)
@@ -169,7 +192,7 @@ def bits(rows: Sequence[Row]) -> Figure:
     for (row, column), value in np.ndenumerate(values):
         color = "white" if value > 5 else "black"
         axes.text(column, row, f"{value:.2g}", ha="center", va="center", fontsize=7, color=color)
-    axes.set_yticks(range(len(rows)), [label(row) for row in rows])
+    axes.set_yticks(range(len(rows)), [label(row.name) for row in rows])
     axes.set_xticks(range(len(names)), names, rotation=90, fontsize=7)
     axes.spines[:].set_visible(False)
     return figure
