@@ -67,3 +67,6 @@ def test_one_method_at_several_budgets_is_one_line(tmp_path):
     lines = [bar.lines[0] for bar in left.containers]
     assert [list(line.get_ydata()) for line in lines] == [[92, 93]] * 2
     assert lines[0].get_color() != lines[1].get_color()
+    xs = lines[0].get_xdata()
+    assert left.get_xlim()[0] < min(xs) <= max(xs) < left.get_xlim()[1]
+    assert left.get_ylim()[0] < 92 < 93 < left.get_ylim()[1]

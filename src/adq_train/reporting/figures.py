@@ -117,8 +117,7 @@ def accuracy_and_cost(rows: Sequence[Row]) -> Figure:
         for number, (name, members) in enumerate(series.items()):
             x = [rows[index].summary(cost) for index in members]
             y = [rows[index].summary("qat_top1_percent") for index in members]
-            aside = (number - (len(series) - 1) / 2) * APART
-            panel.errorbar(
+            drawn = panel.errorbar(
                 [value.mean / scale for value in x if value],
                 [value.mean for value in y if value],
                 xerr=[(value.std or 0) / scale for value in x if value],
@@ -128,9 +127,11 @@ def accuracy_and_cost(rows: Sequence[Row]) -> Figure:
                 linewidth=0.8,
                 capsize=3,
                 label=label(name),
-                transform=panel.transData
-                + ScaledTranslation(aside / 72, 0, figure.dpi_scale_trans),
             )
+            aside = (number - (len(series) - 1) / 2) * APART / 72
+            for part in drawn.get_children():
+                shift = ScaledTranslation(aside, 0, figure.dpi_scale_trans)
+                part.set_transform(panel.transData + shift)
         draw_float(panel, rows, [colors[index] for index in range(len(rows))])
         panel.set_xlabel(unit)
         panel.spines[["top", "right"]].set_visible(False)
