@@ -70,3 +70,8 @@ def test_one_method_at_several_budgets_is_one_line(tmp_path):
     xs = lines[0].get_xdata()
     assert left.get_xlim()[0] < min(xs) <= max(xs) < left.get_xlim()[1]
     assert left.get_ylim()[0] < 92 < 93 < left.get_ylim()[1]
+
+
+def test_equal_costs_stand_side_by_side():
+    assert figures.side_by_side([2, 4, 2, 3]) == pytest.approx([1.991, 4, 2.009, 3])
+    assert figures.side_by_side([3, 3]) == [3, 3]

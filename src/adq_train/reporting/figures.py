@@ -16,15 +16,14 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.colors import BoundaryNorm
 from matplotlib.figure import Figure
-from matplotlib.transforms import ScaledTranslation
 
 from adq_train.reporting.groups import Row, Section
-from adq_train.reporting.statistics import summarize
+from adq_train.reporting.statistics import Summary, summarize
 
 GREY = "#718096"
 MARKERS = "osD^v<>PX*hd"
 LINE, MOST_LINES = 52, 3
-APART = 4  # points of print between two methods
+APART = 0.009  # of a panel's width, between the points of equal cost
 
 
 @contextlib.contextmanager
@@ -92,11 +91,27 @@ def draw_float(panel: Axes, rows: Sequence[Row], colors: Sequence[Any]) -> None:
         panel.axhline(found.mean, color=color, linestyle="--", linewidth=0.9, label=name)
 
 
+def side_by_side(values: Sequence[float]) -> list[float]:
+    """The values, equal ones a little apart, so that their points do not hide each other."""
+    step = APART * (max(values) - min(values))
+    moved = []
+    for index, value in enumerate(values):
+        before = sum(other == value for other in values[:index])
+        moved.append(value + step * (before - (values.count(value) - 1) / 2))
+    return moved
+
+
+def summaries(rows: Sequence[Row], name: str) -> list[Summary]:
+    """What each row of finished runs has for a field."""
+    found = [row.summary(name) for row in rows]
+    assert all(found)
+    return [value for value in found if value]
+
+
 def accuracy_and_cost(rows: Sequence[Row]) -> Figure:
     """Top-1 against average bits and against size, a point with its spread for each row.
 
-    Rows of one method at several budgets share a colour and are joined; methods are drawn a few
-    points of print apart, so that they do not hide each other where they cost the same.
+    Rows of one method at several budgets share a colour and are joined.
     """
     series = methods(rows)
     figure = Figure(figsize=(10, 4 + height(series)), layout="constrained")
@@ -114,24 +129,20 @@ def accuracy_and_cost(rows: Sequence[Row]) -> Figure:
         strict=True,
     ):
         scale = 1e3 if cost == "model_size_bytes" else 1
+        costs, tops = summaries(rows, cost), summaries(rows, "qat_top1_percent")
+        at = side_by_side([value.mean / scale for value in costs])
         for number, (name, members) in enumerate(series.items()):
-            x = [rows[index].summary(cost) for index in members]
-            y = [rows[index].summary("qat_top1_percent") for index in members]
-            drawn = panel.errorbar(
-                [value.mean / scale for value in x if value],
-                [value.mean for value in y if value],
-                xerr=[(value.std or 0) / scale for value in x if value],
-                yerr=[value.std or 0 for value in y if value],
+            panel.errorbar(
+                [at[index] for index in members],
+                [tops[index].mean for index in members],
+                xerr=[(costs[index].std or 0) / scale for index in members],
+                yerr=[tops[index].std or 0 for index in members],
                 marker=MARKERS[number % len(MARKERS)],
                 color=colors[members[0]],
                 linewidth=0.8,
                 capsize=3,
                 label=label(name),
             )
-            aside = (number - (len(series) - 1) / 2) * APART / 72
-            for part in drawn.get_children():
-                shift = ScaledTranslation(aside, 0, figure.dpi_scale_trans)
-                part.set_transform(panel.transData + shift)
         draw_float(panel, rows, [colors[index] for index in range(len(rows))])
         panel.set_xlabel(unit)
         panel.spines[["top", "right"]].set_visible(False)
