@@ -26,6 +26,7 @@ from adq_train.models import CifarResNet
 from adq_train.quantization.adq import AdqWeightQuantizer
 from adq_train.quantization.describe import describe_layers
 from adq_train.quantization.n2uq import N2uqActivationQuantizer
+from adq_train.sensitivity.base import Conditions
 from adq_train.sensitivity.perturbation import Perturbation
 
 KEPT_BYTES = {"whole": 0, "reuse": 1_000_000_000}
@@ -65,7 +66,7 @@ def main() -> None:
     def measure(kept_bytes: int) -> list[Any]:
         metric = Perturbation(kept_bytes=kept_bytes)
         make = AdqWeightQuantizer, N2uqActivationQuantizer
-        return list(metric.measure(model, layers, options.bits, batches, *make, seed=0))
+        return list(metric.measure(model, layers, Conditions(options.bits, batches, *make)))
 
     @torch.no_grad()
     def forward() -> None:

@@ -46,6 +46,7 @@ from adq_train.files import write_text, written_whole
 from adq_train.quantization.describe import describe_layers
 from adq_train.run_folder import RunFolder
 from adq_train.schema import register
+from adq_train.sensitivity.base import Conditions
 from adq_train.stages import Context, prepare_and_calibrate, pretrain
 from adq_train.training.evaluate import evaluate
 from adq_train.training.loop import parameter_groups, train_epoch
@@ -91,15 +92,9 @@ def measure_tables(
             _, parts = compose_and_validate([*options.settings, *overrides])
             print(f"table: {metric}", file=sys.stderr)
             widths = run.config["bits"]["candidates"]
-            rows = parts.sensitivity.measure(
-                model,
-                layers,
-                widths,
-                batches,
-                parts.make_weight_quantizer,
-                parts.make_activation_quantizer,
-                run.seed,
-            )
+            quantizers = parts.make_weight_quantizer, parts.make_activation_quantizer
+            conditions = Conditions(widths, batches, *quantizers, run.seed)
+            rows = parts.sensitivity.measure(model, layers, conditions)
             table = SensitivityTable(parts.sensitivity.name, tuple(widths), tuple(rows))
             require_finite(table)
             write_text(file, table.to_json())

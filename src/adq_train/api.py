@@ -20,6 +20,7 @@ from adq_train.quantization.base import MakeActivationQuantizer, MakeWeightQuant
 from adq_train.quantization.describe import describe_layers
 from adq_train.quantization.n2uq import N2uqActivationQuantizer
 from adq_train.quantization.prepare import Upkeep, collect_inputs, prepare
+from adq_train.sensitivity.base import Conditions
 from adq_train.sensitivity.perturbation import Perturbation
 
 
@@ -73,7 +74,8 @@ def quantize(
     )
     problem.check()
     quantizers = make_weight_quantizer, make_activation_quantizer
-    rows = metric.measure(model, layers, problem.candidates, batches, *quantizers, seed)
+    conditions = Conditions(problem.candidates, batches, *quantizers, seed)
+    rows = metric.measure(model, layers, conditions)
     table = SensitivityTable(metric.name, problem.candidates, tuple(rows))
     require_finite(table)
     allocation = allocate(IlpAllocator(), problem, table)

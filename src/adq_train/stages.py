@@ -34,7 +34,7 @@ from adq_train.reporting import why
 from adq_train.reporting.progress import Progress
 from adq_train.reporting.recorder import Recorder, read_metrics
 from adq_train.run_folder import RunFolder, digest, exclusive, identity
-from adq_train.sensitivity.base import warn_negative
+from adq_train.sensitivity.base import Conditions, warn_negative
 from adq_train.sensitivity.partial import PartialTable, weights_digest
 from adq_train.sensitivity.split import measure_split
 from adq_train.training.checkpoint import CheckpointFolder, Rhythm
@@ -152,11 +152,16 @@ def profile(run: Context, model: nn.Module, layers: Sequence[LayerInfo]) -> Sens
         num_inputs = {x.name: x.num_inputs for x in layers}
         if done:
             log.info("profile: continuing after %d layers", len(done))
-        batches = list(run.data.calibration.epoch(0))
-        makers = run.parts.make_weight_quantizer, run.parts.make_activation_quantizer
+        conditions = Conditions(
+            bit_widths,
+            list(run.data.calibration.epoch(0)),
+            run.parts.make_weight_quantizer,
+            run.parts.make_activation_quantizer,
+            run.seed,
+        )
 
         def measure(some: Sequence[LayerInfo]) -> Iterator[LayerSensitivity]:
-            return metric.measure(model, some, bit_widths, batches, *makers, run.seed)
+            return metric.measure(model, some, conditions)
 
         todo = [x for x in layers if x.name not in done]
         with Progress("profile", len(layers), len(done), quiet=not ranks.is_main) as progress:

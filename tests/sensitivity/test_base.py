@@ -7,14 +7,23 @@ from torch import nn
 from adq_train.artifacts import LayerSensitivity
 from adq_train.errors import UserError
 from adq_train.quantization.adq import AdqWeightQuantizer
-from adq_train.sensitivity.base import layer_weights, logits_with, warn_negative, weight_error
+from adq_train.quantization.lsq import LsqActivationQuantizer
+from adq_train.sensitivity.base import (
+    Conditions,
+    layer_weights,
+    logits_with,
+    warn_negative,
+    weight_error,
+)
+
+CONDITIONS = Conditions((2,), [], AdqWeightQuantizer, LsqActivationQuantizer)
 
 
 def test_the_weight_error_is_that_of_the_quantizer(small):
     quantizer = AdqWeightQuantizer(2)
     quantizer.calibrate(small.fc.weight.detach())
     expected = quantizer(small.fc.weight) - small.fc.weight
-    error = weight_error(small, "fc", 2, AdqWeightQuantizer, seed=0)
+    error = weight_error(small, "fc", 2, CONDITIONS)
     assert torch.equal(error, expected.detach())
     assert error.abs().max() > 0.01
 
@@ -22,7 +31,7 @@ def test_the_weight_error_is_that_of_the_quantizer(small):
 def test_damaged_weights_name_the_layer(small):
     small.fc.weight.data[0, 0] = float("inf")
     with pytest.raises(UserError, match=r"layer fc: the weights hold NaN .* check the float model"):
-        weight_error(small, "fc", 2, AdqWeightQuantizer, seed=0)
+        weight_error(small, "fc", 2, CONDITIONS)
 
 
 def test_logits_are_those_of_the_given_weights(small, batches):

@@ -7,6 +7,7 @@ from torch.nn import functional as F
 
 from adq_train.quantization.adq import AdqWeightQuantizer
 from adq_train.quantization.lsq import LsqActivationQuantizer
+from adq_train.sensitivity.base import Conditions
 from adq_train.sensitivity.fisher import Fisher
 
 BIT_WIDTHS = (2, 4)
@@ -24,9 +25,8 @@ class Branching(nn.Module):
 
 
 def measure(model, layers, batches, **options):
-    rows = Fisher(**options).measure(
-        model, layers, BIT_WIDTHS, batches, AdqWeightQuantizer, LsqActivationQuantizer, seed=0
-    )
+    conditions = Conditions(BIT_WIDTHS, batches, AdqWeightQuantizer, LsqActivationQuantizer)
+    rows = Fisher(**options).measure(model, layers, conditions)
     return {row.name: row for row in rows}
 
 

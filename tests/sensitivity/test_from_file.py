@@ -6,6 +6,7 @@ from adq_train.artifacts import LayerInfo, LayerSensitivity, SensitivityTable
 from adq_train.errors import UserError
 from adq_train.quantization.adq import AdqWeightQuantizer
 from adq_train.quantization.lsq import LsqActivationQuantizer
+from adq_train.sensitivity.base import Conditions
 from adq_train.sensitivity.from_file import FromFile
 
 LAYERS = (LayerInfo("a", 10, 100, 5), LayerInfo("b", 20, 200, 5))
@@ -22,9 +23,8 @@ def read(tmp_path):
         path = tmp_path / "sensitivity.json"
         path.write_text(text or SensitivityTable("mse", (2, 3, 4), tuple(rows)).to_json())
         metric = FromFile(str(path))
-        rows = metric.measure(
-            None, layers, bit_widths, [], AdqWeightQuantizer, LsqActivationQuantizer, seed=0
-        )
+        conditions = Conditions(bit_widths, [], AdqWeightQuantizer, LsqActivationQuantizer)
+        rows = metric.measure(None, layers, conditions)
         return metric.name, list(rows)
 
     return read

@@ -1,4 +1,5 @@
 import logging
+from dataclasses import replace
 from itertools import product
 
 import pytest
@@ -9,13 +10,15 @@ from torch.nn import functional as F
 from adq_train.artifacts import LayerInfo
 from adq_train.quantization.adq import AdqWeightQuantizer
 from adq_train.quantization.lsq import LsqActivationQuantizer
-from adq_train.sensitivity.base import layer_weights, weight_error
+from adq_train.sensitivity.base import Conditions, layer_weights, weight_error
 from adq_train.sensitivity.hessian import Hessian, curvatures, probe
+
+CONDITIONS = Conditions((2, 4), [], AdqWeightQuantizer, LsqActivationQuantizer)
 
 
 def measure(model, layers, batches, seed=0, **options):
     rows = Hessian(**options).measure(
-        model, layers, (2, 4), batches, AdqWeightQuantizer, LsqActivationQuantizer, seed
+        model, layers, replace(CONDITIONS, batches=batches, seed=seed)
     )
     return {row.name: row for row in rows}
 
@@ -88,7 +91,7 @@ def test_softmax_regression_comes_out_within_its_standard_error(regression):
     info = LayerInfo("0", 12, 12, 4)
     (row,) = measure(net, [info], batches, relative_standard_error=0.025, max_probes=300).values()
     for bits in (2, 4):
-        error = weight_error(net, "0", bits, AdqWeightQuantizer, 0)
+        error = weight_error(net, "0", bits, CONDITIONS)
         expected = trace / 12 * float(error.square().sum())
         assert row.sensitivity[bits] == pytest.approx(expected, rel=0.1)
 
@@ -154,7 +157,7 @@ def test_a_negative_trace_is_kept_and_told(caplog):
     (slope,) = torch.autograd.grad(F.softplus(-(w**2)), w, create_graph=True)
     (trace,) = torch.autograd.grad(slope, w)
     assert trace < -0.9
-    error = weight_error(net, "layer", 2, AdqWeightQuantizer, 0)
+    error = weight_error(net, "layer", 2, CONDITIONS)
     expected = float(trace * error.double().square().sum())
     assert rows["layer"].sensitivity[2] == pytest.approx(expected, rel=1e-5)
     assert "the trace of layer layer is negative (-0.98" in caplog.text

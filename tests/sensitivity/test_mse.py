@@ -3,16 +3,13 @@ import torch
 
 from adq_train.quantization.adq import AdqWeightQuantizer
 from adq_train.quantization.lsq import LsqActivationQuantizer
+from adq_train.sensitivity.base import Conditions
 from adq_train.sensitivity.mse import Mse
 
 
 def measure(model, layers):
-    return {
-        row.name: row
-        for row in Mse().measure(
-            model, layers, (2, 4), [], AdqWeightQuantizer, LsqActivationQuantizer, seed=0
-        )
-    }
+    conditions = Conditions((2, 4), [], AdqWeightQuantizer, LsqActivationQuantizer)
+    return {row.name: row for row in Mse().measure(model, layers, conditions)}
 
 
 def test_it_is_the_squared_error_over_the_squares(small, layers):

@@ -9,6 +9,7 @@ from adq_train.artifacts import LayerInfo
 from adq_train.errors import UserError
 from adq_train.quantization.adq import AdqWeightQuantizer
 from adq_train.quantization.lsq import LsqActivationQuantizer
+from adq_train.sensitivity.base import Conditions
 from adq_train.sensitivity.perturbation import Perturbation
 
 BIT_WIDTHS = (2, 4)
@@ -32,11 +33,8 @@ def batches():
 
 
 def measure(model, batches, **options):
-    return list(
-        Perturbation(**options).measure(
-            model, LAYERS, BIT_WIDTHS, batches, AdqWeightQuantizer, LsqActivationQuantizer, seed=0
-        )
-    )
+    conditions = Conditions(BIT_WIDTHS, batches, AdqWeightQuantizer, LsqActivationQuantizer)
+    return list(Perturbation(**options).measure(model, LAYERS, conditions))
 
 
 def quantized_by_hand(model, name, bits, images, tensors):

@@ -14,6 +14,7 @@ from adq_train.quantization.adq import AdqWeightQuantizer
 from adq_train.quantization.describe import describe_layers
 from adq_train.quantization.lsq import LsqActivationQuantizer
 from adq_train.quantization.prepare import replaced
+from adq_train.sensitivity.base import Conditions
 from adq_train.sensitivity.perturbation import Perturbation
 from adq_train.sensitivity.reuse import PartialRuns, WholeRuns, make_runs, num_bytes
 
@@ -148,12 +149,9 @@ def test_the_table_is_the_same_to_the_last_bit(images, tensors, recalibrate):
     net = spread(mobilenet())
     layers = describe_layers(net, images[0][:1])
     batches = [(x, torch.arange(len(x)) % 5) for x in images]
+    conditions = Conditions((2, 4), batches, AdqWeightQuantizer, LsqActivationQuantizer)
     tables = [
-        list(
-            Perturbation("kl", tensors, recalibrate, kept_bytes).measure(
-                net, layers, (2, 4), batches, AdqWeightQuantizer, LsqActivationQuantizer, seed=0
-            )
-        )
+        list(Perturbation("kl", tensors, recalibrate, kept_bytes).measure(net, layers, conditions))
         for kept_bytes in (0, 30_000, PLENTY)
     ]
     assert tables[0] == tables[1] == tables[2]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
@@ -18,6 +19,25 @@ from adq_train.quantization.base import MakeActivationQuantizer, MakeWeightQuant
 log = logging.getLogger(__name__)
 
 
+@dataclass(frozen=True)
+class Conditions:
+    """Under what every layer of a network is measured.
+
+    Attributes:
+        bit_widths: The candidates.
+        batches: Calibration images (N, C, H, W) and targets (N,).
+        make_weight_quantizer: Maps a bit-width to a quantizer.
+        make_activation_quantizer: Maps a bit-width to a quantizer.
+        seed: For everything that is drawn at random.
+    """
+
+    bit_widths: Sequence[int]
+    batches: Sequence[Batch]
+    make_weight_quantizer: MakeWeightQuantizer
+    make_activation_quantizer: MakeActivationQuantizer
+    seed: int = 0
+
+
 class SensitivityMetric(Protocol):
     """Measures what quantizing each layer costs; higher is worse."""
 
@@ -27,14 +47,7 @@ class SensitivityMetric(Protocol):
         ...
 
     def measure(
-        self,
-        model: nn.Module,
-        layers: Sequence[LayerInfo],
-        bit_widths: Sequence[int],
-        batches: Sequence[Batch],
-        make_weight_quantizer: MakeWeightQuantizer,
-        make_activation_quantizer: MakeActivationQuantizer,
-        seed: int,
+        self, model: nn.Module, layers: Sequence[LayerInfo], conditions: Conditions
     ) -> Iterator[LayerSensitivity]:
         """Measures one layer after the other.
 
@@ -44,11 +57,7 @@ class SensitivityMetric(Protocol):
         Args:
             model: The float network; left as it was.
             layers: The layers to measure.
-            bit_widths: The candidates.
-            batches: Calibration images (N, C, H, W) and targets (N,).
-            make_weight_quantizer: Maps a bit-width to a quantizer.
-            make_activation_quantizer: Maps a bit-width to a quantizer.
-            seed: For everything that is drawn at random.
+            conditions: Candidates, images and quantizers.
 
         Yields:
             The sensitivity of one layer at every candidate.
@@ -60,21 +69,14 @@ class SensitivityMetric(Protocol):
 
 
 @torch.no_grad()
-def weight_error(
-    model: nn.Module,
-    name: str,
-    bit_width: int,
-    make_weight_quantizer: MakeWeightQuantizer,
-    seed: int,
-) -> Tensor:
+def weight_error(model: nn.Module, name: str, bit_width: int, conditions: Conditions) -> Tensor:
     """ΔW = Ŵ - W of one layer, with the quantizer as it is initialised from W.
 
     Args:
         model: The float network.
         name: The layer.
         bit_width: b.
-        make_weight_quantizer: Maps a bit-width to a quantizer.
-        seed: For random initialisations.
+        conditions: Hold the quantizer, and the seed of its random initialisations.
 
     Returns:
         Of the weight's shape.
@@ -83,9 +85,9 @@ def weight_error(
         UserError: The weights are NaN or infinite; the layer is named.
     """
     weight = layer_weight(model, name).detach()
-    quantizer = make_weight_quantizer(bit_width).to(weight.device).eval()
+    quantizer = conditions.make_weight_quantizer(bit_width).to(weight.device).eval()
     try:
-        quantizer.calibrate(weight, derived_seed(seed, name))
+        quantizer.calibrate(weight, derived_seed(conditions.seed, name))
     except ValueError as error:
         raise UserError(f"layer {name}: {error}; check the float model") from error
     quantized: Tensor = quantizer(weight)

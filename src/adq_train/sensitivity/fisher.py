@@ -14,9 +14,8 @@ from torch.nn import functional as F
 
 from adq_train.artifacts import LayerInfo, LayerSensitivity
 from adq_train.data.base import Batch
-from adq_train.quantization.base import MakeActivationQuantizer, MakeWeightQuantizer
 from adq_train.reporting.progress import Progress
-from adq_train.sensitivity.base import layer_weights, logits_with, weight_error
+from adq_train.sensitivity.base import Conditions, layer_weights, logits_with, weight_error
 
 log = logging.getLogger(__name__)
 
@@ -88,22 +87,15 @@ class Fisher:
         return "fisher"
 
     def measure(
-        self,
-        model: nn.Module,
-        layers: Sequence[LayerInfo],
-        bit_widths: Sequence[int],
-        batches: Sequence[Batch],
-        make_weight_quantizer: MakeWeightQuantizer,
-        make_activation_quantizer: MakeActivationQuantizer,
-        seed: int,
+        self, model: nn.Module, layers: Sequence[LayerInfo], conditions: Conditions
     ) -> Iterator[LayerSensitivity]:
         """Measures all layers at once; see :class:`~.base.SensitivityMetric`."""
         model = copy.deepcopy(model).eval().requires_grad_(False)
-        fisher = self.diagonal(model, [x.name for x in layers], batches)
+        fisher = self.diagonal(model, [x.name for x in layers], conditions.batches)
         for info in layers:
             values = {}
-            for bits in bit_widths:
-                error = weight_error(model, info.name, bits, make_weight_quantizer, seed)
+            for bits in conditions.bit_widths:
+                error = weight_error(model, info.name, bits, conditions)
                 values[bits] = float((fisher[info.name] * error.double().square()).sum())
             yield LayerSensitivity(info.name, info.num_weights, info.macs, values)
 

@@ -9,9 +9,8 @@ from pathlib import Path
 from torch import nn
 
 from adq_train.artifacts import LayerInfo, LayerSensitivity, SensitivityTable
-from adq_train.data.base import Batch
 from adq_train.errors import UserError
-from adq_train.quantization.base import MakeActivationQuantizer, MakeWeightQuantizer
+from adq_train.sensitivity.base import Conditions
 
 
 @dataclass(frozen=True)
@@ -47,20 +46,14 @@ class FromFile:
             raise UserError(f"sensitivity.path: cannot read {self.path} ({error})") from error
 
     def measure(
-        self,
-        model: nn.Module,
-        layers: Sequence[LayerInfo],
-        bit_widths: Sequence[int],
-        batches: Sequence[Batch],
-        make_weight_quantizer: MakeWeightQuantizer,
-        make_activation_quantizer: MakeActivationQuantizer,
-        seed: int,
+        self, model: nn.Module, layers: Sequence[LayerInfo], conditions: Conditions
     ) -> Iterator[LayerSensitivity]:
         """Reads the rows of the model's layers; see :class:`~.base.SensitivityMetric`.
 
         Raises:
             UserError: A layer or a bit-width is not in the file, or a layer is another one.
         """
+        bit_widths = conditions.bit_widths
         rows = {row.name: row for row in self.table().layers}
         problems = [problem for x in layers if (problem := _problem(x, rows, bit_widths))]
         if problems:

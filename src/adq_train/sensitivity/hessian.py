@@ -14,10 +14,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from adq_train.artifacts import LayerInfo, LayerSensitivity
 from adq_train.data.base import Batch, derived_seed
-from adq_train.quantization.base import MakeActivationQuantizer, MakeWeightQuantizer
 from adq_train.quantization.layers import QUANTIZED
 from adq_train.reporting.progress import Progress
-from adq_train.sensitivity.base import layer_weights, logits_with, weight_error
+from adq_train.sensitivity.base import Conditions, layer_weights, logits_with, weight_error
 
 log = logging.getLogger(__name__)
 
@@ -121,18 +120,11 @@ class Hessian:
         return "hessian"
 
     def measure(
-        self,
-        model: nn.Module,
-        layers: Sequence[LayerInfo],
-        bit_widths: Sequence[int],
-        batches: Sequence[Batch],
-        make_weight_quantizer: MakeWeightQuantizer,
-        make_activation_quantizer: MakeActivationQuantizer,
-        seed: int,
+        self, model: nn.Module, layers: Sequence[LayerInfo], conditions: Conditions
     ) -> Iterator[LayerSensitivity]:
         """Measures all layers at once; see :class:`~.base.SensitivityMetric`."""
         model = copy.deepcopy(model).eval().requires_grad_(False)
-        traces = self.traces(model, batches, seed)
+        traces = self.traces(model, conditions.batches, conditions.seed)
         for info in layers:
             estimate = traces[info.name]
             if estimate.trace < 0:
@@ -142,8 +134,8 @@ class Hessian:
                     *(info.name, estimate.trace, estimate.standard_error),
                 )
             values = {}
-            for bits in bit_widths:
-                error = weight_error(model, info.name, bits, make_weight_quantizer, seed)
+            for bits in conditions.bit_widths:
+                error = weight_error(model, info.name, bits, conditions)
                 average = estimate.trace / info.num_weights
                 values[bits] = average * float(error.double().square().sum())
             yield LayerSensitivity(info.name, info.num_weights, info.macs, values)

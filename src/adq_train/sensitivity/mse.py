@@ -8,9 +8,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from adq_train.artifacts import LayerInfo, LayerSensitivity
-from adq_train.data.base import Batch
-from adq_train.quantization.base import MakeActivationQuantizer, MakeWeightQuantizer
-from adq_train.sensitivity.base import layer_weight, weight_error
+from adq_train.sensitivity.base import Conditions, layer_weight, weight_error
 
 
 @dataclass(frozen=True)
@@ -27,21 +25,14 @@ class Mse:
         return "mse"
 
     def measure(
-        self,
-        model: nn.Module,
-        layers: Sequence[LayerInfo],
-        bit_widths: Sequence[int],
-        batches: Sequence[Batch],
-        make_weight_quantizer: MakeWeightQuantizer,
-        make_activation_quantizer: MakeActivationQuantizer,
-        seed: int,
+        self, model: nn.Module, layers: Sequence[LayerInfo], conditions: Conditions
     ) -> Iterator[LayerSensitivity]:
         """Measures one layer after the other; see :class:`~.base.SensitivityMetric`."""
         for info in layers:
             power = layer_weight(model, info.name).detach().double().square().sum()
             values = {}
-            for bits in bit_widths:
-                error = weight_error(model, info.name, bits, make_weight_quantizer, seed)
+            for bits in conditions.bit_widths:
+                error = weight_error(model, info.name, bits, conditions)
                 squared = error.double().square().sum()
                 values[bits] = float(squared / power) if squared else 0.0
             yield LayerSensitivity(info.name, info.num_weights, info.macs, values)

@@ -12,13 +12,10 @@ from torch.nn import functional as F
 
 from adq_train.artifacts import LayerBits, LayerInfo, LayerSensitivity
 from adq_train.data.base import Batch
-from adq_train.quantization.base import (
-    MakeActivationQuantizer,
-    MakeWeightQuantizer,
-    check_choice,
-)
+from adq_train.quantization.base import check_choice
 from adq_train.quantization.layers import QuantLayer, quantized
 from adq_train.quantization.prepare import collect_inputs, quantize_layer, replaced
+from adq_train.sensitivity.base import Conditions
 from adq_train.sensitivity.reuse import Runs, make_runs
 from adq_train.training.batch_norm import (
     averaged_statistics,
@@ -70,23 +67,17 @@ class Perturbation:
 
     @torch.no_grad()
     def measure(
-        self,
-        model: nn.Module,
-        layers: Sequence[LayerInfo],
-        bit_widths: Sequence[int],
-        batches: Sequence[Batch],
-        make_weight_quantizer: MakeWeightQuantizer,
-        make_activation_quantizer: MakeActivationQuantizer,
-        seed: int,
+        self, model: nn.Module, layers: Sequence[LayerInfo], conditions: Conditions
     ) -> Iterator[LayerSensitivity]:
         """Measures one layer after the other; see :class:`~.base.SensitivityMetric`."""
         model = copy.deepcopy(model).eval()
+        bit_widths, batches = conditions.bit_widths, conditions.batches
         images = [x for x, _ in batches]
         reference: list[Tensor] = []
         keep = model.register_forward_hook(
             lambda *call: reference.append(F.log_softmax(call[2], 1))
         )
-        inputs = collect_inputs(model, [x.name for x in layers], images, seed)
+        inputs = collect_inputs(model, [x.name for x in layers], images, conditions.seed)
         keep.remove()
         runs = make_runs(model, images, self.kept_bytes)
         for info in layers:
@@ -95,10 +86,10 @@ class Perturbation:
                 forms = quantize_layer(
                     model,
                     LayerBits(info.name, bits, bits),
-                    make_weight_quantizer,
-                    make_activation_quantizer,
+                    conditions.make_weight_quantizer,
+                    conditions.make_activation_quantizer,
                     inputs,
-                    seed,
+                    conditions.seed,
                 )
                 for tensors in self._parts():
                     variants[tensors, bits] = {
