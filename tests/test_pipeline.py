@@ -160,6 +160,43 @@ def test_every_option_of_training_at_once(cli, tmp_path):
 
 
 @pytest.mark.usefixtures("no_pictures")
+def test_a_teacher_is_trained_once_and_may_be_another_run_s_float_model(cli, tmp_path):
+    shared = tmp_path / "outputs" / "shared"
+    taught = (*QUICK, "distillation=teacher", "distillation.model.width=2")
+    outcome = cli(*taught, "run_dir=taught")
+    assert outcome.code == 0, outcome.err
+    assert "teacher: 1 epochs" in outcome.err
+    assert len(list(shared.iterdir())) == 2
+    assert read(tmp_path / "taught/result.json")["seconds"]["teacher"] > 0
+    stages = [json.loads(x)["stage"] for x in (tmp_path / "taught/metrics.jsonl").open()]
+    assert stages == ["pretrain", "qat"]
+
+    teacher = cli(*QUICK, "model=resnet20", "model.width=2", "run_dir=teacher")
+    assert teacher.code == 0, teacher.err
+    assert "pretrain: float model from" in teacher.err
+    metrics = [json.loads(x) for x in (tmp_path / "teacher/metrics.jsonl").open()]
+    assert [x["stage"] for x in metrics] == ["pretrain", "qat"]
+
+    other = cli(*taught, "distillation.weight=1", "run_dir=other")
+    assert other.code == 0, other.err
+    assert "teacher: float model from" in other.err
+    weights = [
+        torch.load(tmp_path / name / "checkpoints" / "last.pt", weights_only=True)["model"]
+        for name in ("taught", "other")
+    ]
+    assert not torch.equal(*(x["layer1.0.conv1.weight"] for x in weights))
+
+
+@pytest.mark.usefixtures("no_pictures")
+def test_float_training_does_not_depend_on_the_rate_of_qat(cli, tmp_path):
+    for run, rate in (("first", 0.1), ("second", 0.01)):
+        outcome = cli(*QUICK, f"optimizer.lr={rate}", f"run_dir={run}")
+        assert outcome.code == 0, outcome.err
+    assert "pretrain: float model from" in outcome.err
+    assert len(list((tmp_path / "outputs" / "shared").iterdir())) == 1
+
+
+@pytest.mark.usefixtures("no_pictures")
 def test_another_seed_trains_another_float_model(cli, tmp_path):
     for seed in (0, 1):
         assert cli(*QUICK, f"seed={seed}").code == 0

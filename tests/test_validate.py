@@ -67,6 +67,19 @@ def test_a_group_without_a_target():
         build({"depth": 8}, "model", trial=lambda part: part)
 
 
+def test_a_node_within_a_node_is_built_and_trusted_alike():
+    resnet = {"_target_": "adq_train.models.CifarResNetModel", "depth": 8, "width": 2}
+    node = {"_target_": "adq_train.training.distillation.TrainedTeacher", "epochs": 1}
+    part = build({**node, "model": resnet}, "distillation", trial=lambda part: part)
+    assert (part.model.depth, part.model.width) == (8, 2)
+    for wrong, message in (
+        ({**resnet, "depth": 9}, "distillation.model.depth must be 6 n"),
+        ({**resnet, "_target_": "adq_train.files.os.system"}, "is not a class that a trusted"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            build({**node, "model": wrong}, "distillation", trial=lambda part: part)
+
+
 @pytest.mark.parametrize(
     "target",
     [

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pickle
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torchvision
@@ -13,6 +13,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from adq_train.errors import UserError, did_you_mean
+
+
+class ModelSource(Protocol):
+    """A network's knobs."""
+
+    def build(self, num_classes: int, in_channels: int) -> nn.Module:
+        """The network with its first weights."""
+        ...
 
 
 class BasicBlock(nn.Module):

@@ -34,6 +34,7 @@ from adq_train.stages import (
     pretrain,
     profile,
     train_quantized,
+    train_teacher,
 )
 from adq_train.training.distributed import ALONE, Ranks
 from adq_train.validate import Parts, validate
@@ -105,6 +106,7 @@ def execute(
         load_weights(model, Path(checkpoint))
     model.to(parts.device)
     ranks.equalize(model)
+    torch.manual_seed(config["seed"])  # a trained teacher begins like a float model of its own run
     teacher = parts.distillation.teacher(model, data.num_classes, data.image_shape[0])
 
     images, _ = next(data.calibration.epoch(0))
@@ -138,6 +140,9 @@ def execute(
         log.info("run folder %s, on %s", path, parts.device)
         with folder.stage("pretrain"):
             pretrain(run, model)
+        if teacher and teacher.epochs:
+            with folder.stage("teacher"):
+                train_teacher(run, teacher)
         with folder.stage("profile"):
             table = profile(run, model, layers)
         with folder.stage("allocate"):

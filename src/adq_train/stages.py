@@ -90,10 +90,47 @@ def pretrain(run: Context, model: nn.Module) -> None:
     if settings["checkpoint"] or not settings["epochs"]:
         log.info("pretrain: float weights as given")
         return
-    shared_with = ("seed", "pretrain", "model", "optimizer", "scheduler")
+    shared = _train_float(run, model, run.config["model"], settings["epochs"], "pretrain")
+    if run.ranks.is_main:
+        _copy_metrics(shared, run.folder.path)
+
+
+def train_teacher(run: Context, teacher: Teacher) -> None:
+    """Trains the teacher of a distillation, or takes it as :func:`pretrain` takes a float model.
+
+    Raises:
+        UserError: The kept model is damaged.
+    """
+    epochs = 1 if run.config["dry_run"] else teacher.epochs
+    _train_float(run, teacher.model, run.config["distillation"]["model"], epochs, "teacher")
+
+
+def _train_float(
+    run: Context, model: nn.Module, source: dict[str, Any], epochs: int, stage: str
+) -> Path:
+    """Float training in a folder that all runs share, unless that holds the trained model already.
+
+    Args:
+        run: The run.
+        model: With its first weights; it has the trained ones afterwards.
+        source: The configuration of the network.
+        epochs: Of training.
+        stage: Its name in the log and among the run's times.
+
+    Returns:
+        The shared folder.
+
+    Raises:
+        UserError: The kept model is damaged.
+    """
     depends_on = {
-        **{name: run.config[name] for name in shared_with},
-        "data": {k: v for k, v in run.config["data"].items() if k not in ("root", "num_workers")},
+        "seed": run.config["seed"],
+        "pretrain": {**run.config["pretrain"], "checkpoint": None, "epochs": epochs},
+        "model": source,
+        "scheduler": run.config["scheduler"],
+        # Float training has a rate and a decay of its own, in the section pretrain.
+        "optimizer": _without(run.config["optimizer"], "lr", "weight_decay"),
+        "data": _without(run.config["data"], "root", "num_workers"),
         "fingerprint": run.data.fingerprint,
         **{name: run.config["trainer"][name] for name in SHARED_BY_FLOAT_TRAINING},
     }
@@ -105,7 +142,7 @@ def pretrain(run: Context, model: nn.Module) -> None:
         if not run.ranks.share(weights.exists):
             if main:
                 write_text(shared / "depends_on.json", json.dumps(depends_on, indent=2) + "\n")
-            _fit(run, model, shared, key, "pretrain")
+            _fit(run, model, shared, key, stage, epochs)
             if main:
                 with written_whole(weights) as temporary:
                     try:
@@ -113,7 +150,7 @@ def pretrain(run: Context, model: nn.Module) -> None:
                     except SafetensorError as error:
                         raise UserError(f"cannot write {weights}: {error}") from error
         else:
-            log.info("pretrain: float model from %s", shared)
+            log.info("%s: float model from %s", stage, shared)
         if main:
             try:
                 load_model(model, str(weights))
@@ -121,10 +158,15 @@ def pretrain(run: Context, model: nn.Module) -> None:
                 raise UserError(
                     f"{weights} is damaged ({error}); delete it to train anew"
                 ) from error
-            _copy_metrics(shared, run.folder.path)
     run.ranks.equalize(model)
     watched = evaluate(model, run.data.validation, run.ranks)
-    log.info("pretrain: validation top-1 %.2f %%", watched.top1_percent)
+    log.info("%s: validation top-1 %.2f %%", stage, watched.top1_percent)
+    return shared
+
+
+def _without(node: dict[str, Any], *names: str) -> dict[str, Any]:
+    """A configuration node without some of its settings."""
+    return {key: value for key, value in node.items() if key not in names}
 
 
 def _copy_metrics(source: Path, target: Path) -> None:
@@ -253,7 +295,8 @@ def train_quantized(
             state = {"key": key, "epoch": 0, "model": model.state_dict()}
             CheckpointFolder(run.folder.path / "checkpoints").save(state, best=True)
         return
-    checkpoints = _fit(run, model, run.folder.path, key, "qat", teacher)
+    epochs = run.config["trainer"]["epochs"]
+    checkpoints = _fit(run, model, run.folder.path, key, "qat", epochs, teacher)
     if run.config["trainer"]["select"] == "best":
         best: dict[str, Any] | None = run.ranks.share(
             lambda: checkpoints.load(key, names=("best",))
@@ -271,16 +314,15 @@ def _fit(
     folder: Path,
     key: str,
     stage: str,
+    epochs: int,
     teacher: Teacher | None = None,
 ) -> CheckpointFolder:
-    """Float training (``pretrain``) or QAT (``qat``), recorded and checkpointed in ``folder``."""
-    trainer, pretrain = run.config["trainer"], run.config["pretrain"]
-    optimizer_defaults = run.config["optimizer"]
-    is_float = stage == "pretrain"
-    lr = pretrain["lr"] if is_float else optimizer_defaults["lr"]
-    decay = pretrain["weight_decay"] if is_float else optimizer_defaults["weight_decay"]
-    epochs = pretrain["epochs"] if is_float else trainer["epochs"]
-    groups = parameter_groups(model, lr, decay, trainer["quantizer_lr_factor"])
+    """QAT (stage ``qat``) or float training, recorded and checkpointed in ``folder``."""
+    trainer = run.config["trainer"]
+    rates = run.config["optimizer" if stage == "qat" else "pretrain"]
+    groups = parameter_groups(
+        model, rates["lr"], rates["weight_decay"], trainer["quantizer_lr_factor"]
+    )
     step = TrainingStep(
         model,
         run.parts.make_optimizer(groups),
@@ -302,7 +344,8 @@ def _fit(
         ranks=run.ranks,
     )
     checkpoints = CheckpointFolder(folder / "checkpoints")
-    recorder = Recorder(folder, stage, epochs)
+    # A float model is recorded as such: another run's teacher may be this one's model.
+    recorder = Recorder(folder, "qat" if stage == "qat" else "pretrain", epochs)
     log.info("%s: %d epochs of %d steps", stage, epochs, len(run.data.train))
 
     def on_start(done: int, seconds: float) -> None:

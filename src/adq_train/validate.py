@@ -25,6 +25,7 @@ from adq_train.allocation.allocator import Allocator
 from adq_train.allocation.budget import share_of_float
 from adq_train.data.base import ImageData, Loading
 from adq_train.errors import ConfigError, UserError, did_you_mean
+from adq_train.models import ModelSource
 from adq_train.quantization.base import MakeActivationQuantizer, MakeWeightQuantizer
 from adq_train.schema import GROUPS, SECTIONS, Range
 from adq_train.sensitivity.base import SensitivityMetric
@@ -41,14 +42,6 @@ class DataSource(Protocol):
 
     def load(self, loading: Loading) -> ImageData:
         """Reads the data set."""
-        ...
-
-
-class ModelSource(Protocol):
-    """A model's knobs."""
-
-    def build(self, num_classes: int, in_channels: int) -> nn.Module:
-        """Builds the model."""
         ...
 
 
@@ -264,7 +257,7 @@ def build(
     """Builds what a config node describes: its ``_target_`` with its arguments.
 
     Args:
-        node: ``_target_``, ``_partial_`` and arguments.
+        node: ``_target_``, ``_partial_`` and arguments, which may be such nodes themselves.
         path: The node's name, for messages.
         trial: Called with the result, for errors that only its use would show.
         trusted: Where the target may be defined: starts of module names.
@@ -275,7 +268,13 @@ def build(
     """
     if not isinstance(node, dict) or "_target_" not in node:
         raise ConfigError([f"{path}: needs a _target_; choose one of the group's files"])
-    arguments = {k: v for k, v in node.items() if k not in ("_target_", "_partial_")}
+    arguments = {
+        key: build(value, f"{path}.{key}", lambda part: part, trusted)
+        if isinstance(value, dict) and "_target_" in value
+        else value
+        for key, value in node.items()
+        if key not in ("_target_", "_partial_")
+    }
     try:
         target = get_object(node["_target_"])
     except Exception as error:  # an import may fail in any way

@@ -14,6 +14,7 @@ from adq_train.training.distillation import (
     LogitDistillation,
     NoDistillation,
     Teacher,
+    TrainedTeacher,
     divergence,
 )
 
@@ -102,6 +103,28 @@ def test_a_torchvision_network_with_a_checkpoint(tmp_path):
 def test_weights_that_know_other_classes():
     with pytest.raises(UserError, match=r"know 1000 classes, the data has 10; give a checkpoint"):
         LogitDistillation(name="resnet18", weights="DEFAULT").teacher(nn.Linear(1, 1), 10, 3)
+
+
+def test_a_teacher_that_is_still_to_be_trained():
+    source = CifarResNetModel(depth=14, width=3)
+    teacher = TrainedTeacher(model=source, epochs=5).teacher(nn.Linear(1, 1), 4, 2)
+    assert teacher.epochs == 5
+    assert teacher.model.conv1.weight.shape == (3, 2, 3, 3)
+    assert teacher.model.fc.out_features == 4
+
+
+@pytest.mark.parametrize(
+    ("knobs", "message"),
+    [
+        ({"epochs": 0}, "epochs must be at least 1, got 0"),
+        ({"temperature": -1.0}, "temperature must be more than 0, got -1.0"),
+        ({"weight": 0.0}, "weight must be more than 0 and at most 1, got 0.0"),
+        ({"model": 3}, "model: must be one of configs/model, got 3"),
+    ],
+)
+def test_bad_values_of_a_trained_teacher(knobs, message):
+    with pytest.raises(ValueError, match=message):
+        TrainedTeacher(**{"model": CifarResNetModel(depth=8, width=2), "epochs": 1, **knobs})
 
 
 @pytest.mark.parametrize(

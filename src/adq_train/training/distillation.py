@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from adq_train.errors import UserError
-from adq_train.models import TorchvisionModel, load_weights
+from adq_train.models import ModelSource, TorchvisionModel, load_weights
 from adq_train.quantization.functional import at_least_float32
 
 
@@ -44,12 +44,16 @@ class Teacher:
         model: Images (N, C, H, W) to logits (N, K); runs in evaluation mode.
         temperature: See :func:`divergence`.
         weight: Share w of the divergence in the loss, in (0, 1].
+        epochs: Of float training that the network needs before it can teach.
     """
 
-    def __init__(self, model: nn.Module, temperature: float, weight: float) -> None:
+    def __init__(
+        self, model: nn.Module, temperature: float, weight: float, epochs: int = 0
+    ) -> None:
         self.model = model
         self.temperature = temperature
         self.weight = weight
+        self.epochs = epochs
 
     def loss(self, logits: Tensor, images: Tensor, label_loss: Callable[[], Tensor]) -> Tensor:
         """The loss w T² KL + (1 - w) · label loss, (); with w = 1 the labels are not looked at.
@@ -104,10 +108,7 @@ class LogitDistillation:
     weight: float = 1.0
 
     def __post_init__(self) -> None:
-        if not self.temperature > 0:
-            raise ValueError(f"temperature must be more than 0, got {self.temperature}")
-        if not 0 < self.weight <= 1:
-            raise ValueError(f"weight must be more than 0 and at most 1, got {self.weight}")
+        _check_shares(self.temperature, self.weight)
         if self.name is None and self.weights is not None:
             raise ValueError("weights: they belong to a torchvision teacher; give its name too")
         if self.name is not None:
@@ -148,3 +149,51 @@ class LogitDistillation:
             load_weights(model, Path(self.checkpoint), "distillation.checkpoint")
         device = next(float_model.parameters()).device
         return Teacher(model.to(device), self.temperature, self.weight)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainedTeacher:
+    """A float network of its own, trained by the run as it trains its own float model.
+
+    Attributes:
+        model: The teacher's network, usually a larger one.
+        epochs: Of its training, at ``pretrain.lr`` and ``pretrain.weight_decay``.
+        temperature: T; see :func:`divergence`.
+        weight: Share of the divergence in the loss; 1 replaces the label loss.
+    """
+
+    model: ModelSource
+    epochs: int
+    temperature: float = 4.0
+    weight: float = 0.5
+
+    def __post_init__(self) -> None:
+        _check_shares(self.temperature, self.weight)
+        if self.epochs < 1:
+            raise ValueError(f"epochs must be at least 1, got {self.epochs}")
+        if not callable(getattr(self.model, "build", None)):
+            raise ValueError(f"model: must be one of configs/model, got {self.model!r}")
+
+    def teacher(self, float_model: nn.Module, num_classes: int, in_channels: int) -> Teacher | None:
+        """The teacher before its training, on the device of the run's float model.
+
+        Args:
+            float_model: The run's own.
+            num_classes: K of the data.
+            in_channels: C of the data.
+        """
+        device = next(float_model.parameters()).device
+        model = self.model.build(num_classes, in_channels).to(device)
+        return Teacher(model, self.temperature, self.weight, self.epochs)
+
+
+def _check_shares(temperature: float, weight: float) -> None:
+    """Refuses a temperature or a share of the loss out of its range.
+
+    Raises:
+        ValueError: Names the setting, what it got and what is allowed.
+    """
+    if not temperature > 0:
+        raise ValueError(f"temperature must be more than 0, got {temperature}")
+    if not 0 < weight <= 1:
+        raise ValueError(f"weight must be more than 0 and at most 1, got {weight}")
