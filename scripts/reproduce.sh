@@ -8,7 +8,11 @@
 #   scripts/reproduce.sh ablation   resnet20_cifar10            0,1,2
 #   scripts/reproduce.sh ablation   resnet18_imagenet           0,1,2 data.root=/data/imagenet
 #   scripts/reproduce.sh comparison quickstart                  0,1,2
+#   scripts/reproduce.sh taught     resnet8_narrow_fashion_mnist 0,1,2 distillation.model.depth=8
 #   … and so on: the first word is the table, the second any experiment of configs/experiment.
+#
+# taught adds to the comparison the rows that learn from another float network: ADQ with mixed bits,
+# and ADQ, LSQ and N2UQ at 3 bits. Its settings say which network (configs/distillation/teacher.yaml).
 #
 # Further words are settings of every run (trainer.epochs=5, trainer.device=cuda:1 …).
 # Stopped? The same command goes on with what is not done. After a failed run the others still
@@ -18,10 +22,10 @@
 # sweeps ran side by side with OMP_NUM_THREADS=1. The others have not been timed.
 #
 # A table has as many runs as configs/ablation has files (without grid.yaml), or 3 bit-widths for
-# each file of configs/comparison and 1 for each adq_mixed*.yaml, times the seeds.
+# each file of configs/comparison and 1 for each adq_mixed*.yaml, times the seeds; taught adds 4.
 set -euo pipefail
 
-usage() { sed -n '2,22s/^# \{0,1\}//p' "$0" >&2; exit 2; }
+usage() { sed -n '2,26s/^# \{0,1\}//p' "$0" >&2; exit 2; }
 [ $# -ge 2 ] || usage
 table=$1 experiment=$2 seeds=${3:-0,1,2}
 shift $(($# < 3 ? $# : 3))
@@ -43,12 +47,16 @@ case $table in
   comparison)
     sweep "comparison=$(names comparison -v ^adq_mixed)" budget.average_weight_bits=2,3,4
     sweep "comparison=$(names comparison ^adq_mixed)" ;;
+  taught)
+    sweep comparison=adq,lsq,n2uq budget.average_weight_bits=3 distillation=teacher
+    sweep comparison=adq_mixed_apart distillation=teacher ;;
   *) usage ;;
 esac
+folders=${table/taught/comparison}
 
 root=outputs
 for word in "${more[@]}"; do
   case $word in output_root=*) root=${word#output_root=} ;; esac
 done
-"$bin/adq-report" "$root/$experiment/$table"=* --output "$root/reports/$table-$experiment" || failed=1
+"$bin/adq-report" "$root/$experiment/$folders"=* --output "$root/reports/$table-$experiment" || failed=1
 exit $failed

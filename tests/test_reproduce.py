@@ -67,6 +67,21 @@ def test_a_comparison_sweeps_the_bits_of_all_but_the_mixed_ones(reproduce):
     assert report[1].startswith("outputs/resnet20_cifar10/comparison=")
 
 
+def test_a_taught_table_adds_its_rows_to_those_of_the_comparison(reproduce):
+    code, (uniform, mixed, report) = reproduce("taught", "quickstart", "0", "distillation.weight=1")
+    assert code == 0
+    for train in (uniform, mixed):
+        assert "distillation=teacher" in train
+        assert train[-1] == "distillation.weight=1"
+        assert problems_of(train[2:]) == []
+    assert report == [
+        "adq-report",
+        "outputs/quickstart/comparison=*",
+        "--output",
+        "outputs/reports/taught-quickstart",
+    ]
+
+
 def test_a_failure_is_reported_and_returned(reproduce):
     code, calls = reproduce("comparison", "quickstart", train_fails=True)
     assert code == 1

@@ -130,6 +130,9 @@ def test_csv_has_a_row_for_each_run_and_reads_back(sweep, report, written):
         assert float(row["seconds"]) == 10.5
     assert rows[str(sweep / "bad")]["row"] == f"trainer.name={EVIL}"
     assert rows[str(sweep / "bad")]["note"].startswith("in stage qat")
+    first = rows[str(sweep / "ablation=a,seed=0")]
+    assert (first["commit"], first["torch"], first["device"]) == ("0" * 40, "2.6.0", "cpu")
+    assert first["command"] == "adq-train experiment=x ablation=a seed=0"
 
 
 def test_the_table_says_what_the_seeds_support(report):
@@ -141,6 +144,16 @@ def test_the_table_says_what_the_seeds_support(report):
     assert rows["ablation=a"][9].startswith("gain: paired t-test, n = 3, p = ")
     assert rows[f"trainer.name={EVIL}"][1] == "1"
     assert rows[f"trainer.name={EVIL}"][9] == "too few seeds (n = 1 and 3)"
+
+
+def test_a_loss_with_a_teacher_in_it_is_marked(tmp_path):
+    for name, target in (("plain", "NoDistillation"), ("taught", "TrainedTeacher")):
+        target = f"adq_train.training.distillation.{target}"
+        changes = {"distillation": {"_target_": target}}
+        make_run(tmp_path / name, changes=changes, overrides=(f"distillation={name}",))
+    (section,) = command.build([tmp_path], None).sections
+    losses = {row[0]: row[7] for row in tables.cells(section, [])}
+    assert losses == {"distillation=plain": "0.5", "distillation=taught": "0.5, taught"}
 
 
 def test_json_is_one_line_with_the_same_figures(sweep, written, monkeypatch, capsys):

@@ -37,6 +37,12 @@ class Row:
         """Top-1 accuracy after QAT in percent, by seed."""
         return {run.seed: run.result.qat_top1_percent for run in self.runs if run.result}
 
+    @property
+    def taught(self) -> bool:
+        """Whether the training loss is, in part, a distance to a teacher."""
+        target = str(self.settings.get("distillation._target_", "NoDistillation"))
+        return not target.endswith("NoDistillation")
+
     def summary(self, name: str) -> Summary | None:
         """Mean and spread of a field of the result or the allocation, or of the training loss."""
         values = []

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import shlex
 from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
@@ -22,8 +23,9 @@ COSTS = (
     "model_size_bytes",
     "bops",
 )
+ORIGINS = ("commit", "python", "torch", "device", "platform", "command")
 COLUMNS = ("data", "model", "row", "seed", "state", "note", *FIGURES, "final_train_loss",
-           "num_test_images", *COSTS, "seconds", "path")  # fmt: skip
+           "num_test_images", *COSTS, "seconds", "path", *ORIGINS)  # fmt: skip
 
 
 def csv_text(report: Report) -> str:
@@ -38,7 +40,7 @@ def csv_text(report: Report) -> str:
         for run in row.members
     }
     for run in report.runs:
-        writer.writerow({**placed.get(run.path, {}), **_figures(run)})
+        writer.writerow({**placed.get(run.path, {}), **_figures(run), **_origin(run)})
     return text.getvalue()
 
 
@@ -50,6 +52,26 @@ def _figures(run: Run) -> dict[str, Any]:
         values |= {name: getattr(run.allocation, name) for name in COSTS}
         values["seconds"] = sum(run.result.seconds.values())
     return values
+
+
+def _origin(run: Run) -> dict[str, Any]:
+    """What made the run: source, versions, machine and command, as its manifest has them."""
+
+    def part(name: str) -> dict[str, Any]:
+        found = run.manifest.get(name)
+        return found if isinstance(found, dict) else {}
+
+    git, versions, command = part("git"), part("versions"), run.manifest.get("command")
+    return {
+        "commit": f"{git['commit']}{' + changes' if git.get('dirty') else ''}"
+        if "commit" in git
+        else None,
+        "python": versions.get("python"),
+        "torch": versions.get("torch"),
+        "device": run.manifest.get("device"),
+        "platform": run.manifest.get("platform"),
+        "command": shlex.join(map(str, command)) if isinstance(command, list) else None,
+    }
 
 
 def as_json(report: Report) -> dict[str, Any]:

@@ -33,6 +33,8 @@ READING = (
     f"A difference is called a gain or a loss where p < {LEVEL} after Holm's correction over the "
     f"rows of a table, else not shown. With {FEWEST_SEEDS} common seeds or more the test is a "
     "paired t-test over these, else Welch's, two-sided; with fewer there is none.",
+    "A training loss marked as taught has a teacher's share in it; it compares only with those that "
+    "have the same.",
     "Published figures are others' and were not measured here; training, float model and what the "
     "average of the bits counts differ.",
 )
@@ -130,7 +132,7 @@ def _cells(
         kilobytes(size.mean),
         plus_minus(row.summary("fp_top1_percent")),
         plus_minus(row.summary("qat_top1_percent")),
-        plus_minus(row.summary("final_train_loss"), ".3g"),
+        plus_minus(row.summary("final_train_loss"), ".3g") + (", taught" if row.taught else ""),
         NONE if difference is None else f"{difference.mean:+.2f}",
         wording(difference, is_reference),
         "; ".join(f"{x}, {x.source}" for x in figures) or NONE,

@@ -164,8 +164,8 @@ class TrainedTeacher:
 
     model: ModelSource
     epochs: int
-    temperature: float = 4.0
-    weight: float = 0.5
+    temperature: float = 1.0
+    weight: float = 1.0
 
     def __post_init__(self) -> None:
         _check_shares(self.temperature, self.weight)
