@@ -33,8 +33,8 @@ READING = (
     f"A difference is called a gain or a loss where p < {LEVEL} after Holm's correction over the "
     f"rows of a table, else not shown. With {FEWEST_SEEDS} common seeds or more the test is a "
     "paired t-test over these, else Welch's, two-sided; with fewer there is none.",
-    "A training loss marked as taught has a teacher's share in it; it compares only with those that "
-    "have the same.",
+    "A training loss marked as taught has a teacher's share in it, and compares only with those "
+    "that have the same.",
     "Published figures are others' and were not measured here; training, float model and what the "
     "average of the bits counts differ.",
 )
