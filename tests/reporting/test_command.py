@@ -156,6 +156,30 @@ def test_a_loss_with_a_teacher_in_it_is_marked(tmp_path):
     assert losses == {"distillation=plain": "0.5", "distillation=taught": "0.5, taught"}
 
 
+def test_the_seeds_whose_loss_is_lower_are_counted(tmp_path):
+    losses = {"none": (0.5, 0.6, 0.7), "a": (0.4, 0.6, 0.8), "b": (0.1, 0.1, 0.1)}
+    teacher = {"_target_": "adq_train.training.distillation.TrainedTeacher"}
+    for name, values in losses.items():
+        for seed, loss in enumerate(values):
+            make_run(
+                tmp_path / f"{name}{seed}",
+                90 + seed * (name == "none"),
+                seed=seed,
+                losses=(1.0, loss),
+                overrides=("experiment=x", f"ablation={name}"),
+                changes={"distillation": teacher} if name == "b" else {"extra": {"name": name}},
+            )
+    (section,) = command.build([tmp_path], None).sections
+    found = {
+        row.name: difference
+        for row, difference in zip(section.rows, section.differences, strict=True)
+    }
+    assert found["ablation=a"].lower_losses == (1, 3)
+    assert found["ablation=b"].lower_losses is None
+    words = {row[0]: row[9] for row in tables.cells(section, [])}
+    assert words["ablation=a"].endswith("; training loss lower in 1 of 3 seeds")
+
+
 def test_json_is_one_line_with_the_same_figures(sweep, written, monkeypatch, capsys):
     monkeypatch.setattr(command, "write", lambda *_: None)  # the page is drawn above
     command.run([str(sweep), "--json", "--reference", "ablation=a"])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from adq_train.errors import UserError, did_you_mean
@@ -36,6 +36,11 @@ class Row:
     def by_seed(self) -> dict[int, float]:
         """Top-1 accuracy after QAT in percent, by seed."""
         return {run.seed: run.result.qat_top1_percent for run in self.runs if run.result}
+
+    def losses(self) -> dict[int, float]:
+        """Training loss of the last epoch of QAT, by seed."""
+        found = {run.seed: run.final_train_loss for run in self.runs}
+        return {seed: loss for seed, loss in found.items() if loss is not None}
 
     @property
     def taught(self) -> bool:
@@ -199,12 +204,7 @@ def _section(
 ) -> Section:
     """Chooses references, compares, and orders the rows."""
     chosen = _references(rows, reference)
-    judged = judge(
-        [
-            None if other is None or other is row else compare(row.by_seed(), other.by_seed())
-            for row, other in zip(rows, chosen, strict=True)
-        ]
-    )
+    judged = judge([_difference(row, other) for row, other in zip(rows, chosen, strict=True)])
 
     def place(index: int) -> tuple[Any, ...]:
         """Every reference with the rows that are compared with it."""
@@ -223,6 +223,19 @@ def _section(
         problems=tuple(problems),
         remarks=tuple(_remarks(runs)),
     )
+
+
+def _difference(row: Row, reference: Row | None) -> Difference | None:
+    """What the seeds say of a row beside its reference, in accuracy and in training loss."""
+    if reference is None or reference is row:
+        return None
+    found = compare(row.by_seed(), reference.by_seed())
+    losses, others = row.losses(), reference.losses()
+    common = losses.keys() & others.keys()
+    if found is None or not common or row.taught != reference.taught:
+        return found
+    lower = sum(losses[seed] < others[seed] for seed in common)
+    return replace(found, lower_losses=(lower, len(common)))
 
 
 def _references(rows: Sequence[Row], reference: str | None) -> list[Row | None]:

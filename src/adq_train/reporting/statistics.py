@@ -46,6 +46,7 @@ class Difference:
         p_value: Two-sided; None without a test.
         p_holm: The same after Holm's correction over the rows of a table.
         verdict: ``gain``, ``loss``, ``not shown``, or why nothing can be said.
+        lower_losses: In how many of how many common seeds the final training loss is lower.
     """
 
     mean: float
@@ -54,6 +55,7 @@ class Difference:
     p_value: float | None
     p_holm: float | None
     verdict: str
+    lower_losses: tuple[int, int] | None = None
 
 
 def compare(row: Mapping[int, float], reference: Mapping[int, float]) -> Difference | None:

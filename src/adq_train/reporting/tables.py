@@ -83,10 +83,13 @@ def wording(difference: Difference | None, is_reference: bool) -> str:
     n = " and ".join(map(str, difference.n))
     if difference.p_value is None:
         return f"{difference.verdict} (n = {n})"
-    return (
+    words = (
         f"{difference.verdict}: {difference.test}, n = {n}, p = {difference.p_value:.2g}, "
         f"Holm {difference.p_holm:.2g}"
     )
+    if difference.lower_losses:
+        words += "; training loss lower in {} of {} seeds".format(*difference.lower_losses)
+    return words
 
 
 def cells(section: Section, known: Sequence[published.Published]) -> list[list[str]]:
