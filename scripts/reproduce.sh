@@ -22,7 +22,7 @@
 # sweeps ran side by side with OMP_NUM_THREADS=1. The others have not been timed.
 #
 # A table has as many runs as configs/ablation has files (without grid.yaml), or 3 bit-widths for
-# each file of configs/comparison and 1 for each adq_mixed*.yaml, times the seeds; taught adds 4.
+# each file of configs/comparison and 2 for each adq_mixed*.yaml, times the seeds; taught adds 5.
 set -euo pipefail
 
 usage() { sed -n '2,26s/^# \{0,1\}//p' "$0" >&2; exit 2; }
@@ -46,10 +46,10 @@ case $table in
     sweep "ablation=$(names ablation -vx grid)" ;;
   comparison)
     sweep "comparison=$(names comparison -v ^adq_mixed)" budget.average_weight_bits=2,3,4
-    sweep "comparison=$(names comparison ^adq_mixed)" ;;
+    sweep "comparison=$(names comparison ^adq_mixed)" budget.average_activation_bits=3,4 ;;
   taught)
     sweep comparison=adq,lsq,n2uq budget.average_weight_bits=3 distillation=teacher
-    sweep comparison=adq_mixed_apart distillation=teacher ;;
+    sweep comparison=adq_mixed_apart budget.average_activation_bits=3,4 distillation=teacher ;;
   *) usage ;;
 esac
 folders=${table/taught/comparison}

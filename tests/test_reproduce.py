@@ -62,7 +62,7 @@ def test_a_comparison_sweeps_the_bits_of_all_but_the_mixed_ones(reproduce):
     assert swept == [choices("comparison") - several, several]
     shared = ["experiment=resnet20_cifar10", "seed=0,1,2"]
     assert uniform[3:] == ["budget.average_weight_bits=2,3,4", *shared]
-    assert mixed[3:] == shared
+    assert mixed[3:] == ["budget.average_activation_bits=3,4", *shared]
     assert problems_of(uniform[2:]) == problems_of(mixed[2:]) == []
     assert report[1].startswith("outputs/resnet20_cifar10/comparison=")
 
