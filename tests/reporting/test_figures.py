@@ -1,3 +1,5 @@
+import json
+
 import pytest
 from made_up import make_run, make_sweep
 from matplotlib.figure import Figure
@@ -75,3 +77,13 @@ def test_one_method_at_several_budgets_is_one_line(tmp_path):
 def test_equal_costs_stand_side_by_side():
     assert figures.side_by_side([2, 4, 2, 3]) == pytest.approx([1.991, 4, 2.009, 3])
     assert figures.side_by_side([3, 3]) == [3, 3]
+
+
+def test_bits_of_inputs_stand_beside_those_of_weights_where_they_differ(tmp_path):
+    for seed, inputs in enumerate((3, 4)):
+        run = make_run(tmp_path / str(seed), seed=seed, bits=3)
+        content = json.loads((run / "allocation.json").read_text())
+        content["layers"][1]["activation_bits"] = inputs
+        (run / "allocation.json").write_text(json.dumps(content))
+    (axes,) = figures.bits(rows_of(tmp_path)).axes
+    assert [text.get_text() for text in axes.texts] == ["3", "3 / 3.5", "3", "3"]

@@ -186,15 +186,22 @@ def bars(rows: Sequence[Row], references: Collection[str]) -> Figure:
 
 
 def bits(rows: Sequence[Row]) -> Figure:
-    """Bits of every layer's weights in every row, averaged over the seeds."""
+    """Bits of every layer's weights in every row, averaged over the seeds.
+
+    Where the layer's input has others they stand behind a stroke.
+    """
     allocations = [[r.allocation for r in row.runs if r.allocation] for row in rows]
     names = [layer.name for layer in allocations[0][0].layers]
-    values = np.array(
-        [
-            np.mean([[x.bits()[n].weight_bits if n in x.bits() else np.nan for n in names]
-                     for x in found], axis=0)
-            for found in allocations
-        ]
+
+    values, inputs = (
+        np.array(
+            [
+                np.mean([[getattr(x.bits().get(n), field, np.nan) for n in names] for x in found],
+                        axis=0)
+                for found in allocations
+            ]
+        )
+        for field in ("weight_bits", "activation_bits")
     )  # fmt: skip
     tall = 0.6 + height(row.name for row in rows) + 0.06 * max(map(len, names))
     figure = Figure(figsize=(10, tall), layout="constrained")
@@ -203,7 +210,10 @@ def bits(rows: Sequence[Row]) -> Figure:
     axes.imshow(values, aspect="auto", cmap="Blues", norm=norm)
     for (row, column), value in np.ndenumerate(values):
         color = "white" if value > 5 else "black"
-        axes.text(column, row, f"{value:.2g}", ha="center", va="center", fontsize=7, color=color)
+        text = f"{value:.2g}"
+        if abs(inputs[row, column] - value) > 1e-9:
+            text += f" / {inputs[row, column]:.2g}"
+        axes.text(column, row, text, ha="center", va="center", fontsize=7, color=color)
     axes.set_yticks(range(len(rows)), [label(row.name) for row in rows])
     axes.set_xticks(range(len(names)), names, rotation=90, fontsize=7)
     axes.spines[:].set_visible(False)
