@@ -138,7 +138,8 @@ class TrainerConfig:
     cutmix_alpha: float = number(0.0, minimum=0)
     # Decay per step of an average of the weights, which is evaluated and kept; 0: none.
     weight_average_decay: float = number(0.0, minimum=0, below=1)
-    # Training images that give batch norm's statistics anew before each evaluation; 0: none.
+    # Training images that give batch norm's statistics anew before each evaluation, in QAT in
+    # batches of eval_batch_size; 0: none.
     batch_norm_reestimation: int = number(0, minimum=0)
     # Steps with a loss or gradient that is not finite which are left out before one is an error.
     skip_nonfinite_steps: int = number(0, minimum=0)

@@ -366,6 +366,9 @@ def _fit(
             on_start=on_start,
             on_epoch=recorder.epoch,
             batch_norm_images=trainer["batch_norm_reestimation"],
+            # Averages over small batches mislead a network whose values cross thresholds. A float
+            # network has none, and those that are kept already stay valid.
+            batch_norm_together=trainer["eval_batch_size"] if stage == "qat" else 1,
             seed=run.seed,
             rhythm=Rhythm(trainer["checkpoint_every_steps"], trainer["checkpoint_every_minutes"]),
             check_ranks=trainer["check_ranks"],

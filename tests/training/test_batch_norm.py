@@ -1,10 +1,13 @@
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import nn
 
 from adq_train.errors import UserError
 from adq_train.training.batch_norm import (
     batch_norms_after,
+    first_images,
     kept_statistics,
     reestimate_batch_norm,
 )
@@ -107,3 +110,30 @@ def test_statistics_come_back_after_the_block(net):
         reestimate_batch_norm(net, [torch.randn(4, 2, 6, 6)])
         assert not torch.equal(net[1].running_mean, state["1.running_mean"])
     assert all(torch.equal(x, state[name]) for name, x in net.state_dict().items())
+
+
+class Parts:
+    """Batches of given sizes, whose images are numbered through."""
+
+    def __init__(self, sizes):
+        self.parts = torch.arange(sum(sizes)).split(sizes)
+
+    def epoch(self, epoch):
+        return ((images, None) for images in self.parts)
+
+
+@given(st.lists(st.integers(1, 9), min_size=1, max_size=20), st.integers(1, 60), st.integers(1, 30))
+def test_first_images_come_in_order_and_in_batches_of_about_one_size(sizes, wanted, together):
+    found = list(first_images(Parts(sizes), 0, wanted, together))
+    whole = torch.cat(found)
+    assert torch.equal(whole, torch.arange(len(whole)))
+    there = sum(sizes)
+    assert min(wanted, there) <= len(whole) <= min(wanted + max(sizes) - 1, there)
+    if wanted <= there and together <= wanted:
+        assert all(len(x) >= together for x in found[:-1])
+        assert max(map(len, found)) < wanted / (wanted // together) + max(sizes)
+
+
+def test_alone_batches_stay_as_they_are():
+    found = list(first_images(Parts([4, 4, 4]), 0, 7))
+    assert [len(x) for x in found] == [4, 4]

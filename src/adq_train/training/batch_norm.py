@@ -80,14 +80,30 @@ def kept_statistics(norms: Sequence[_BatchNorm]) -> Iterator[None]:
                 norm.get_buffer(name).copy_(value)
 
 
-def first_images(batches: Batches, epoch: int, num_images: int) -> Iterator[Tensor]:
-    """The first batches of an epoch, without targets, until they hold ``num_images``."""
-    found = 0
+def first_images(
+    batches: Batches, epoch: int, num_images: int, together: int = 1
+) -> Iterator[Tensor]:
+    """The first batches of an epoch, without targets, until they hold ``num_images``.
+
+    Args:
+        batches: The training images.
+        epoch: From 0.
+        num_images: How many, at least.
+        together: So many images or more, if there are, make one of the batches that are handed
+            out, all of about the same size.
+    """
+    enough = num_images / max(1, num_images // together)
+    found, parts = 0, []
     for images, _ in batches.epoch(epoch):
-        yield images
+        parts.append(images)
         found += len(images)
+        if sum(map(len, parts)) >= enough:
+            yield torch.cat(parts)
+            parts = []
         if found >= num_images:
-            return
+            break
+    if parts:
+        yield torch.cat(parts)
 
 
 @torch.no_grad()

@@ -153,6 +153,7 @@ def fit(
     on_start: Callable[[int, float], None],
     on_epoch: Callable[[EpochReport, nn.Module], None],
     batch_norm_images: int = 0,
+    batch_norm_together: int = 1,
     seed: int = 0,
     rhythm: Rhythm | None = None,
     check_ranks: bool = False,
@@ -175,6 +176,7 @@ def fit(
             the process that writes.
         batch_norm_images: So many training images, at least, give batch norm's statistics anew
             before each evaluation; 0 keeps those of training.
+        batch_norm_together: So many of them make one batch of that estimate.
         seed: For what is drawn at random.
         rhythm: When to save besides.
         check_ranks: Whether to compare the processes' models after every step.
@@ -248,7 +250,7 @@ def fit(
             )
             speed = train.throughput(time.perf_counter() - began)
             if batch_norm_images:
-                images = first_images(data.train, epoch, batch_norm_images)
+                images = first_images(data.train, epoch, batch_norm_images, batch_norm_together)
                 reestimate_batch_norm(step.evaluated, images)
                 ranks.equalize(step.evaluated)
             watched = evaluate(step.evaluated, data.validation, ranks)
