@@ -23,7 +23,7 @@ COSTS = (
     "model_size_bytes",
     "bops",
 )
-ORIGINS = ("commit", "python", "torch", "device", "platform", "command")
+ORIGINS = ("commit", "python", "torch", "device", "command")
 COLUMNS = ("data", "model", "row", "seed", "state", "note", *FIGURES, "final_train_loss",
            "num_test_images", *COSTS, "seconds", "path", *ORIGINS)  # fmt: skip
 
@@ -55,7 +55,7 @@ def _figures(run: Run) -> dict[str, Any]:
 
 
 def _origin(run: Run) -> dict[str, Any]:
-    """What made the run: source, versions, machine and command, as its manifest has them."""
+    """What made the run: source, versions, device and command, as its manifest has them."""
 
     def part(name: str) -> dict[str, Any]:
         found = run.manifest.get(name)
@@ -69,7 +69,6 @@ def _origin(run: Run) -> dict[str, Any]:
         "python": versions.get("python"),
         "torch": versions.get("torch"),
         "device": run.manifest.get("device"),
-        "platform": run.manifest.get("platform"),
         "command": shlex.join(map(str, command)) if isinstance(command, list) else None,
     }
 
