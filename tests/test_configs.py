@@ -75,7 +75,7 @@ def test_every_knob_of_a_part_is_in_its_file():
     for group, choice in CHOICES:
         if group not in GROUPS or at_run_time.get(group, set()) is None:
             continue
-        node = OmegaConf.load(CONFIGS / group / f"{choice}.yaml")
+        node = composed(f"{group}={choice}")[group]
         names = set(inspect.signature(get_object(node._target_)).parameters)
         assert names - at_run_time.get(group, set()) == set(node) - {"_target_", "_partial_"}
 
@@ -111,7 +111,7 @@ def test_a_rival_gets_the_same_bits_everywhere(experiment, rival, bits):
     )
     assert cfg.allocator._target_.endswith(".UniformAllocator")
     assert {k for k, v in cfg.budget.items() if v is not None} == {"average_weight_bits"}
-    weights = "dorefa" if rival == "pact" else rival
+    weights = {"pact": "dorefa", "adq_paper": "adq"}.get(rival, rival)
     assert cfg.weight_quantizer._target_.split(".")[-2] == weights
-    activations = {"adq": "n2uq"}.get(rival, rival)
+    activations = {"adq": "n2uq", "adq_paper": "n2uq"}.get(rival, rival)
     assert cfg.activation_quantizer._target_.split(".")[-2] == activations
