@@ -4,7 +4,6 @@ from pathlib import Path
 
 import pytest
 from hydra import compose, initialize_config_module
-from omegaconf import OmegaConf
 
 from adq_train.data.synthetic import SHAPES
 from adq_train.schema import GROUPS, register
