@@ -192,7 +192,6 @@ def bits(rows: Sequence[Row]) -> Figure:
     """
     allocations = [[r.allocation for r in row.runs if r.allocation] for row in rows]
     names = [layer.name for layer in allocations[0][0].layers]
-
     values, inputs = (
         np.array(
             [

@@ -62,10 +62,9 @@ def _origin(run: Run) -> dict[str, Any]:
         return found if isinstance(found, dict) else {}
 
     git, versions, command = part("git"), part("versions"), run.manifest.get("command")
+    commit = git.get("commit")
     return {
-        "commit": f"{git['commit']}{' + changes' if git.get('dirty') else ''}"
-        if "commit" in git
-        else None,
+        "commit": f"{commit} + changes" if commit and git.get("dirty") else commit,
         "python": versions.get("python"),
         "torch": versions.get("torch"),
         "device": run.manifest.get("device"),
