@@ -12,7 +12,8 @@
 #   … and so on: the first word is the table, the second any experiment of configs/experiment.
 #
 # taught adds to the comparison the rows that learn from another float network: ADQ with mixed bits,
-# and ADQ, LSQ and N2UQ at 3 bits. Its settings say which network (configs/distillation/teacher.yaml).
+# and ADQ, LSQ, N2UQ and PACT at 3 and 4 bits. Its settings say which network
+# (configs/distillation/teacher.yaml).
 #
 # Further words are settings of every run (trainer.epochs=5, trainer.device=cuda:1 …).
 # Stopped? The same command goes on with what is not done. After a failed run the others still
@@ -23,10 +24,10 @@
 # the narrow network with five seeds, 125 runs, takes 84 minutes of one core. The others have not been timed.
 #
 # A table has as many runs as configs/ablation has files (without grid.yaml), or 3 bit-widths for
-# each file of configs/comparison and 2 for each adq_mixed*.yaml, times the seeds; taught adds 5.
+# each file of configs/comparison and 2 for each adq_mixed*.yaml, times the seeds; taught adds 10.
 set -euo pipefail
 
-usage() { sed -n '2,27s/^# \{0,1\}//p' "$0" >&2; exit 2; }
+usage() { sed -n '2,28s/^# \{0,1\}//p' "$0" >&2; exit 2; }
 [ $# -ge 2 ] || usage
 table=$1 experiment=$2 seeds=${3:-0,1,2}
 shift $(($# < 3 ? $# : 3))
@@ -49,7 +50,7 @@ case $table in
     sweep "comparison=$(names comparison -v ^adq_mixed)" budget.average_weight_bits=2,3,4
     sweep "comparison=$(names comparison ^adq_mixed)" budget.average_activation_bits=3,4 ;;
   taught)
-    sweep comparison=adq,lsq,n2uq budget.average_weight_bits=3 distillation=teacher
+    sweep comparison=adq,lsq,n2uq,pact budget.average_weight_bits=3,4 distillation=teacher
     sweep comparison=adq_mixed_apart budget.average_activation_bits=3,4 distillation=teacher ;;
   *) usage ;;
 esac
