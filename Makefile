@@ -43,4 +43,4 @@ wheel: $(STAMP)  ## Build dist/*.whl
 	$(BIN)/python -m build --wheel --no-isolation
 
 clean:  ## Remove .venv, caches and builds; outputs/ stays
-	rm -rf $(VENV) build dist src/*.egg-info .coverage .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) build dist *.egg-info .coverage .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -114,7 +114,7 @@ def accuracy_and_cost(rows: Sequence[Row]) -> Figure:
     Rows of one method at several budgets share a colour and are joined.
     """
     series = methods(rows)
-    figure = Figure(figsize=(10, 4 + height(series)), layout="constrained")
+    figure = Figure(figsize=(10, 4.2 + height(series) / 2), layout="constrained")
     panels = figure.subplots(1, 2, sharey=True)
     palette = mpl.colormaps["tab10" if len(series) <= 10 else "tab20"]
     colors = {
@@ -130,7 +130,8 @@ def accuracy_and_cost(rows: Sequence[Row]) -> Figure:
     ):
         scale = 1e3 if cost == "model_size_bytes" else 1
         costs, tops = summaries(rows, cost), summaries(rows, "qat_top1_percent")
-        at = side_by_side([value.mean / scale for value in costs])
+        means = [value.mean / scale for value in costs]
+        at = side_by_side(means)
         for number, (name, members) in enumerate(series.items()):
             panel.errorbar(
                 [at[index] for index in members],
@@ -144,12 +145,12 @@ def accuracy_and_cost(rows: Sequence[Row]) -> Figure:
                 label=label(name),
             )
         draw_float(panel, rows, [colors[index] for index in range(len(rows))])
-        panel.set_xlabel(unit)
+        panel.set_xlabel(unit if at == means else f"{unit} (equal ones drawn side by side)")
         panel.spines[["top", "right"]].set_visible(False)
         panel.grid(alpha=0.25)
     panels[0].set_ylabel("top-1 after QAT, %")
     handles, labels = panels[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower left", frameon=False, ncols=1)
+    figure.legend(handles, labels, loc="outside lower left", frameon=False, ncols=2)
     return figure
 
 
