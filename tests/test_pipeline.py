@@ -18,6 +18,7 @@ CONTRACT = {
     "manifest.json",
     "status.json",
     "train.log",
+    ".lock",
     "metrics.jsonl",
     "tensorboard",
     "plots",

@@ -24,6 +24,7 @@ from adq_train.run_folder import (
     exclusive,
     git_state,
     identity,
+    input_files,
     read_manifest,
     read_status,
 )
@@ -107,6 +108,7 @@ def test_differences_name_every_setting():
         "only_new: None → {'e': 6}",
         "only_old: x → None",
     ]
+    assert list(differences({"a": 0}, {"a": 0.0})) == ["a: 0 → 0.0"]
     assert list(differences(old, old)) == []
 
 
@@ -119,7 +121,9 @@ def test_a_new_folder_is_made_with_its_parents_and_filled(tmp_path):
         assert yaml.safe_load((path / "config.yaml").read_text()) == config()
         assert status(path) == {"state": "running", "stage": "setup", "error": None, "seconds": {}}
     assert status(path)["state"] == "done"
-    assert {x.name for x in path.iterdir()} == {"config.yaml", "status.json", "train.log"}
+    assert {x.name for x in path.iterdir()} == {
+        ".lock", "config.yaml", "status.json", "train.log"
+    }  # fmt: skip
 
 
 def test_nothing_is_made_before_the_folder_is_entered(tmp_path):
@@ -373,9 +377,9 @@ def fail_in(path, stage, error):
 def test_a_failure_is_noted_and_passed_on(tmp_path, error, reason):
     with pytest.raises(type(error)):
         fail_in(tmp_path, "profile", error)
-    assert status(tmp_path) == {
-        "state": "failed", "stage": "profile", "error": reason, "seconds": {}
-    }  # fmt: skip
+    found = status(tmp_path)
+    assert found.pop("seconds")["profile"] >= 0
+    assert found == {"state": "failed", "stage": "profile", "error": reason}
     check_lock_is_free(tmp_path)
     assert status(tmp_path)["state"] == "done"
 
@@ -463,7 +467,12 @@ def test_a_damaged_artifact_is_named_with_a_remedy(tmp_path, content):
         folder.load("result.json", RunResult)
 
 
-FACTS = {"seed": 0, "data": {"name": "digits", "fingerprint": "ab"}, "checkpoint_sha256": None}
+FACTS = {
+    "seed": 0,
+    "data": {"name": "digits", "fingerprint": "ab"},
+    "checkpoint_sha256": None,
+    "files": {"allocator.path": "ab"},
+}
 
 
 def test_the_manifest_says_what_ran_where(tmp_path):
@@ -486,13 +495,38 @@ def test_the_manifest_of_the_first_start_stays(tmp_path):
 
 @pytest.mark.parametrize(
     ("key", "value"),
-    [("data", {"name": "digits", "fingerprint": "cd"}), ("checkpoint_sha256", "ef")],
+    [
+        ("data", {"name": "digits", "fingerprint": "cd"}),
+        ("checkpoint_sha256", "ef"),
+        ("files", {"allocator.path": "cd"}),
+    ],
 )
 def test_inputs_that_changed_since_the_first_start(tmp_path, key, value):
     with RunFolder(tmp_path, config()) as folder:
         folder.write_manifest(FACTS)
         with pytest.raises(UserError, match=f"{key}: not what the run in {tmp_path} began with"):
             folder.write_manifest({**FACTS, key: value})
+
+
+def test_another_commit_is_noted_once_and_the_first_one_stays(tmp_path, monkeypatch, messages):
+    with RunFolder(tmp_path, config()) as folder:
+        folder.write_manifest(FACTS)
+        first = read_manifest(tmp_path)
+        later = {**run_folder.environment(), "git": {"commit": "f" * 40, "dirty": False}}
+        monkeypatch.setattr(run_folder, "environment", lambda: later)
+        for _ in range(2):
+            folder.write_manifest(FACTS)
+    continued = [{"git": later["git"], "versions": later["versions"]}]
+    assert read_manifest(tmp_path) == {**first, "continued": continued}
+    assert messages.text.count("continues with another commit") == 1
+
+
+def test_the_files_of_a_configuration(tmp_path):
+    path = tmp_path / "allocation.json"
+    path.write_text("{}")
+    found = {"distillation": {"checkpoint": None}, "sensitivity": {"path": "nowhere"}}
+    assert input_files({**found, "allocator": {"path": str(path)}}) == {"allocator.path": path}
+    assert input_files({**found, "allocator": {}}) == {}
 
 
 def test_a_damaged_manifest_is_named(tmp_path):

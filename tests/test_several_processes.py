@@ -121,7 +121,7 @@ def test_the_lock_of_another_run_ends_all(tmp_path):
 
     folder = tmp_path / "run"
     (folder / "run").mkdir(parents=True)
-    lock = os.open(folder / "run", os.O_RDONLY)
+    lock = os.open(folder / "run" / ".lock", os.O_RDWR | os.O_CREAT)
     fcntl.flock(lock, fcntl.LOCK_EX)
     results = run(folder, 2)
     os.close(lock)

@@ -163,3 +163,24 @@ def test_budgets_and_candidates(override, message):
     with pytest.raises(ConfigError) as error:
         validate(composed(override))
     assert message in str(error.value)
+
+
+def test_a_foreign_target_is_not_imported_wherever_it_stands(tmp_path, monkeypatch):
+    (tmp_path / "foreign_code.py").write_text("raise SystemExit('ran')")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    foreign = {"_target_": "foreign_code.x"}
+    own = {"_target_": "adq_train.models.CifarResNetModel", "width": 16}
+    for node in (foreign, {**own, "depth": foreign}, {**foreign, "depth": own}):
+        with pytest.raises(ConfigError, match="not a class that a trusted package defines"):
+            build(node, "model", lambda part: part)
+
+
+@pytest.mark.parametrize("bits", ["4.5", "null", "[4,8]", "true"])
+def test_pinned_bits_are_whole_numbers(bits):
+    with pytest.raises(ConfigError, match=r"bits\.pinned"):
+        validate(composed("experiment=quickstart", f"bits.pinned={{fc: {bits}}}"))
+
+
+def test_a_device_without_float64_is_refused():
+    with pytest.raises(ConfigError, match="'mps' cannot be used here"):
+        validate(composed("experiment=quickstart", "trainer.device=mps"))

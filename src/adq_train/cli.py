@@ -197,7 +197,7 @@ def configure_logging(quiet: bool = False) -> None:
     logging.raiseExceptions = False
     # TensorBoard's thread hands its errors to whoever writes next, who tells them.
     threading.excepthook = lambda failed: logger.debug("a thread failed: %s", failed.exc_value)
-    logger.handlers = [] if quiet else [Console(logging.INFO)]
+    logger.handlers = [logging.NullHandler()] if quiet else [Console(logging.INFO)]
 
 
 class Console(logging.Handler):

@@ -20,6 +20,9 @@ def written_whole(path: Path) -> Iterator[Path]:
     """
     temporary = path.with_name(f".{path.name}.tmp")
     try:
+        with contextlib.suppress(FileNotFoundError):
+            if temporary.stat().st_nlink > 1:  # a kill left it as the second name of a good file
+                temporary.unlink()
         yield temporary
         with temporary.open("rb+") as file:
             os.fsync(file.fileno())

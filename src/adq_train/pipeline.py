@@ -23,7 +23,15 @@ from adq_train.files import sha256
 from adq_train.models import load_weights
 from adq_train.quantization.describe import describe_layers
 from adq_train.reporting import report
-from adq_train.run_folder import RunFolder, check_same_run, digest, identity, read_status
+from adq_train.run_folder import (
+    NOT_PART_OF_A_RUN,
+    RunFolder,
+    check_same_run,
+    digest,
+    identity,
+    input_files,
+    read_status,
+)
 from adq_train.stages import (
     Context,
     allocate_bits,
@@ -108,6 +116,9 @@ def execute(
     ranks.equalize(model)
     torch.manual_seed(config["seed"])  # a trained teacher begins like a float model of its own run
     teacher = parts.distillation.teacher(model, data.num_classes, data.image_shape[0])
+    if config["trainer"]["channels_last"]:  # in all stages: a resumed run has the same bits then
+        for network in (model, teacher.model) if teacher else (model,):
+            network.to(memory_format=torch.channels_last)
 
     images, _ = next(data.calibration.epoch(0))
     layers = describe_layers(model, images[:1])
@@ -132,6 +143,7 @@ def execute(
                 "processes": ranks.world_size,
                 "data": {"name": data.name, "fingerprint": data.fingerprint},
                 "checkpoint_sha256": sha256(Path(checkpoint)) if checkpoint else None,
+                "files": {name: sha256(path) for name, path in input_files(config).items()},
                 "input": data.input_format.to_dict(),
                 "model": {"num_float_values": report.num_float_values(model, layers)},
             }
@@ -195,8 +207,7 @@ def run_dir(config: dict[str, Any], experiment: str | None, overrides: list[str]
     """The run's folder: as given, or ``<output_root>/<experiment>/<overrides>-<hash>``."""
     if config["run_dir"]:
         return Path(config["run_dir"])
-    hidden = ("experiment", "output_root", "run_dir", "dry_run", "debug", "trainer.device",
-              "trainer.channels_last", "trainer.compile")  # fmt: skip
+    hidden = ("experiment", *NOT_PART_OF_A_RUN)
     readable = ",".join(
         text.lstrip("+") for text in overrides if text.lstrip("+").split("=")[0] not in hidden
     )

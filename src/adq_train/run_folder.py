@@ -27,16 +27,26 @@ if TYPE_CHECKING:  # adq-report reads runs without torch
 log = logging.getLogger(__name__)
 
 # Settings that change where or how a run goes, but not what comes out of it.
-NOT_PART_OF_A_RUN = ("run_dir", "output_root", "dry_run", "debug", "trusted_packages")
-
-NOT_TRAINING = (
-    "device",
-    "channels_last",
-    "compile",
-    "checkpoint_every_steps",
-    "checkpoint_every_minutes",
-    "check_ranks",
+NOT_PART_OF_A_RUN = (
+    "run_dir",
+    "output_root",
+    "dry_run",
+    "debug",
+    "trusted_packages",
+    "data.num_workers",
+    "trainer.device",
+    "trainer.channels_last",
+    "trainer.compile",
+    "trainer.checkpoint_every_steps",
+    "trainer.checkpoint_every_minutes",
+    "trainer.check_ranks",
 )
+
+# Settings that name a file besides ``pretrain.checkpoint``: what it holds is part of a run.
+INPUT_FILES = ("distillation.checkpoint", "allocator.path", "sensitivity.path")
+
+# A file of its own: network file systems lock no folders.
+LOCK = ".lock"
 
 
 class _Artifact(Protocol):
@@ -52,9 +62,18 @@ A = TypeVar("A", bound=_Artifact)
 def identity(config: dict[str, Any]) -> dict[str, Any]:
     """What a run is: its resolved configuration without places and switches."""
     same = {k: v for k, v in config.items() if k not in NOT_PART_OF_A_RUN}
-    same["trainer"] = {k: v for k, v in config["trainer"].items() if k not in NOT_TRAINING}
-    same["data"] = {k: v for k, v in config["data"].items() if k != "num_workers"}
+    for section in ("data", "trainer"):
+        same[section] = {
+            k: v for k, v in config[section].items() if f"{section}.{k}" not in NOT_PART_OF_A_RUN
+        }
     return same
+
+
+def input_files(config: dict[str, Any]) -> dict[str, Path]:
+    """The files that :data:`INPUT_FILES` name in a configuration, by setting."""
+    named = {name: name.split(".") for name in INPUT_FILES}
+    values = {name: config[section].get(key) for name, (section, key) in named.items()}
+    return {name: Path(x) for name, x in values.items() if x and Path(x).is_file()}
 
 
 def digest(content: Any) -> str:
@@ -67,7 +86,7 @@ def differences(old: Any, new: Any, path: str = "") -> Iterator[str]:
     if isinstance(old, dict) and isinstance(new, dict):
         for key in sorted(old.keys() | new.keys()):
             yield from differences(old.get(key), new.get(key), f"{path}.{key}".strip("."))
-    elif old != new:
+    elif json.dumps(old) != json.dumps(new):  # 0 and 0.0 have different digests
         yield f"{path}: {old} → {new}"
 
 
@@ -110,7 +129,7 @@ class RunFolder:
         existed = self.path.exists()
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            self._lock = os.open(self.path, os.O_RDONLY)
+            self._lock = _open_lock(self.path)
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             os.close(self._lock)
@@ -132,6 +151,7 @@ class RunFolder:
             os.close(self._lock)
             if not existed:
                 with contextlib.suppress(OSError):
+                    (self.path / LOCK).unlink()
                     self.path.rmdir()
             raise
         self.log_file = logging.FileHandler(self.path / "train.log", encoding="utf-8")
@@ -161,8 +181,10 @@ class RunFolder:
         self.stage_name = name
         self._write_status("running")
         began = time.perf_counter()
-        yield
-        self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - began
+        try:
+            yield
+        finally:
+            self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - began
         self._write_status("running")
 
     def save(self, name: str, artifact: _Artifact) -> None:
@@ -189,18 +211,20 @@ class RunFolder:
     def write_manifest(self, facts: dict[str, Any]) -> None:
         """Writes ``manifest.json``, or checks that the inputs are still those of the first start.
 
+        Where commit or versions are not, they are noted and a warning says so.
+
         Raises:
-            UserError: The data set or the float checkpoint has changed since.
+            UserError: The data set, the float checkpoint or another file has changed since.
         """
         if not self.ranks.is_main:
             return
-        path = self.path / "manifest.json"
+        path, now = self.path / "manifest.json", environment()
         if not path.exists():
-            write_text(path, json.dumps({**environment(), **facts}, indent=2) + "\n")
+            write_text(path, json.dumps({**now, **facts}, indent=2) + "\n")
             return
         before = read_manifest(self.path)
-        for key in ("data", "checkpoint_sha256"):
-            if before.get(key) != facts[key]:
+        for key in ("data", "checkpoint_sha256", "files"):
+            if key in before and before[key] != facts.get(key):
                 raise UserError(
                     f"{key}: not what the run in {self.path} began with; choose another run_dir "
                     "to start anew"
@@ -212,6 +236,12 @@ class RunFolder:
                 before.get("processes", 1),
                 facts["processes"],
             )
+        starts = [before, *before.get("continued", [])]
+        code = {key: now[key] for key in ("git", "versions")}
+        if any(starts[-1].get(key) != value for key, value in code.items()):
+            log.warning("the run continues with another commit or other versions than before")
+            again = {**before, "continued": [*starts[1:], code]}
+            write_text(path, json.dumps(again, indent=2) + "\n")
 
     def _write_status(self, state: str, error: str | None = None) -> None:
         if not self.ranks.is_main:
@@ -252,8 +282,8 @@ def check_same_run(path: Path, config: dict[str, Any]) -> None:
     if path.exists() and not path.is_dir():
         raise UserError(f"run_dir: {path} is a file; choose another run_dir")
     if not (path / "config.yaml").exists():
-        # A kill during the very first write leaves that one file.
-        if path.exists() and any(x.name != ".config.yaml.tmp" for x in path.iterdir()):
+        # A kill during the very first write leaves no more than these.
+        if path.exists() and {x.name for x in path.iterdir()} - {".config.yaml.tmp", LOCK}:
             raise UserError(
                 f"run_dir: {path} is not empty and holds no run; choose another run_dir"
             )
@@ -308,6 +338,11 @@ def git_state() -> dict[str, Any] | None:
         return None
 
 
+def _open_lock(folder: Path) -> int:
+    """Opens the file that whoever writes to a folder has locked."""
+    return os.open(folder / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
+
+
 @contextlib.contextmanager
 def exclusive(folder: Path) -> Iterator[None]:
     """Makes a folder that several runs share and holds it alone, waiting for others first.
@@ -317,7 +352,7 @@ def exclusive(folder: Path) -> Iterator[None]:
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(folder, os.O_RDONLY)
+        descriptor = _open_lock(folder)
     except OSError as error:
         raise UserError(f"cannot write to {folder} ({error.strerror})") from error
     try:

@@ -117,7 +117,7 @@ class TrainerConfig:
     # Images of a step, over all processes together.
     batch_size: int = number(128, minimum=1)
     eval_batch_size: int = number(500, minimum=1)
-    # auto: CUDA where there is one, else the CPU; or cpu, cuda, cuda:1, mps.
+    # auto: CUDA where there is one, else the CPU; or cpu, cuda, cuda:1.
     device: str = "auto"
     # Learning rate of quantizer parameters (thresholds, scales), as a multiple of optimizer.lr.
     quantizer_lr_factor: float = number(0.1, minimum=0)

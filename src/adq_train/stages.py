@@ -351,7 +351,7 @@ def _fit(
     def on_start(done: int, seconds: float) -> None:
         if run.ranks.is_main:
             recorder.start(done)
-        if done:  # time that a killed process spent on epochs that need not be done again
+        if seconds:  # that a killed process spent on steps that need not be done again
             run.folder.seconds[stage] = seconds
 
     try:

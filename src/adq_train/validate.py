@@ -152,6 +152,9 @@ def _section_problems(config: dict[str, Any]) -> Iterator[str]:
     pinned = config["bits"]["pinned"]
     if not isinstance(pinned, dict | None):
         yield f"bits.pinned: must map layer names to bits, {{fc: 4}}, got {pinned!r}"
+    for pattern, width in pinned.items() if isinstance(pinned, dict) else ():
+        if type(width) is not int:
+            yield f"bits.pinned.{pattern}: must be a whole number of bits, got {width!r}"
     candidates = config["bits"]["candidates"]
     yield from _candidate_problems(candidates, config["bits"]["candidates_per_layer"])
     if not any(value is not None for value in config["budget"].values()):
@@ -230,6 +233,8 @@ def _device(name: str, problems: list[str]) -> torch.device:
     try:
         device = torch.device(name)
         torch.empty(0, device=device)
+        if device.type == "mps":
+            raise ValueError("it has no float64, in which figures are summed up")
     except (RuntimeError, AssertionError, ValueError) as error:
         reason = str(error).splitlines()[0]
         problems.append(f"trainer.device: {name!r} cannot be used here ({reason}); try auto or cpu")
@@ -263,11 +268,17 @@ def build(
         trusted: Where the target may be defined: starts of module names.
 
     Raises:
-        ConfigError: The target is not a class of a trusted package, cannot be imported, or does
-            not take these arguments.
+        ConfigError: The target is not a class of a trusted package, which is not imported then;
+            or it cannot be imported, or does not take these arguments.
     """
     if not isinstance(node, dict) or "_target_" not in node:
         raise ConfigError([f"{path}: needs a _target_; choose one of the group's files"])
+    foreign = (
+        f"{path}._target_: {node['_target_']} is not a class that a trusted package defines; "
+        "choose one of the group's files"
+    )
+    if not str(node["_target_"]).startswith(trusted):  # to import it would run its code
+        raise ConfigError([foreign])
     arguments = {
         key: build(value, f"{path}.{key}", lambda part: part, trusted)
         if isinstance(value, dict) and "_target_" in value
@@ -284,12 +295,7 @@ def build(
     # A trusted module's name may lead to what that module has imported, such as subprocess.run.
     home = f"{getattr(target, '__module__', None)}."
     if not inspect.isclass(target) or not home.startswith(trusted):
-        raise ConfigError(
-            [
-                f"{path}._target_: {node['_target_']} is not a class that a trusted package "
-                "defines; choose one of the group's files"
-            ]
-        )
+        raise ConfigError([foreign])
     try:
         problems = list(_argument_problems(target, arguments, path, bool(node.get("_partial_"))))
     except ValueError as error:  # some built-in types have no signature

@@ -9,6 +9,7 @@ from torchvision.transforms import v2
 from adq_train.data.base import Loading
 from adq_train.data.image_folder import Folders
 from adq_train.errors import UserError
+from adq_train.export.evaluate import read_image
 
 CLASSES = ("bird", "cat", "dog")
 KINDS = (("RGB", "JPEG"), ("L", "png"), ("RGBA", "png"), ("L", "jpg"), ("RGB", "png"))
@@ -76,6 +77,16 @@ def test_images_for_testing_come_in_order_and_as_torchvision_prepares_them(root)
     paths = sorted((root / "val").glob("*/*"))
     expected = torch.stack([prepare(Image.open(path).convert("RGB")) for path in paths])
     torch.testing.assert_close(images, expected)
+
+
+@pytest.mark.parametrize("size", [(640, 427), (427, 640), (333, 500), (60, 20)])
+def test_an_image_of_ones_own_is_read_as_those_for_testing(root, size):
+    path = root / "val" / "bird" / "-first.png"
+    noise = np.random.default_rng(0).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
+    Image.fromarray(noise).save(path)
+    data = load(root)
+    expected = joined(data.test)[0][:1]
+    torch.testing.assert_close(read_image(path, data.input_format), expected)
 
 
 def test_every_training_image_comes_once_in_an_epoch(tmp_path):

@@ -1,4 +1,5 @@
 import json
+import re
 import sys
 
 import numpy as np
@@ -104,6 +105,18 @@ def test_another_data_set_is_noted(exported, program):
     code, _, err = program(eval_main, exported[1], "data=synthetic", "data.like=cifar10")
     assert code == 1
     assert "expects images of (1, 8, 8)" in err
+
+
+def test_a_file_of_another_program_ends_with_one_line(program, tmp_path):
+    pytest.importorskip("onnxruntime")
+    network = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 5))
+    path = tmp_path / "other.onnx"
+    torch.onnx.export(network.eval(), (torch.zeros(1, 1, 8, 8),), path, dynamo=False)
+    for data in (["data=digits"], ["data=synthetic", "data.like=cifar10"]):
+        code, _, err = program(eval_main, path, "batch_size=1", *data)
+        assert code == 1
+        (line,) = err.splitlines()
+        assert re.match("error: .* .debug=true shows where", line)
 
 
 @pytest.mark.parametrize("index", [0, 1, 2])

@@ -29,6 +29,12 @@ def test_nothing_else_may(section):
         check_data_source(section)
 
 
+def test_nor_may_parts_of_a_section():
+    section = {**DIGITS, "test_images": {"_target_": "antigravity.x"}}
+    with pytest.raises(UserError, match=r"data\.test_images\._target_: .* nothing was imported"):
+        check_data_source(section)
+
+
 def test_a_wrong_section_is_an_error():
     with pytest.raises(UserError, match="test_images"):
         load_data({**DIGITS, "test_images": "many"}, 10)

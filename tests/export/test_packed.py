@@ -170,6 +170,14 @@ def test_no_target_of_a_file_is_imported(written, target, monkeypatch):
         adq_train.load_packed(written)
 
 
+@pytest.mark.parametrize("target", ["antigravity.x", "adq_train.models.TorchvisionModel"])
+def test_no_target_within_a_files_model_is_imported(written, target, monkeypatch):
+    changed(written, model=json.dumps({**RESNET8, "width": {"_target_": target}}))
+    monkeypatch.setattr("adq_train.export.architecture.build", None)  # nothing may get this far
+    with pytest.raises(UserError, match=r"model\.width\._target_: .* nothing was imported"):
+        adq_train.load_packed(written)
+
+
 def test_pretrained_weights_are_not_fetched(written, monkeypatch):
     monkeypatch.setattr("torch.hub.load_state_dict_from_url", None)
     node = {**torchvision("squeezenet1_1"), "weights": "DEFAULT"}

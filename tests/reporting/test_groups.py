@@ -88,6 +88,41 @@ def test_a_checkpoint_for_each_seed_is_one_row_and_two_for_a_seed_are_two(tmp_pa
     assert len(only(tmp_path).rows) == 3
 
 
+def test_a_file_for_each_seed_is_one_row_beside_others(tmp_path):
+    target = "adq_train.allocation.from_file.FromFileAllocator"
+    for seed in (0, 1):
+        path = str(tmp_path / f"{seed}.json")
+        make_run(tmp_path / f"ilp{seed}", seed=seed, overrides=("allocator=ilp",))
+        make_run(
+            tmp_path / f"file{seed}",
+            seed=seed,
+            overrides=("allocator=from_file",),
+            changes={"allocator": {"_target_": target, "path": path}},
+            manifest={"files": {"allocator.path": f"{seed}" * 64}},
+        )
+    assert table(only(tmp_path)) == {"allocator=from_file": [0, 1], "allocator=ilp": [0, 1]}
+
+
+def test_losses_that_are_not_the_same_figure_are_not_compared(tmp_path):
+    teacher = {"_target_": "adq_train.training.distillation.TrainedTeacher", "weight": 1.0}
+    for name, changes in (
+        ("a", {"distillation": teacher}),
+        ("b", {"distillation": {**teacher, "weight": 0.5}}),
+        ("c", {"distillation": teacher, "trainer": {"label_smoothing": 0.1}}),
+        ("d", {"distillation": teacher, "trainer": {"epochs": 9}}),
+    ):
+        for seed in (0, 1):
+            make_run(
+                tmp_path / f"{name}{seed}", 90 + seed, seed=seed, overrides=(f"ablation={name}",),
+                changes=changes,
+            )  # fmt: skip
+    (section,) = sections(gather([tmp_path]), "ablation=a")
+    found = {row.name: d for row, d in zip(section.rows, section.differences, strict=True)}
+    assert found["ablation=b"].lower_losses is None
+    assert found["ablation=c"].lower_losses is None
+    assert found["ablation=d"].lower_losses == (0, 2)
+
+
 def test_the_same_run_twice_counts_once(tmp_path):
     make_run(tmp_path / "a", 90)
     make_run(tmp_path / "b", 99)

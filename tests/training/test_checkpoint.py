@@ -418,3 +418,12 @@ def test_what_cannot_be_saved_at_all_is_a_mistake_of_the_program(folder):
         folder.save({**state(2), "function": lambda: None})
     assert not isinstance(caught.value, UserError)
     assert loaded(folder) == 1
+
+
+def test_the_best_outlives_a_save_over_what_a_kill_left(folder):
+    folder.save(state(1), best=True)
+    # Killed after best.pt has got its name, before last.pt has.
+    os.link(folder.folder / "best.pt", folder.folder / ".last.pt.tmp")
+    folder.save(state(2))
+    assert epochs(folder) == {"last": 2, "previous": 1, "best": 1}
+    assert sums_hold(folder)

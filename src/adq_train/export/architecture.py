@@ -9,7 +9,7 @@ from torch import nn
 
 from adq_train import models
 from adq_train.errors import ConfigError, UserError
-from adq_train.validate import build
+from adq_train.validate import TRUSTED_PREFIXES, build, leaves
 
 # A file may name these and nothing else: importing a name of its choice would run code.
 BUILDERS = {
@@ -30,15 +30,33 @@ def check_builder(node: Any) -> None:
             f"model._target_: {target!r} is not one of the builders that a packed file may name "
             f"({', '.join(BUILDERS)}); nothing was imported"
         )
+    refuse_parts(node, "model")
 
 
-def build_network(node: dict[str, Any], num_classes: int, in_channels: int) -> nn.Module:
+def refuse_parts(node: Any, path: str) -> None:
+    """Refuses targets within a section of a file: its arguments are values, not objects.
+
+    Raises:
+        UserError: Names the first one.
+    """
+    for name, value in leaves(node):
+        if name != "_target_" and name.endswith("_target_"):
+            raise UserError(f"{path}.{name}: a file may not name {value!r}; nothing was imported")
+
+
+def build_network(
+    node: dict[str, Any],
+    num_classes: int,
+    in_channels: int,
+    trusted: tuple[str, ...] = TRUSTED_PREFIXES,
+) -> nn.Module:
     """The float network in evaluation mode, with weights that are to be replaced.
 
     Args:
         node: The config's ``model`` section. Pretrained weights are not fetched.
         num_classes: Number of classes.
         in_channels: Channels of an image.
+        trusted: Where the model may be defined, for a section that is not from a file.
 
     Raises:
         UserError: The section does not describe a model of this version.
@@ -47,7 +65,7 @@ def build_network(node: dict[str, Any], num_classes: int, in_channels: int) -> n
     if "weights" in node:
         node = {**node, "weights": None}
     try:
-        source = build(node, "model", trial=lambda part: part)
+        source = build(node, "model", lambda part: part, trusted)
         # Initial weights are drawn, and must not move the caller's stream.
         with torch.random.fork_rng(devices=[]):
             network: nn.Module = source.build(num_classes, in_channels)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+import traceback
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -93,6 +94,12 @@ def _main(kind: type[S], text: str, act: Callable[[S], None]) -> None:
         act(settings)
     except UserError as error:
         show_error(error, settings.debug)
+        sys.exit(1)
+    except Exception as error:  # another program's file may fail in any way
+        if settings.debug:
+            traceback.print_exc()
+        reason = f"{type(error).__name__}: {next(iter(str(error).strip().splitlines()), '')}"
+        print(f"error: {reason} (debug=true shows where)", file=sys.stderr)
         sys.exit(1)
 
 

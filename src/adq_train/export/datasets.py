@@ -9,21 +9,25 @@ import torch
 
 from adq_train.data.base import ImageData, Loading
 from adq_train.errors import ConfigError, UserError
-from adq_train.validate import build
+from adq_train.export.architecture import refuse_parts
+from adq_train.validate import TRUSTED_PREFIXES, build
 
 
-def load_data(node: dict[str, Any], batch_size: int) -> ImageData:
+def load_data(
+    node: dict[str, Any], batch_size: int, trusted: tuple[str, ...] = TRUSTED_PREFIXES
+) -> ImageData:
     """Loads a data set on the CPU.
 
     Args:
         node: A config's ``data`` section.
         batch_size: Images of a batch.
+        trusted: Where the data set may be defined, for a section that is not from a file.
 
     Raises:
         UserError: The section is not one of a data set, or the data cannot be read.
     """
     try:
-        source = build(node, "data", trial=lambda part: part)
+        source = build(node, "data", lambda part: part, trusted)
         data: ImageData = source.load(Loading(batch_size, batch_size, 0, torch.device("cpu")))
     except ConfigError as error:
         raise UserError("; ".join(error.problems)) from error
@@ -49,7 +53,7 @@ def check_data_source(node: Any) -> None:
         else:
             kind = getattr(sys.modules[module], name, None)
             if isinstance(kind, type) and kind.__module__ == module and hasattr(kind, "load"):
-                return
+                return refuse_parts(node, "data")
     raise UserError(
         f"data._target_: {target!r} is not a data set of adq-train; give data=<one of its data "
         "sets>"

@@ -13,14 +13,15 @@ import torch
 from omegaconf import OmegaConf
 from PIL import Image
 from torch import Tensor, nn
+from torchvision.transforms import v2
 
 from adq_train.data.base import ImageData, InputFormat, Pixels
 from adq_train.errors import UserError, did_you_mean
 from adq_train.export.datasets import check_data_source, load_data
-from adq_train.export.model import assemble
 from adq_train.export.onnx import OnnxModel
-from adq_train.export.packed import read_packed
+from adq_train.export.packed import open_packed
 from adq_train.export.trained import open_run, trained_network
+from adq_train.validate import TRUSTED_PREFIXES, trusted_prefixes
 
 TOP = 5
 
@@ -35,6 +36,7 @@ class Evaluable:
         expects: What it expects of an image; None for an ONNX file of another program.
         data: The ``data`` section of the run that it is from, or None.
         fingerprint: Of the data that it was trained on, or None.
+        trusted: Where its data set may be defined.
     """
 
     form: str
@@ -42,6 +44,7 @@ class Evaluable:
     expects: InputFormat | None
     data: dict[str, Any] | None
     fingerprint: str | None
+    trusted: tuple[str, ...] = TRUSTED_PREFIXES
 
 
 def open_path(path: Path) -> Evaluable:
@@ -53,18 +56,19 @@ def open_path(path: Path) -> Evaluable:
     if path.is_dir():
         run = open_run(path)
         recorded = (run.manifest.get("data") or {}).get("fingerprint")
-        data = run.config["data"]
-        return Evaluable("run", trained_network(run), run.input_format(), data, recorded)
+        data, trusted = run.config["data"], trusted_prefixes(run.config)
+        network = trained_network(run)
+        return Evaluable("run", network, run.input_format(), data, recorded, trusted)
     if path.suffix == ".onnx":
-        network = OnnxModel(path)
-        facts = network.facts()
+        onnx = OnnxModel(path)
+        facts = onnx.facts()
         expects = InputFormat.from_dict(facts["input"]) if "input" in facts else None
-        return Evaluable("onnx", network, expects, facts.get("data"), _fingerprint(facts))
+        return Evaluable("onnx", onnx, expects, facts.get("data"), _fingerprint(facts))
     if not path.exists():
         raise UserError(f"there is no {path}; give a run folder, a packed file or an .onnx file")
-    model = read_packed(path)
+    model, network = open_packed(path)
     run_facts = {"run": model.run}
-    return Evaluable("packed", assemble(model), model.expects, model.data, _fingerprint(run_facts))
+    return Evaluable("packed", network, model.expects, model.data, _fingerprint(run_facts))
 
 
 def _fingerprint(facts: Mapping[str, Any]) -> str | None:
@@ -116,7 +120,7 @@ def open_data(opened: Evaluable, section: dict[str, Any], batch_size: int) -> Im
     """
     if opened.form != "run":
         check_data_source(section)
-    data = load_data(section, batch_size)
+    data = load_data(section, batch_size, opened.trusted)
     expects = opened.expects
     if expects and (expects.num_classes, expects.image_shape) != (
         data.num_classes,
@@ -164,14 +168,13 @@ def read_image(path: Path, expects: InputFormat) -> Tensor:
 
 
 def _resized(image: Image.Image, pixels: Pixels, height: int, width: int) -> Image.Image:
-    """To the network's size; by a centre crop where the data set takes one."""
+    """To the network's size; by a centre crop where the data set takes one, as it does."""
     if pixels.resize is None:
         return image.resize((width, height), Image.Resampling.BILINEAR)
-    factor = pixels.resize / min(image.size)
-    size = max(width, round(image.width * factor)), max(height, round(image.height * factor))
-    left, top = (size[0] - width) // 2, (size[1] - height) // 2
-    scaled = image.resize(size, Image.Resampling.BILINEAR)
-    return scaled.crop((left, top, left + width, top + height))
+    cropped: Image.Image = v2.functional.center_crop(
+        v2.functional.resize(image, [pixels.resize], antialias=True), [height, width]
+    )
+    return cropped
 
 
 @torch.no_grad()

@@ -68,10 +68,18 @@ def load_packed(path: str | Path, unpack_weights: bool = True) -> nn.Module:
     Raises:
         UserError: The file is missing, damaged, something else, or of a newer version.
     """
-    path = Path(path)
+    return open_packed(Path(path), unpack_weights)[1]
+
+
+def open_packed(path: Path, unpack_weights: bool = True) -> tuple[TableModel, nn.Module]:
+    """A packed file's content and its network, as :func:`load_packed` gives it.
+
+    Raises:
+        UserError: As there.
+    """
     model = read_packed(path)
     try:
-        return assemble(model, dense=unpack_weights)
+        return model, assemble(model, dense=unpack_weights)
     except UserError as error:
         raise UserError(f"{path} does not fit its own architecture: {error}") from error
     except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:

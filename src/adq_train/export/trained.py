@@ -45,7 +45,8 @@ class FinishedRun:
 
     def load_data(self) -> ImageData:
         """The run's data set, on the CPU."""
-        return load_data(self.config["data"], int(self.config["trainer"]["eval_batch_size"]))
+        batch_size = int(self.config["trainer"]["eval_batch_size"])
+        return load_data(self.config["data"], batch_size, trusted_prefixes(self.config))
 
 
 def open_run(path: Path) -> FinishedRun:
@@ -88,11 +89,12 @@ def trained_network(run: FinishedRun) -> nn.Module:
             f"{checkpoints.folder / name}.pt is missing, damaged or of another run; without it "
             "there is nothing to export"
         )
+    trusted = trusted_prefixes(config)
     make_weight_quantizer, make_activation_quantizer = (
-        build(config[group], group, lambda part: part, trusted_prefixes(config))
+        build(config[group], group, lambda part: part, trusted)
         for group in ("weight_quantizer", "activation_quantizer")
     )
-    network = build_network(config["model"], expects.num_classes, expects.image_shape[0])
+    network = build_network(config["model"], expects.num_classes, expects.image_shape[0], trusted)
     weights = state["model"]
     try:
         network.load_state_dict({key: weights[key] for key in network.state_dict()})

@@ -12,7 +12,10 @@ from adq_train.errors import UserError, did_you_mean
 from adq_train.reporting.gather import Run
 from adq_train.reporting.names import data_name, model_key, model_name, names_of, natural, terms
 from adq_train.reporting.statistics import Difference, Summary, compare, judge, summarize
-from adq_train.run_folder import identity
+from adq_train.run_folder import INPUT_FILES, identity
+
+# Besides the distillation: settings that make a training loss another figure.
+LOSS_SETTINGS = ("trainer.label_smoothing", "trainer.mixup_alpha", "trainer.cutmix_alpha")
 
 
 @dataclass(frozen=True)
@@ -41,6 +44,14 @@ class Row:
         """Training loss of the last epoch of QAT, by seed."""
         found = {run.seed: run.final_train_loss for run in self.runs}
         return {seed: loss for seed, loss in found.items() if loss is not None}
+
+    def loss_settings(self) -> dict[str, Any]:
+        """What decides the meaning of a training loss."""
+        return {
+            name: value
+            for name, value in self.settings.items()
+            if name.startswith("distillation.") or name in LOSS_SETTINGS
+        }
 
     @property
     def taught(self) -> bool:
@@ -129,8 +140,10 @@ def settings_of(run: Run) -> dict[str, Any]:
     data = run.manifest.get("data")
     fingerprint = data.get("fingerprint") if isinstance(data, dict) else None
     flat = dict(_flatten(config))
+    files = run.manifest.get("files")
     return {
         **flat,
+        **({k: str(v)[:12] for k, v in files.items()} if isinstance(files, dict) else {}),
         "data.fingerprint": str(fingerprint)[:12] if fingerprint else None,
         "pretrain.checkpoint": str(run.manifest.get("checkpoint_sha256"))[:12],
     }
@@ -147,12 +160,8 @@ def _flatten(node: Any, path: str = "") -> Iterable[tuple[str, Any]]:
 def _rows(runs: Sequence[Run]) -> tuple[list[Row], str, list[str]]:
     """The rows of one section, what all its runs share, and its problems."""
     settings = [settings_of(run) for run in runs]
-    of_seed = {
-        (run.seed, found["pretrain.checkpoint"]) for run, found in zip(runs, settings, strict=True)
-    }
-    if len(of_seed) == len({seed for seed, _ in of_seed}):
-        for found in settings:  # one float model for each seed: the seed tells it already
-            del found["pretrain.checkpoint"]
+    for name in ("pretrain.checkpoint", *INPUT_FILES):
+        settings = _without_files_of_seeds(runs, settings, name)
     known = {x["data.fingerprint"] for x in settings} - {None}
     for found in settings:
         if found["data.fingerprint"] is None and len(known) == 1:
@@ -195,6 +204,22 @@ def _rows(runs: Sequence[Run]) -> tuple[list[Row], str, list[str]]:
     return rows, common, problems
 
 
+def _without_files_of_seeds(
+    runs: Sequence[Run], settings: Sequence[dict[str, Any]], name: str
+) -> list[dict[str, Any]]:
+    """The settings without a file where there is one for each seed: the seed tells it already."""
+    others = [{k: v for k, v in found.items() if k != name} for found in settings]
+    keys = [json.dumps(found, sort_keys=True, default=str) for found in others]
+    found_for: dict[tuple[str, int], set[Any]] = {}
+    for run, key, found in zip(runs, keys, settings, strict=True):
+        found_for.setdefault((key, run.seed), set()).add(found.get(name))
+    several = {key for (key, _), values in found_for.items() if len(values) > 1}
+    return [
+        found if key in several else other
+        for key, found, other in zip(keys, settings, others, strict=True)
+    ]
+
+
 def _section(
     runs: Sequence[Run],
     rows: Sequence[Row],
@@ -232,7 +257,7 @@ def _difference(row: Row, reference: Row | None) -> Difference | None:
     found = compare(row.by_seed(), reference.by_seed())
     losses, others = row.losses(), reference.losses()
     common = losses.keys() & others.keys()
-    if found is None or not common or row.taught != reference.taught:
+    if found is None or not common or row.loss_settings() != reference.loss_settings():
         return found
     lower = sum(losses[seed] < others[seed] for seed in common)
     return replace(found, lower_losses=(lower, len(common)))
@@ -271,7 +296,10 @@ def _budget(row: Row) -> dict[str, Any]:
 
 def _remarks(runs: Sequence[Run]) -> Iterable[str]:
     """What else differs between runs, and could explain a difference."""
-    git = [run.manifest.get("git") for run in runs]
+    starts = [
+        start for run in runs for start in (run.manifest, *(run.manifest.get("continued") or []))
+    ]
+    git = [start.get("git") for start in starts if isinstance(start, dict)]
     commits = {str(x.get("commit"))[:8] for x in git if isinstance(x, dict)}
     if len(commits) > 1:
         yield f"made with different commits: {', '.join(sorted(commits))}"

@@ -8,10 +8,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from adq_train.reporting.gather import Run
+from adq_train.run_folder import NOT_PART_OF_A_RUN
 
 # Overrides that change where a run goes or which of several equal ones it is.
-HIDDEN = ("seed", "run_dir", "output_root", "dry_run", "debug", "trusted_packages", "data.root",
-          "trainer.device", "data.num_workers", "pretrain.checkpoint")  # fmt: skip
+HIDDEN = {*NOT_PART_OF_A_RUN, "seed", "data.root", "pretrain.checkpoint"}
 AS_IS = "as configured"
 # Choices that change nothing.
 NOTHING = {"ablation=none", "ablation=null", "comparison=null", "experiment=null"}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import sys
 import time
 
@@ -28,7 +29,8 @@ class Progress:
     def __init__(self, what: str, total: int, done: int = 0, quiet: bool = False) -> None:
         self.what, self.total, self.done = what, total, done
         self.quiet = quiet
-        self.terminal = sys.stderr.isatty() and not quiet
+        first = os.environ.get("RANK", "0") == "0"  # of the processes that torchrun has started
+        self.terminal = sys.stderr.isatty() and first and not quiet
         self.last_line = time.monotonic()
 
     def __enter__(self) -> Progress:

@@ -39,9 +39,8 @@ class TrainingStep:
     """What happens to a model with every batch; codebooks adapt after each optimizer step.
 
     Every step is checked: it stops where loss, gradients or batch norm's statistics are not
-    finite. On a GPU this is
-    noticed two steps later, since reading a value at once would stall it; gradients are cleared
-    until then, so that the weights stay as they were.
+    finite. On a GPU this is noticed two steps later, since reading a value at once would stall it;
+    gradients are cleared until then, and no checkpoint is written.
 
     Args:
         model: Float or prepared, from images (N, …) to logits (N, num_classes).
@@ -115,8 +114,8 @@ class TrainingStep:
             step: Finished optimizer steps.
 
         Returns:
-            The mean loss () over all processes, detached, on the device; 0 for a step that was
-            left out.
+            The mean loss () over all processes, detached, on the device; 0 where it is not finite
+            and the step was left out.
 
         Raises:
             UserError: This step or one shortly before it is not finite.
@@ -185,10 +184,11 @@ class TrainingStep:
                 if parameter.grad is None:
                     parameter.grad = torch.zeros_like(parameter)
                 gradients.append(parameter.grad)
-        norms = batch_norms(self.model).values()
-        statistics = [norm.get_buffer(f"running_{x}") for norm in norms for x in ("mean", "var")]
+        statistics = [
+            norm.get_buffer(f"running_{x}") for norm in self._norms for x in ("mean", "var")
+        ]
         self.ranks.average([loss, *gradients, *statistics], num_images)
-        for norm in norms:
+        for norm in self._norms:
             if not num_images and norm.num_batches_tracked is not None:
                 norm.num_batches_tracked.add_(1)
 

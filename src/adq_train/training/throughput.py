@@ -33,6 +33,8 @@ def peak_memory_bytes(device: torch.device) -> int:
 class TimedBatches:
     """Batches, with the time that their consumer waits for them.
 
+    Images are those of whole batches: all that the processes of a run train on together.
+
     Args:
         batches: Handed on as they are.
     """
@@ -53,13 +55,14 @@ class TimedBatches:
     def epoch(self, epoch: int, batches: slice = ALL, images: slice = ALL) -> Iterator[Batch]:
         """Some batches of one epoch."""
         source = self.batches.epoch(epoch, batches, images)
+        numbers = iter(range(*batches.indices(len(self))))
         while True:
             began = time.perf_counter()
             batch = next(source, None)
             self.waited += time.perf_counter() - began
             if batch is None:
                 return
-            self.images += len(batch[1])
+            self.images += self.size(next(numbers))
             self.device = batch[0].device
             yield batch
 
