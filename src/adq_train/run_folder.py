@@ -273,6 +273,21 @@ def read_manifest(path: Path) -> dict[str, Any]:
     return manifest
 
 
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The records of ``metrics.jsonl``; lines that a kill cut off, or no record, are left out."""
+    if not path.exists():
+        return []
+    records = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            record = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(record, dict):
+            records.append(record)
+    return records
+
+
 def check_same_run(path: Path, config: dict[str, Any]) -> None:
     """Refuses a folder that holds a run with other settings, or something else.
 

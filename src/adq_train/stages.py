@@ -32,8 +32,8 @@ from adq_train.quantization.levels import count_levels
 from adq_train.quantization.prepare import collect_inputs, prepare
 from adq_train.reporting import why
 from adq_train.reporting.progress import Progress
-from adq_train.reporting.recorder import Recorder, read_metrics
-from adq_train.run_folder import RunFolder, digest, exclusive, identity
+from adq_train.reporting.recorder import Recorder
+from adq_train.run_folder import RunFolder, digest, exclusive, identity, read_metrics
 from adq_train.sensitivity.base import Conditions, warn_negative
 from adq_train.sensitivity.partial import PartialTable, weights_digest
 from adq_train.sensitivity.split import measure_split

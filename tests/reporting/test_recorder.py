@@ -10,7 +10,8 @@ from torch import nn
 from adq_train.quantization.adq import AdqWeightQuantizer
 from adq_train.quantization.layers import quantized
 from adq_train.quantization.n2uq import N2uqActivationQuantizer
-from adq_train.reporting.recorder import Recorder, read_metrics
+from adq_train.reporting.recorder import Recorder
+from adq_train.run_folder import read_metrics
 from adq_train.training.loop import EpochReport
 
 

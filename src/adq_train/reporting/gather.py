@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -13,7 +12,7 @@ from omegaconf import OmegaConf
 
 from adq_train.artifacts import BitAllocation, RunResult, SensitivityTable
 from adq_train.errors import UserError
-from adq_train.run_folder import identity, read_manifest, read_status
+from adq_train.run_folder import identity, read_manifest, read_metrics, read_status
 
 # Folders of an output root that are no runs.
 SHARED = "shared"
@@ -126,7 +125,7 @@ def read_run(path: Path) -> Run:
     except UserError:
         manifest = {}
         notes.append("manifest.json is missing or damaged")
-    records = tuple(part("metrics.jsonl", read_records) or ())
+    records = tuple(part("metrics.jsonl", read_metrics) or ())
     if status["state"] != "done":
         state = "failed" if status["state"] == "failed" else "unfinished"
         note = _progress(status, records, config)
@@ -193,19 +192,6 @@ def read_sensitivity(path: Path) -> SensitivityTable:
     if not (table.layers and table.bit_widths and whole):
         raise UserError("damaged: a layer or a bit-width is missing")
     return table
-
-
-def read_records(path: Path) -> list[dict[str, Any]]:
-    """The records of ``metrics.jsonl``; lines that are cut off or no record are left out."""
-    records = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
-            record = json.loads(line)
-        except ValueError:
-            continue
-        if isinstance(record, dict):
-            records.append(record)
-    return records
 
 
 def _is_number(value: Any) -> bool:

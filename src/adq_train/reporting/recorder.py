@@ -6,7 +6,6 @@ import json
 import re
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 from torch import nn
 from torch.utils.tensorboard import SummaryWriter
@@ -14,6 +13,7 @@ from torch.utils.tensorboard import SummaryWriter
 from adq_train.files import write_text
 from adq_train.quantization.prepare import quantized_layers
 from adq_train.reporting import plots
+from adq_train.run_folder import read_metrics
 from adq_train.training.loop import EpochReport
 
 # A curve per level is readable up to here; the 8-bit layers have 255 levels.
@@ -97,16 +97,3 @@ class Recorder:
         """Finishes the event file."""
         if self.writer is not None:
             self.writer.close()
-
-
-def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The records of ``metrics.jsonl``; a last line cut off by a kill is left out."""
-    if not path.exists():
-        return []
-    records = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
-            records.append(json.loads(line))
-        except ValueError:
-            continue
-    return records

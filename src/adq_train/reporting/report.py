@@ -17,8 +17,7 @@ from adq_train.artifacts import BitAllocation, LayerInfo, LevelCounts, RunResult
 from adq_train.errors import UserError
 from adq_train.files import written_whole
 from adq_train.reporting import plots, summary
-from adq_train.reporting.recorder import read_metrics
-from adq_train.run_folder import RunFolder, read_manifest
+from adq_train.run_folder import RunFolder, read_manifest, read_metrics
 
 
 def num_float_values(model: nn.Module, layers: Sequence[LayerInfo]) -> int:
