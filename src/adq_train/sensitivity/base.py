@@ -109,8 +109,8 @@ def layer_weights(model: nn.Module, names: Iterable[str]) -> dict[str, Tensor]:
 def logits_with(model: nn.Module, weights: Mapping[str, Tensor], images: Tensor) -> Tensor:
     """The outputs of a network as a function of the weights of some of its layers.
 
-    A weight that two layers have in common counts once for each of them, as each of them would be
-    quantized alone; a layer that is called more than once has one weight.
+    A weight that two layers have in common goes by the name of the first, and is replaced in both,
+    as it would be quantized in both; a layer that is called more than once has one weight.
 
     Args:
         model: The network, with weights of its own, which are not used.
@@ -121,7 +121,7 @@ def logits_with(model: nn.Module, weights: Mapping[str, Tensor], images: Tensor)
         Logits (N, num_classes).
     """
     named = {f"{name}.weight": weight for name, weight in weights.items()}
-    logits: Tensor = functional_call(model, named, (images,), tie_weights=False)
+    logits: Tensor = functional_call(model, named, (images,))
     return logits
 
 
