@@ -13,7 +13,7 @@
 #
 # taught adds to the comparison the rows that learn from another float network: ADQ with mixed bits,
 # and ADQ, LSQ, N2UQ and PACT at 3 and 4 bits. Its settings say which network
-# (configs/distillation/teacher.yaml).
+# (configs/distillation/teacher.yaml). Its report has both.
 #
 # Further words are settings of every run (trainer.epochs=5, trainer.device=cuda:1 …).
 # Stopped? The same command goes on with what is not done. After a failed run the others still
@@ -23,11 +23,10 @@
 # one of resnet8_fashion_mnist 71 s; the float models before them 80 and 165 s a seed. So the comparison of
 # the narrow network with five seeds, 125 runs, takes 84 minutes of one core. The others have not been timed.
 #
-# A table has as many runs as configs/ablation has files (without grid.yaml), or 3 bit-widths for
-# each file of configs/comparison and 2 for each adq_mixed*.yaml, times the seeds; taught adds 10.
+# Runs for each seed: an ablation has 10, a comparison 25 and taught 10 more.
 set -euo pipefail
 
-usage() { sed -n '2,28s/^# \{0,1\}//p' "$0" >&2; exit 2; }
+usage() { sed -n '2,27s/^# \{0,1\}//p' "$0" >&2; exit 2; }
 [ $# -ge 2 ] || usage
 table=$1 experiment=$2 seeds=${3:-0,1,2}
 shift $(($# < 3 ? $# : 3))
@@ -50,15 +49,18 @@ case $table in
     sweep "comparison=$(names comparison -v ^adq_mixed)" budget.average_weight_bits=2,3,4
     sweep "comparison=$(names comparison ^adq_mixed)" budget.average_activation_bits=3,4 ;;
   taught)
-    sweep comparison=adq,lsq,n2uq,pact budget.average_weight_bits=3,4 distillation=teacher
-    sweep comparison=adq_mixed_apart budget.average_activation_bits=3,4 distillation=teacher ;;
+    sweep distillation=teacher comparison=adq,lsq,n2uq,pact budget.average_weight_bits=3,4
+    sweep distillation=teacher comparison=adq_mixed_apart budget.average_activation_bits=3,4 ;;
   *) usage ;;
 esac
-folders=${table/taught/comparison}
+folders=("$table")
+[ "$table" = taught ] && folders=(comparison distillation)
 
 root=outputs
 for word in "${more[@]}"; do
   case $word in output_root=*) root=${word#output_root=} ;; esac
 done
-"$bin/adq-report" "$root/$experiment/$folders"=* --output "$root/reports/$table-$experiment" || failed=1
+runs=()
+for word in "${folders[@]}"; do runs+=("$root/$experiment/$word"=*); done
+"$bin/adq-report" "${runs[@]}" --output "$root/reports/$table-$experiment" || failed=1
 exit $failed

@@ -77,6 +77,7 @@ def test_a_taught_table_adds_its_rows_to_those_of_the_comparison(reproduce):
     assert report == [
         "adq-report",
         "outputs/quickstart/comparison=*",
+        "outputs/quickstart/distillation=*",
         "--output",
         "outputs/reports/taught-quickstart",
     ]
