@@ -42,6 +42,7 @@ failed=0
 sweep() { "$bin/adq-train" -m "$@" "experiment=$experiment" "seed=$seeds" "${more[@]}" || failed=1; }
 more=("$@")
 
+folders=("$table")
 case $table in
   ablation)
     sweep "ablation=$(names ablation -vx grid)" ;;
@@ -49,12 +50,11 @@ case $table in
     sweep "comparison=$(names comparison -v ^adq_mixed)" budget.average_weight_bits=2,3,4
     sweep "comparison=$(names comparison ^adq_mixed)" budget.average_activation_bits=3,4 ;;
   taught)
+    folders=(comparison distillation)
     sweep distillation=teacher comparison=adq,lsq,n2uq,pact budget.average_weight_bits=3,4
     sweep distillation=teacher comparison=adq_mixed_apart budget.average_activation_bits=3,4 ;;
   *) usage ;;
 esac
-folders=("$table")
-[ "$table" = taught ] && folders=(comparison distillation)
 
 root=outputs
 for word in "${more[@]}"; do

@@ -31,6 +31,7 @@ from tqdm import tqdm
 from adq_train import interrupts
 from adq_train.errors import ConfigError, UserError
 from adq_train.overrides import problems_of
+from adq_train.reporting.progress import speaks
 from adq_train.schema import register
 
 
@@ -77,7 +78,7 @@ def main() -> None:
         except SystemExit as stop:
             code = stop.code if isinstance(stop.code, int) else 1
         outcomes = kept(Path(scratch))
-    if len(outcomes) > 1 and os.environ.get("RANK", "0") == "0":
+    if len(outcomes) > 1 and speaks():
         print(table_of(outcomes), file=sys.stderr)
     code = code or int(any(outcome.code for outcome in outcomes))
     if code and int(os.environ.get("WORLD_SIZE", 1)) > 1:
@@ -219,6 +220,6 @@ def show_error(error: UserError, debug: bool) -> None:
 
 def fail(error: UserError) -> NoReturn:
     """Reports an error of the command line, once for all processes of a run, and exits."""
-    if os.environ.get("RANK", "0") == "0":
+    if speaks():
         show_error(error, debug=any(a in ("debug=true", "debug=True") for a in sys.argv))
     sys.exit(2)

@@ -206,7 +206,7 @@ def profile(run: Context, model: nn.Module, layers: Sequence[LayerInfo]) -> Sens
             return metric.measure(model, some, conditions)
 
         todo = [x for x in layers if x.name not in done]
-        with Progress("profile", len(layers), len(done), quiet=not ranks.is_main) as progress:
+        with Progress("profile", len(layers), len(done)) as progress:
             for row in measure_split(measure, metric.name, bit_widths, todo, ranks):
                 warn_negative(metric.name, row)
                 partial.append(replace(row, num_inputs=num_inputs[row.name]))

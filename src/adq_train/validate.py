@@ -150,11 +150,12 @@ def _section_problems(config: dict[str, Any]) -> Iterator[str]:
         if isinstance(value, float) and not math.isfinite(value):
             yield f"{key}: must be a finite number, got {value}"
     pinned = config["bits"]["pinned"]
-    if not isinstance(pinned, dict | None):
+    if isinstance(pinned, dict):
+        for pattern, width in pinned.items():
+            if type(width) is not int:
+                yield f"bits.pinned.{pattern}: must be a whole number of bits, got {width!r}"
+    elif pinned is not None:
         yield f"bits.pinned: must map layer names to bits, {{fc: 4}}, got {pinned!r}"
-    for pattern, width in pinned.items() if isinstance(pinned, dict) else ():
-        if type(width) is not int:
-            yield f"bits.pinned.{pattern}: must be a whole number of bits, got {width!r}"
     candidates = config["bits"]["candidates"]
     yield from _candidate_problems(candidates, config["bits"]["candidates_per_layer"])
     if not any(value is not None for value in config["budget"].values()):

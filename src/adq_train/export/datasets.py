@@ -53,7 +53,8 @@ def check_data_source(node: Any) -> None:
         else:
             kind = getattr(sys.modules[module], name, None)
             if isinstance(kind, type) and kind.__module__ == module and hasattr(kind, "load"):
-                return refuse_parts(node, "data")
+                refuse_parts(node, "data")
+                return
     raise UserError(
         f"data._target_: {target!r} is not a data set of adq-train; give data=<one of its data "
         "sets>"

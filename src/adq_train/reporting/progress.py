@@ -14,6 +14,11 @@ log = logging.getLogger(__name__)
 SECONDS_BETWEEN_LINES = 10.0
 
 
+def speaks() -> bool:
+    """Whether this process reports: the only one, or the first of those that torchrun started."""
+    return os.environ.get("RANK", "0") == "0"
+
+
 class Progress:
     """Counts finished steps of a stage and says how it goes; used in a with block.
 
@@ -23,14 +28,11 @@ class Progress:
         what: The stage.
         total: Steps in all.
         done: Steps that an earlier run has done.
-        quiet: Whether another process of the run shows the progress.
     """
 
-    def __init__(self, what: str, total: int, done: int = 0, quiet: bool = False) -> None:
+    def __init__(self, what: str, total: int, done: int = 0) -> None:
         self.what, self.total, self.done = what, total, done
-        self.quiet = quiet
-        first = os.environ.get("RANK", "0") == "0"  # of the processes that torchrun has started
-        self.terminal = sys.stderr.isatty() and first and not quiet
+        self.terminal = sys.stderr.isatty() and speaks()
         self.last_line = time.monotonic()
 
     def __enter__(self) -> Progress:
@@ -52,8 +54,6 @@ class Progress:
         self.done += 1
         self.bar.set_postfix_str(text, refresh=False)
         self.bar.update()
-        if self.quiet:
-            return
         due = time.monotonic() - self.last_line >= SECONDS_BETWEEN_LINES
         level = logging.INFO if due and not self.terminal else logging.DEBUG
         if level == logging.INFO:

@@ -234,7 +234,7 @@ def fit(
     total_steps = epochs * len(data.train)
     with (
         held() as received,
-        Progress(stage, total=epochs, done=done, quiet=not ranks.is_main) as progress,
+        Progress(stage, total=epochs, done=done) as progress,
     ):
         for epoch in range(done, epochs):
             began = time.perf_counter()
