@@ -11,7 +11,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from omegaconf import OmegaConf
 from rich.console import Console
 
 from adq_train.allocation.budget import Problem, budget_from
@@ -22,6 +21,7 @@ from adq_train.allocation.patterns import by_layer, pinned_bits
 from adq_train.artifacts import LayerInfo, SensitivityTable
 from adq_train.errors import UserError
 from adq_train.files import write_text, written_whole
+from adq_train.yaml_files import read_yaml
 
 ALLOCATORS = (IlpAllocator(), GreedyAllocator())
 
@@ -132,10 +132,13 @@ def read_bits(file: Path) -> dict[str, Any]:
     if not file.exists():
         return {}
     try:
-        content: Any = OmegaConf.to_container(OmegaConf.load(file))
-        return dict(content["bits"])
-    except Exception as error:  # YAML, OmegaConf and a missing section have errors of their own
-        raise UserError(f"{file} is not the configuration of a run ({error!r})") from error
+        content = read_yaml(file)
+    except UserError as error:
+        raise UserError(f"{file} is not the configuration of a run ({error})") from error
+    bits = content.get("bits") if isinstance(content, dict) else None
+    if not isinstance(bits, dict):
+        raise UserError(f"{file} is not the configuration of a run (it has no section bits)")
+    return bits
 
 
 def problem_from(

@@ -20,6 +20,7 @@ from omegaconf import OmegaConf
 from adq_train import __version__
 from adq_train.errors import UserError
 from adq_train.files import write_text
+from adq_train.yaml_files import read_yaml
 
 if TYPE_CHECKING:  # adq-report reads runs without torch
     from adq_train.training.distributed import Ranks
@@ -304,11 +305,11 @@ def check_same_run(path: Path, config: dict[str, Any]) -> None:
             )
         return
     try:
-        content: Any = OmegaConf.to_container(OmegaConf.load(path / "config.yaml"))
-        old = identity(content)
-    except Exception as error:  # YAML, OmegaConf and a missing section have errors of their own
+        old = identity(read_yaml(path / "config.yaml"))
+    except Exception as error:  # a missing section, or one that is none
+        reason = error if isinstance(error, UserError) else repr(error)
         raise UserError(
-            f"run_dir: {path} holds a config.yaml that is not one of a run ({error!r}); choose "
+            f"run_dir: {path} holds a config.yaml that is not one of a run ({reason}); choose "
             "another run_dir"
         ) from error
     changed = list(differences(old, identity(config)))
