@@ -2,7 +2,6 @@
 
 import contextlib
 import math
-import subprocess
 from collections.abc import Callable, Iterator
 from unittest import mock
 
@@ -230,38 +229,3 @@ def test_tensors_that_the_kernels_do_not_take():
     assert not kernels.usable(torch.zeros(0))
     assert not kernels.usable(torch.zeros(3, dtype=torch.float64))
     assert not kernels.usable(torch.zeros(3, device="meta"))
-
-
-def test_a_library_is_built_once(tmp_path):
-    first = kernels.build(kernels.SOURCE, tmp_path / "cache")
-    with mock.patch.object(subprocess, "run", side_effect=AssertionError("built again")):
-        assert kernels.build(kernels.SOURCE, tmp_path / "cache") == first
-    assert [x.name for x in first.parent.iterdir()] == [first.name]
-
-
-def refreshed():
-    """The library as a new process would find it."""
-    return kernels.library.__wrapped__()
-
-
-def test_without_a_compiler_the_plain_path_serves(monkeypatch, tmp_path, caplog):
-    caplog.set_level("INFO")
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setenv("PATH", "")
-    assert refreshed() is None
-    assert "plain PyTorch" in caplog.text
-    assert "no C compiler" in caplog.text
-
-
-def test_a_compiler_that_fails_is_reported_in_one_line(monkeypatch, tmp_path, caplog):
-    caplog.set_level("INFO")
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setattr(kernels, "FLAGS", ("-no-such-flag",))
-    assert refreshed() is None
-    assert caplog.text.count("\n") == 1
-    assert list((tmp_path / "adq_train").iterdir()) == []
-
-
-def test_the_fast_path_can_be_turned_off(monkeypatch):
-    monkeypatch.setenv("ADQ_TRAIN_KERNELS", "0")
-    assert refreshed() is None

@@ -12,6 +12,13 @@
 #include <stdlib.h>
 #include <string.h>
 
+/* What made this library, for a run's manifest. */
+#ifdef __clang__
+const char adq_compiler[] = "clang " __clang_version__;
+#else
+const char adq_compiler[] = "gcc " __VERSION__;
+#endif
+
 typedef float lanes __attribute__((vector_size(32)));
 typedef int32_t masks __attribute__((vector_size(32)));
 

@@ -8,78 +8,108 @@ from __future__ import annotations
 
 import ctypes
 import functools
-import hashlib
 import logging
 import os
-import platform
-import shutil
-import subprocess
 import tempfile
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from adq_train.quantization.kernel_cache import (
+    CompilerError,
+    build,
+    cache_folder,
+    digest_in_name,
+)
+
 log = logging.getLogger(__name__)
 
 SOURCE = Path(__file__).with_name("kernels.c")
-FLAGS = ("-O3", "-march=native", "-ffp-contract=off", "-fopenmp", "-shared", "-fPIC")
+FUNCTIONS = ("adq_staircase", "adq_interval_sums", "adq_order_statistics")
 
 
-def cache_folder() -> Path:
-    """Where compiled kernels are kept: ``$XDG_CACHE_HOME/adq_train``, or below ``~/.cache``."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "adq_train"
+@dataclass(frozen=True)
+class Kernels:
+    """The compiled kernels, or why there are none.
 
-
-def build(source: Path, folder: Path) -> Path:
-    """Compiles a C file to a shared library, unless this very file has been compiled before.
-
-    Args:
-        source: The C file.
-        folder: Where libraries are kept, named by what they depend on.
-
-    Raises:
-        OSError: No compiler, or no place to write.
-        subprocess.CalledProcessError: The compiler refuses the file.
+    Attributes:
+        functions: The library, or None.
+        description: ``kernels``: C or plain PyTorch; with C ``compiler`` and the library's
+            ``sha256``, else the ``reason``.
     """
-    compiler = shutil.which(os.environ.get("CC", "cc")) or shutil.which("gcc")
-    if compiler is None:
-        raise FileNotFoundError("no C compiler (cc) on the PATH")
-    # Built for this very processor, so a cache that machines share keeps one for each kind.
-    machine = f"{platform.machine()} {_processor()}"
-    identity = "\n".join([source.read_text(encoding="utf-8"), compiler, *FLAGS, machine])
-    library = folder / f"kernels-{hashlib.sha256(identity.encode()).hexdigest()[:16]}.so"
-    if not library.exists():
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=folder) as scratch:
-            made = Path(scratch, library.name)
-            command = [compiler, *FLAGS, str(source), "-o", str(made)]
-            subprocess.run(command, check=True, capture_output=True, text=True)
-            made.replace(library)
-    return library
 
-
-def _processor() -> str:
-    """The processor's model and features, as Linux tells them; empty elsewhere."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
-    except OSError:
-        return platform.processor()
-    return "\n".join(sorted({x for x in lines if x.startswith(("model name", "flags", "Feat"))}))
+    functions: Any | None
+    description: dict[str, str]
 
 
 @functools.cache
+def loaded() -> Kernels:
+    """The kernels of this process, compiled at the first call where no earlier one has."""
+    if os.environ.get("ADQ_TRAIN_KERNELS") == "0":
+        return _none("ADQ_TRAIN_KERNELS=0")
+    try:
+        try:
+            return _opened(build(SOURCE, cache_folder()))
+        except (OSError, RuntimeError) as error:
+            # Not ours alone, not writable, or on a file system from which no code may run.
+            with tempfile.TemporaryDirectory(prefix="adq-train-") as private:
+                kernels = _opened(build(SOURCE, Path(private)))
+            log.warning(
+                "the faster kernels are compiled for this process alone: their cache cannot be "
+                "used (%s); XDG_CACHE_HOME chooses another place", _first_line(error),
+            )  # fmt: skip
+            return kernels
+    except (OSError, CompilerError) as error:
+        reason = _first_line(error)
+        log.info("quantizers run in plain PyTorch: the faster kernels cannot be used (%s)", reason)
+        return _none(reason)
+
+
+def in_use() -> dict[str, str]:
+    """Which form the quantizers take on the CPU, for a manifest.
+
+    Returns:
+        ``{"kernels": "C", "compiler": "gcc 12.2.0", "sha256": …}``, or
+        ``{"kernels": "plain PyTorch", "reason": …}``.
+    """
+    return dict(loaded().description)
+
+
 def library() -> Any | None:
     """The compiled kernels, or None where they cannot be had."""
-    if os.environ.get("ADQ_TRAIN_KERNELS") == "0":
-        return None
+    return loaded().functions
+
+
+def _opened(path: Path) -> Kernels:
+    """Loads a library; one that lacks something is thrown away.
+
+    Raises:
+        OSError: It cannot be loaded here.
+        CompilerError: It is not what kernels.c asks for.
+    """
     try:
-        return ctypes.CDLL(str(build(SOURCE, cache_folder())))
-    except (OSError, RuntimeError, subprocess.CalledProcessError) as error:
-        reason = str(getattr(error, "stderr", None) or error).strip().splitlines()[0]
-        log.info("quantizers run in plain PyTorch: the faster kernels were not built (%s)", reason)
-        return None
+        functions = ctypes.CDLL(str(path))
+        for name in FUNCTIONS:
+            getattr(functions, name)
+        compiler = ctypes.c_char_p(
+            ctypes.addressof(ctypes.c_char.in_dll(functions, "adq_compiler"))
+        )
+    except (AttributeError, ValueError) as error:
+        path.unlink(missing_ok=True)
+        raise CompilerError(f"the compiler left something out: {_first_line(error)}") from error
+    told = (compiler.value or b"").decode(errors="replace")
+    return Kernels(functions, {"kernels": "C", "compiler": told, "sha256": digest_in_name(path)})
+
+
+def _none(reason: str) -> Kernels:
+    return Kernels(None, {"kernels": "plain PyTorch", "reason": reason})
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def usable(x: Tensor) -> bool:
