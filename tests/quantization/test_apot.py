@@ -1,3 +1,4 @@
+import math
 from fractions import Fraction
 
 import pytest
@@ -153,6 +154,78 @@ def test_the_gradient_of_weights_passes_within_the_clip_in_units_of_the_output()
         inside = ((weight - mean) / deviation).abs() <= 1
         assert 10 < inside.sum() < 90
         torch.testing.assert_close(leaf.grad, incoming * inside * factor)
+
+
+def authors_gradients(weight, alpha, grid, incoming, clipped, factor):
+    """Gradients to W and α one weight at a time, by the rules of the authors' published code.
+
+    Their forward pass ends at α Π(…); ``factor`` is what it is multiplied by here.
+    """
+    mean = sum(weight) / len(weight)
+    deviation = math.sqrt(sum((w - mean) ** 2 for w in weight) / len(weight))
+    to_weight, to_alpha = [], 0.0
+    for w, g in zip(weight, incoming, strict=True):
+        u = (w - mean) / deviation / alpha
+        sign = math.copysign(1, u)
+        beyond = abs(u) > 1
+        nearest = min(grid, key=lambda level: abs(min(abs(u), 1) - level))
+        to_alpha += g * factor * (sign if beyond else sign * nearest - u)
+        to_weight.append(0.0 if beyond and clipped else g * factor / deviation)
+    return to_weight, to_alpha
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 5])
+def test_the_gradients_are_those_of_the_authors_code(bits):
+    weight = torch.randn(60, dtype=torch.float64) * 0.03 + 0.01
+    incoming = torch.randn(60, dtype=torch.float64)
+    grid = [float(level) for level in enumerated(bits - 1)]
+    deviation = weight.std(correction=0).item()
+    for clip, clipped in ((None, bits > 2), (False, False), (True, True)):
+        for rescale, factor in ((False, 1.0), (True, deviation)):
+            quantizer = ApotWeightQuantizer(bits, rescale=rescale, clip_gradient=clip).double()
+            quantizer.alpha.data.fill_(1.2)
+            leaf = weight.clone().requires_grad_()
+            value = quantizer(leaf)
+            value.backward(incoming)
+            to_weight, to_alpha = authors_gradients(
+                weight.tolist(), 1.2, grid, incoming.tolist(), clipped, factor
+            )
+            expected = torch.tensor(to_weight, dtype=torch.float64)
+            assert (expected == 0).any() == clipped
+            torch.testing.assert_close(leaf.grad, expected)
+            assert quantizer.alpha.grad.item() == pytest.approx(to_alpha)
+            codes = quantizer.quantize(weight).long()
+            assert torch.equal(value, quantizer.levels()[codes] * quantizer.output_scale(weight))
+
+
+def test_no_weight_of_two_bits_stands_still():
+    weight = torch.randn(4000, requires_grad=True)
+    for bits, stands_still in ((2, (0, 0)), (3, (0.001, 0.2))):
+        weight.grad = None
+        quantizer = ApotWeightQuantizer(bits)
+        quantizer.calibrate(weight)
+        quantizer(weight).backward(torch.ones(4000))
+        share = (weight.grad == 0).float().mean()
+        assert stands_still[0] <= share <= stands_still[1]
+    quantizer = ApotWeightQuantizer(2, clip_gradient=True)
+    quantizer.calibrate(weight)
+    weight.grad = None
+    quantizer(weight).backward(torch.ones(4000))
+    assert 0.1 < (weight.grad == 0).float().mean() < 0.25  # what it was like
+
+
+def test_what_lies_beyond_the_clip_can_come_back():
+    """One weight beyond α at 2 bits, pulled inwards by SGD, crosses to another level."""
+    weight = torch.tensor([2.0, -2.0, 0.3, -0.3]).requires_grad_()
+    quantizer = ApotWeightQuantizer(2)
+    quantizer.calibrate(weight)
+    assert quantizer.quantize(weight).tolist() == [2, 0, 1, 1]
+    optimizer = torch.optim.SGD([weight], lr=0.5)
+    for _ in range(10):
+        optimizer.zero_grad()
+        quantizer(weight)[0].backward()
+        optimizer.step()
+    assert quantizer.quantize(weight)[0] < 2
 
 
 def test_normalisation_makes_shift_and_scale_irrelevant():

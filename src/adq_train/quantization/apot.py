@@ -1,6 +1,8 @@
 """APoT: levels that are sums of powers of two, under a learned clip.
 
-Li et al. 2020, *Additive Powers-of-Two Quantization* (arXiv 1909.13144).
+Li et al. 2020, *Additive Powers-of-Two Quantization* (arXiv 1909.13144). What is said of the
+authors' code is that of github.com/yhhhli/APoT_Quantization, commit 13204f1: the files
+``CIFAR10/models/quant_layer.py`` and ``ImageNet/models/quant_layer.py``.
 """
 
 from __future__ import annotations
@@ -50,7 +52,9 @@ def signed_apot_levels(bit_width: int) -> Tensor:
     return torch.cat([-magnitudes[1:].flip(0), magnitudes])
 
 
-def reparameterized_clip(x: Tensor, alpha: Tensor, levels: Tensor) -> Tensor:
+def reparameterized_clip(
+    x: Tensor, alpha: Tensor, levels: Tensor, clip_gradient: bool = True
+) -> Tensor:
     """The paper's reparameterized clipping function (RCF, section 2.3).
 
     x̂ = α Π(clip(x / α)), with Π the nearest of ``levels`` and a straight-through gradient: ∂x̂/∂x
@@ -61,10 +65,14 @@ def reparameterized_clip(x: Tensor, alpha: Tensor, levels: Tensor) -> Tensor:
         x: Any shape.
         alpha: () positive clip, in the units of ``x``.
         levels: (K,) sorted, within -1 … 1.
+        clip_gradient: Without it ∂x̂/∂x is 1 everywhere, and ∂x̂/∂α as above.
 
     Returns:
         The shape of ``x``; levels times α.
     """
+    if not clip_gradient:
+        value = reparameterized_clip(x.detach(), alpha, levels)
+        return value + (x - x.detach())  # for a finite x exactly the value, with a gradient of 1
     projected: Tensor = CodebookSTE.apply(x / alpha, levels, True)
     return projected * alpha
 
@@ -73,9 +81,15 @@ class ApotWeightQuantizer(WeightQuantizer):
     """Weights normalized to mean 0 and deviation 1 per layer, then APoT levels under a clip α.
 
     Section 2.4 of the paper: W̃ = (W - μ) / σ is what is quantized, so that the clip sees the same
-    distribution in every step. μ and σ follow the weights; no gradient passes through them (this
-    project's choice). Without spread (σ = 0) all weights become 0. Since μ and σ of a result are
-    others than those of the weights, quantizing it once more may change it.
+    distribution in every step. μ and σ follow the weights; no gradient passes through them, as in
+    the authors' code for CIFAR-10 (that for ImageNet differentiates both). σ divides by n, theirs
+    by n - 1: a factor that α takes in. Without spread (σ = 0) all weights become 0. Since μ and σ
+    of a result are others than those of the weights, quantizing it once more may change it.
+
+    Whether weights beyond α get a gradient, the authors answer in three ways: the paper's RCF gives
+    them none, their code for ImageNet does the same but at 2 bits ("calibrated gradients"), where
+    about a fifth of normal weights lie beyond α, and their code for CIFAR-10 never takes it away.
+    The gradient of α is the RCF's in all three.
 
     α, in units of σ, starts at the clip of least squared error that is not beyond the largest
     weight (this project's choice; the authors start at 3), and is used by its magnitude.
@@ -86,6 +100,7 @@ class ApotWeightQuantizer(WeightQuantizer):
             The paper does not: batch normalization takes any factor out again. Yet a network that
             is evaluated before training, or a layer without batch normalization, keeps its
             function only with it.
+        clip_gradient: Whether weights beyond α get no gradient; None: at more than 2 bits.
 
     Raises:
         ValueError: ``bit_width`` lies outside its range.
@@ -93,9 +108,12 @@ class ApotWeightQuantizer(WeightQuantizer):
 
     base: Tensor
 
-    def __init__(self, bit_width: int, *, rescale: bool = True) -> None:
+    def __init__(
+        self, bit_width: int, *, rescale: bool = True, clip_gradient: bool | None = None
+    ) -> None:
         super().__init__(bit_width)
         self.rescale = rescale
+        self.clip_gradient: bool = bit_width > 2 if clip_gradient is None else clip_gradient
         self.alpha = nn.Parameter(torch.ones(()))
         self.register_buffer("base", signed_apot_levels(bit_width), persistent=False)
 
@@ -116,7 +134,9 @@ class ApotWeightQuantizer(WeightQuantizer):
         """Fake-quantized weights of the same shape."""
         x = at_least_float32(x)
         mean, deviation = self._statistics(x)
-        quantized = reparameterized_clip((x - mean) / deviation, positive(self.alpha), self.base)
+        quantized = reparameterized_clip(
+            (x - mean) / deviation, positive(self.alpha), self.base, self.clip_gradient
+        )
         return quantized * deviation if self.rescale else quantized
 
     @torch.no_grad()
@@ -154,7 +174,8 @@ class ApotWeightQuantizer(WeightQuantizer):
 class ApotActivationQuantizer(RangedActivationQuantizer):
     """APoT levels between 0 and a learned clip α, with the RCF's gradient.
 
-    An input with negative values gets a sign and b - 1 bits of magnitude, as weights do. α starts
+    An input beyond α gets no gradient, in the paper as in both codes of its authors. An input with
+    negative values gets a sign and b - 1 bits of magnitude, as weights do. α starts
     at the clip of least squared error that is not beyond the calibration sample (this project's
     choice), and is used by its magnitude.
 
