@@ -104,6 +104,7 @@ def execute(
         config["trainer"]["eval_batch_size"],
         config["seed"],
         parts.device,
+        ranks.world_size,
     )
     with ranks.one_first():
         data = parts.data.load(loading)

@@ -3,7 +3,15 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from adq_train.data.base import ALL, FirstBatches, HeldOut, ImageData, derived_seed
+from adq_train.data.base import (
+    ALL,
+    BatchPlan,
+    FirstBatches,
+    HeldOut,
+    ImageData,
+    InputFormat,
+    derived_seed,
+)
 from adq_train.errors import UserError
 
 
@@ -109,3 +117,47 @@ def test_parts_of_the_first_batches():
 class Sized(Counting):
     def size(self, index):
         return 4
+
+
+@given(st.integers(0, 60), st.integers(1, 20), st.integers(1, 6))
+def test_a_plan_takes_every_image_once_and_leaves_no_small_batch(count, batch_size, at_least):
+    plan = BatchPlan(count, batch_size, at_least)
+    every = list(range(count))
+    parts = [every[plan.images(i)] for i in range(len(plan))]
+    assert [i for part in parts for i in part] == every
+    assert [len(part) for part in parts] == [plan.size(i) for i in range(len(plan))]
+    assert all(len(part) == batch_size for part in parts[:-1])
+    left = count % batch_size
+    if left == 0 or left >= at_least or count < batch_size:
+        assert len(parts) == -(-count // batch_size)  # as they ever were
+    else:
+        assert len(parts[-1]) == batch_size + left
+
+
+def test_a_dry_run_sees_the_last_batch_and_then_a_full_one():
+    class Uneven(Counting):
+        def size(self, index):
+            return 4
+
+    data = ImageData("x", 8, (1, 2, 2), "0", *(Uneven(5) for _ in range(4))).for_dry_run()
+    assert [targets.tolist() for _, targets in data.train.epoch(0)] == [
+        [16, 17, 18, 19],
+        [0, 1, 2, 3],
+    ]
+    assert [t.tolist() for _, t in data.train.epoch(0, slice(1, None))] == [[0, 1, 2, 3]]
+    alone = FirstBatches(Uneven(1), 2, last_first=True)
+    assert [targets.tolist() for _, targets in alone.epoch(0)] == [[0, 1, 2, 3]]
+
+
+def test_sizes_that_a_file_claims_are_bounded():
+    pixels = {"mean": [1], "std": [1], "peak": 255, "resize": 40}
+    good = {"num_classes": 2, "image_shape": [1, 32, 32], "class_names": [], "pixels": pixels}
+    InputFormat.from_dict(good)
+    for bad, message in (
+        ({"image_shape": [1, 40_000, 40_000]}, "at most 4096 a side"),
+        ({"pixels": {**pixels, "resize": 10**9}}, "must lie in 1 … 4096"),
+        ({"pixels": {**pixels, "std": [0]}}, "not positive"),
+        ({"pixels": {**pixels, "mean": [float("nan")]}}, "not finite"),
+    ):
+        with pytest.raises(UserError, match=message):
+            InputFormat.from_dict({**good, **bad})

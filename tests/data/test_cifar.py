@@ -3,6 +3,7 @@ import io
 import os
 import pickle
 import re
+import resource
 import shutil
 import struct
 import tarfile
@@ -385,3 +386,29 @@ def test_a_limit_takes_the_first_training_images(tmp_path):
     found = [t for x in (some.train, some.validation, some.calibration) for t in targets(x)]
     assert sorted(found) == sorted(label("cifar10", i) for i in range(7))
     assert some.fingerprint != load(tmp_path, "cifar10").fingerprint
+
+
+def test_a_pickle_takes_no_more_memory_than_its_file(tmp_path):
+    path = tmp_path / "x"
+    text = b"X" + struct.pack("<I", 10**6) + b"a" * 10**6 + b"q\x00"
+    encode = b"c_codecs\nencode\nq\x01"
+    again = b"h\x01h\x00X\x06\0\0\0latin1\x86R"
+    for name, content in (
+        ("a table as long as it says", b"\x80\x02Nr" + struct.pack("<I", 2**28) + b"."),
+        ("one text, encoded often", b"\x80\x02](" + encode + text + again * 500 + b"e."),
+    ):
+        path.write_bytes(content)
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        with pytest.raises(UserError, match="not an intact CIFAR file"):
+            read_pickled(path, "labels")
+        grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
+        assert grown < 200_000, f"{name}: {grown} kB"
+
+
+@pytest.mark.parametrize("form", ["binary", "python 3"])
+def test_a_file_beyond_the_limit_is_not_read(tmp_path, form):
+    folder = write(tmp_path, "cifar10", form)
+    path = next(folder.glob("data_batch_2*"))
+    os.truncate(path, 3073 * 10**9)  # takes no room on the disk
+    with pytest.raises(UserError, match=r"data_batch_2.* has 3,073,000,000,000 bytes and at most"):
+        load(tmp_path, "cifar10")

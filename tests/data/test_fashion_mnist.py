@@ -1,6 +1,7 @@
 import gzip
 import re
 import struct
+import tracemalloc
 
 import pytest
 import torch
@@ -224,3 +225,34 @@ def test_a_limit_takes_the_first_training_images(tmp_path):
     assert sorted(found.tolist()) == [0, 1, 2, 3, 4]
     assert torch.equal(targets(some.test), targets(every.test))
     assert some.fingerprint != every.fingerprint
+
+
+@pytest.mark.parametrize("suffix", ["", ".gz"])
+def test_a_header_is_checked_before_anything_is_read(tmp_path, suffix):
+    path = tmp_path / f"x{suffix}"
+    for shape in ((0,), (0, 28, 28), (60_000, 0, 28), (1, 40_000, 40_000), (2**32 - 1,) * 3):
+        content = idx(shape, [])
+        path.write_bytes(gzip.compress(content) if suffix else content)
+        with pytest.raises(UserError, match=r"x.* announces [\d,]+ values of shape .* are allowed"):
+            read_idx(path)
+
+
+def test_no_more_is_unpacked_than_the_header_says(tmp_path):
+    path = tmp_path / "x.gz"
+    path.write_bytes(gzip.compress(labels(12) + bytes(200_000_000), 1))
+    tracemalloc.start()
+    with pytest.raises(UserError, match=r"announces 12 values .* and holds 13 or more"):
+        read_idx(path)
+    assert tracemalloc.get_traced_memory()[1] < 5_000_000
+    tracemalloc.stop()
+
+
+def test_test_images_of_another_size(tmp_path):
+    write(tmp_path, {**contents(), TEST_IMAGES: images(5, 14)})
+    with pytest.raises(UserError, match=r"\(1, 28, 28\) and test images of shape \(1, 14, 14\)"):
+        load(tmp_path)
+
+
+def test_padding_beyond_the_image(tmp_path):
+    with pytest.raises(ValueError, match=r"crop_padding must lie in 0 … 28, got 1000000"):
+        load(tmp_path, crop_padding=10**6)

@@ -1,3 +1,4 @@
+import os
 import re
 
 import numpy as np
@@ -6,6 +7,7 @@ import torch
 from PIL import Image
 from torchvision.transforms import v2
 
+from adq_train.data import pictures
 from adq_train.data.base import Loading
 from adq_train.data.image_folder import Folders
 from adq_train.errors import UserError
@@ -75,7 +77,12 @@ def test_images_for_testing_come_in_order_and_as_torchvision_prepares_them(root)
     steps = [v2.Resize(18), v2.CenterCrop(16), v2.PILToTensor()]
     prepare = v2.Compose([*steps, v2.ToDtype(torch.float32, scale=True), IMAGENET])
     paths = sorted((root / "val").glob("*/*"))
-    expected = torch.stack([prepare(Image.open(path).convert("RGB")) for path in paths])
+
+    def on_white(path):
+        image = Image.open(path).convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+
+    expected = torch.stack([prepare(on_white(path)) for path in paths])
     torch.testing.assert_close(images, expected)
 
 
@@ -208,8 +215,8 @@ def test_a_file_that_is_no_image_is_named(root, content):
         list(load(root).test.epoch(0))
 
 
-def test_an_image_beyond_pillows_limit_is_named(root, monkeypatch):
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 10)
+def test_an_image_beyond_the_limit_is_named(root, monkeypatch):
+    monkeypatch.setattr(pictures, "MAX_PIXELS", 10)
     with pytest.raises(UserError, match=r"cannot read the image .*exceeds limit"):
         list(load(root).test.epoch(0))
 
@@ -260,7 +267,9 @@ def test_fingerprint_tells_names_and_sizes_but_not_the_place(root, tmp_path_fact
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"num_workers": -1}, "num_workers must be at least 0, got -1"),
+        ({"num_workers": -1}, r"num_workers must lie in 0 … \d+, got -1"),
+        ({"num_workers": 10**6}, r"num_workers must lie in 0 … \d+, got 1000000"),
+        ({"image_size": 10**6, "resize": 10**6}, "resize must be at most 4096, got 1000000"),
         ({"skip_unreadable_images": -1}, "skip_unreadable_images must be at least 0, got -1"),
         ({"image_size": 0}, r"image_size must lie in 1 … resize \(18\), got 0"),
         ({"image_size": 19}, r"image_size must lie in 1 … resize \(18\), got 19"),
@@ -285,3 +294,52 @@ def test_some_batches_and_some_images_are_parts_of_the_whole(root, workers):
             assert images.shape[0] == others.shape[0]
             assert not len(images) or torch.equal(images, others)
     assert [len(t) for _, t in train.epoch(1)] == [4, 4, 2]
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_what_is_no_file_counts_as_an_unreadable_image(root, workers, caplog):
+    odd = os.fsdecode(b"caf\xe9.png")
+    os.mkfifo(root / "val" / "bird" / "pipe.png")
+    (root / "val" / "cat" / "dead.png").symlink_to("/nowhere.png")
+    (root / "val" / "dog" / odd).touch()
+    with pytest.raises(UserError, match=r"cannot read the image .*pipe.png \(not a regular file\)"):
+        load(root)
+    data = load(root, num_workers=workers, skip_unreadable_images=3)
+    assert joined(data.test)[1].tolist() == [0, 0, 1, 1, 1, 2, 2, 2, 2]
+    assert caplog.text.count("left out (") == 3
+    assert r"caf\xe9.png (the file is empty)" in caplog.text
+    assert re.fullmatch("[0-9a-f]{64}", data.fingerprint)
+
+
+def test_names_beyond_utf_8(root):
+    for part in ("train", "val"):
+        (root / part / "dog").rename(root / part / os.fsdecode(b"d\xf6g"))
+    path = root / "val" / "cat" / "00.JPEG"
+    path.rename(path.with_name(os.fsdecode(b"\xe9.jpeg")))
+    data = load(root)
+    assert data.class_names == ("bird", "cat", "d\\xf6g")
+    assert len(joined(data.test)[1]) == 9
+
+
+def test_one_image_left_over_is_part_of_the_batch_before(root):
+    data = load(root, batch_size=3)
+    assert [len(t) for _, t in data.train.epoch(0)] == [3, 3, 4]
+    assert [data.train.size(i) for i in range(len(data.train))] == [3, 3, 4]
+    assert [len(t) for _, t in load(root, batch_size=4).train.epoch(0)] == [4, 4, 2]
+    # The same order and the same crops.
+    assert same(joined(data.train, 1), joined(load(root, batch_size=4).train, 1))
+
+
+def test_an_image_alone_among_broken_ones_is_left_out_of_training(root):
+    for path in sorted((root / "train").glob("*/*"))[:-6]:
+        path.write_bytes(b"broken")
+    data = load(root, batch_size=2, skip_unreadable_images=9)
+    sizes = [len(t) for _, t in data.train.epoch(0)]
+    assert len(sizes) == len(data.train) == 5
+    assert 0 in sizes
+    assert 1 not in sizes
+
+
+def test_a_batch_beyond_memory_is_refused(root):
+    with pytest.raises(UserError, match=r"data.image_size: a batch of 100,000 .* 5,033.2 GB, and"):
+        load(root, image_size=2048, resize=2048, batch_size=10**5)

@@ -277,3 +277,34 @@ def test_some_batches_and_some_images_are_parts_of_the_whole(seed):
         expected = [(x[part], t[part]) for x, t in whole[1:]]
         assert same(batches.epoch(2, slice(1, None), part), expected)
     assert len(list(batches.epoch(2, images=slice(3, None, 4)))[-1][1]) == 0
+
+
+def test_images_left_over_join_the_last_batch_and_no_other_changes():
+    images = uint8_images(10)
+    for at_least, sizes in ((1, [3, 3, 3, 1]), (2, [3, 3, 4])):
+        batches = InMemoryBatches(
+            images, torch.arange(10), 3, torch.zeros(1), torch.ones(1), 5, NONE, at_least
+        )
+        found = list(batches.epoch(2))
+        assert [len(t) for _, t in found] == sizes == [batches.size(i) for i in range(len(batches))]
+        assert targets_of(batches, 2) == targets_of(batches_of(images, 5, batch_size=3), 2)
+        ranks = [list(batches.epoch(2, slice(2, None), slice(r, None, 2))) for r in range(2)]
+        assert sorted(torch.cat([t for part in ranks for _, t in part]).tolist()) == sorted(
+            torch.cat([t for _, t in found[2:]]).tolist()
+        )
+
+
+def test_every_process_has_two_images_of_every_training_batch_and_calibration_no_single_one():
+    def data_for(processes):
+        loading = Loading(4, 2, 0, torch.device("cpu"), processes)
+        return split_in_memory(
+            "x", numbered(4 + 3 + 11), numbered(5), num_classes=100,
+            held_out=HeldOut(validation_images=4, calibration_images=3), augmentation=NONE,
+            loading=loading,
+        )  # fmt: skip
+
+    assert [len(t) for _, t in data_for(1).train.epoch(0)] == [4, 4, 3]
+    assert [len(t) for _, t in data_for(2).train.epoch(0)] == [4, 7]
+    assert [len(t) for _, t in data_for(2).calibration.epoch(0)] == [3]
+    assert [len(t) for _, t in data_for(2).test.epoch(0)] == [2, 2, 1]
+    assert targets_of(data_for(1).train) == targets_of(data_for(2).train)

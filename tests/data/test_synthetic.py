@@ -80,6 +80,11 @@ def test_a_class_can_be_told_by_the_nearest_mean_of_the_training_images(like):
         ({"like": "mnist"}, "like must be one of digits, .*, got 'mnist'"),
         ({"train_images": 0}, "train_images must be at least 1, got 0"),
         ({"test_images": 0}, "test_images must be at least 1, got 0"),
+        ({"train_images": 10**15}, r"train_images: 1,000,000,000,000,000 .* GB, and at most 4 GB"),
+        (
+            {"test_images": 10**15, "like": "imagenet"},
+            r"150,528 bytes take .* 26,573 images in all",
+        ),
     ],
 )
 def test_bad_values(changes, message):

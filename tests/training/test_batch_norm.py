@@ -137,3 +137,14 @@ def test_first_images_come_in_order_and_in_batches_of_about_one_size(sizes, want
 def test_alone_batches_stay_as_they_are():
     found = list(first_images(Parts([4, 4, 4]), 0, 7))
     assert [len(x) for x in found] == [4, 4]
+
+
+def test_a_batch_without_any_image_is_no_batch_of_the_estimate():
+    class Broken(Parts):
+        def epoch(self, epoch):
+            yield torch.empty(0, 3, 1, 1), None
+            yield from ((torch.zeros(len(x), 3, 4, 4), None) for x, _ in super().epoch(epoch))
+            yield torch.empty(0, 3, 1, 1), None
+
+    assert [len(x) for x in first_images(Broken([4, 3]), 0, 99, 5)] == [7]
+    assert [len(x) for x in first_images(Broken([4, 3]), 0, 99)] == [4, 3]

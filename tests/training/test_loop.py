@@ -324,3 +324,12 @@ def test_checkpoints_by_the_clock(monkeypatch):
     rhythm.saved()
     assert not rhythm.due(3)
     assert not Rhythm().due(1)
+
+
+def test_a_last_step_that_takes_what_is_left_over_is_said_once(tmp_path, caplog):
+    caplog.set_level("INFO")
+    run(network(), tmp_path / "a", 2, Drawn((6, 7)))
+    assert caplog.text.count("the last step of an epoch takes 7 images: 1 left over") == 1
+    caplog.clear()
+    run(network(), tmp_path / "b", 2, Drawn((6, 3)))
+    assert "left over" not in caplog.text

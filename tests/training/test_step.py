@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+from torch import nn
 from torch.nn import functional as F
 from training_helpers import IMAGES, TARGETS, network, sgd
 
@@ -13,7 +14,7 @@ from adq_train.errors import UserError
 from adq_train.quantization.base import Quantizer
 from adq_train.training.distillation import Teacher, divergence
 from adq_train.training.mixing import Mixing
-from adq_train.training.step import TrainingStep
+from adq_train.training.step import TrainingStep, part_sizes
 
 
 def same(first, second):
@@ -231,3 +232,35 @@ def test_fp16_without_scale_left_is_not_finite():
     with pytest.raises(UserError, match=r"in the gradient of 4\.weight"):
         run(step, [IMAGES] * 40)
     assert step._scaler.get_scale() <= 1
+
+
+def test_parts_are_those_of_chunk_but_for_a_last_one_of_a_single_image():
+    for images in range(1, 40):
+        for count in range(1, 12):
+            chunks = [len(x) for x in torch.arange(images).chunk(count)]
+            sizes = part_sizes(images, count)
+            assert sum(sizes) == images
+            if chunks[-1] > 1 or chunks[0] == 1:
+                assert sizes == chunks
+            else:
+                assert sizes == [*chunks[:-2], chunks[-2] + 1]
+
+
+def test_a_batch_norm_over_one_pixel_takes_all_but_a_single_image():
+    def made():
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Flatten(), nn.Linear(108, 4), nn.BatchNorm1d(4))
+
+    model = made()
+    TrainingStep(model, sgd(model), accumulate_batches=2)(IMAGES[:3], TARGETS[:3], 0)
+    for compile in ("none", "model"):
+        model = made()
+        before = {name: x.clone() for name, x in model.state_dict().items()}
+        for parts in (1, 3):
+            step = TrainingStep(model, sgd(model), accumulate_batches=parts, compile=compile)
+            with pytest.raises(
+                UserError, match=r"trainer.batch_size: .* to at least 2, which"
+            ) as got:
+                step(IMAGES[:parts], TARGETS[:parts], 0)
+            assert "\n" not in str(got.value)
+        assert all(torch.equal(x, before[name]) for name, x in model.named_parameters())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Protocol
@@ -13,6 +14,7 @@ from torch import Tensor
 from adq_train.errors import UserError
 
 ALL = slice(None)
+MAX_SIDE = 4096  # pixels, of what a model sees
 Batch = tuple[Tensor, Tensor]  # images (N, C, H, W) float32, normalised; targets (N,) int64
 
 
@@ -36,6 +38,37 @@ class Batches(Protocol):
             images: Which images of each; a batch may be left without any.
         """
         ...
+
+
+@dataclass(frozen=True)
+class BatchPlan:
+    """Which images of an epoch make which batch.
+
+    Attributes:
+        num_images: Of an epoch.
+        batch_size: Of every batch but the last one.
+        at_least: Fewer images than this are no batch of their own: the batch before takes them,
+            if there is one. A batch norm over 1 × 1 pixels cannot train on a single image.
+    """
+
+    num_images: int
+    batch_size: int
+    at_least: int = 1
+
+    def __len__(self) -> int:
+        whole, left = divmod(self.num_images, self.batch_size)
+        return whole + bool(left and (left >= self.at_least or not whole))
+
+    def images(self, index: int) -> slice:
+        """The positions in an epoch's order that batch ``index`` takes."""
+        is_last = index == len(self) - 1
+        start = index * self.batch_size
+        return slice(start, self.num_images if is_last else start + self.batch_size)
+
+    def size(self, index: int) -> int:
+        """The number of images in batch ``index``."""
+        images = self.images(index)
+        return int(images.stop - images.start)
 
 
 @dataclass(frozen=True)
@@ -94,9 +127,15 @@ class InputFormat:
                 )
                 if not len(mean) == len(std) == channels:
                     raise ValueError(f"{len(mean)} means for {channels} channels")
+                if not all(map(math.isfinite, (*mean, *std, pixels.peak))) or min(std) <= 0:
+                    raise ValueError("a mean or deviation that is not finite, or not positive")
+                if not 0 < (pixels.resize or 1) <= MAX_SIDE:
+                    raise ValueError(f"resize {resize}; it must lie in 1 … {MAX_SIDE}")
             num_classes = int(content["num_classes"])
             if min(num_classes, channels, height, width) < 1:
                 raise ValueError("a number of classes or pixels below 1")
+            if max(height, width) > MAX_SIDE:
+                raise ValueError(f"images of {height} × {width}; at most {MAX_SIDE} a side")
             if names and len(names) != num_classes:
                 raise ValueError(f"{len(names)} names for {num_classes} classes")
         except (KeyError, TypeError, ValueError) as error:
@@ -138,10 +177,10 @@ class ImageData:
         return InputFormat(self.num_classes, self.image_shape, self.class_names, self.pixels)
 
     def for_dry_run(self) -> ImageData:
-        """Two training batches of full size, to try the memory, and a few images elsewhere."""
+        """An epoch's last batch and a full one, to try the memory, and a few images elsewhere."""
         return replace(
             self,
-            train=FirstBatches(self.train, 2),
+            train=FirstBatches(self.train, 2, last_first=True),
             calibration=FirstBatches(self.calibration, 2, 4),
             validation=FirstBatches(self.validation, 2, 4),
             test=FirstBatches(self.test, 2, 4),
@@ -150,24 +189,35 @@ class ImageData:
 
 @dataclass(frozen=True)
 class FirstBatches:
-    """The first few batches of each epoch of another :class:`Batches`, cut to a few images."""
+    """The first few batches of each epoch of another :class:`Batches`, cut to a few images.
+
+    Attributes:
+        batches: The others.
+        limit: How many at most.
+        images: So many of each at most.
+        last_first: Begins with the epoch's last batch, in whose size there may be a surprise.
+    """
 
     batches: Batches
     limit: int
     images: int | None = None
+    last_first: bool = False
 
     def __len__(self) -> int:
         return min(self.limit, len(self.batches))
 
+    def _index(self, index: int) -> int:
+        return (index - 1) % len(self.batches) if self.last_first else index
+
     def size(self, index: int) -> int:
         """The number of images in batch ``index``."""
-        return len(range(self.batches.size(index))[: self.images])
+        return len(range(self.batches.size(self._index(index)))[: self.images])
 
     def epoch(self, epoch: int, batches: slice = ALL, images: slice = ALL) -> Iterator[Batch]:
         """Some of the first batches of that epoch."""
-        first = slice(*batches.indices(len(self)))
-        for pixels, targets in self.batches.epoch(epoch, first):
-            yield pixels[: self.images][images], targets[: self.images][images]
+        for index in map(self._index, range(len(self))[batches]):
+            for pixels, targets in self.batches.epoch(epoch, slice(index, index + 1)):
+                yield pixels[: self.images][images], targets[: self.images][images]
 
 
 @dataclass(frozen=True)
@@ -179,12 +229,19 @@ class Loading:
         eval_batch_size: Images of a batch elsewhere.
         seed: The run's seed: order and augmentation of the training images.
         device: Where the batches live.
+        processes: That share each training batch.
     """
 
     batch_size: int
     eval_batch_size: int
     seed: int
     device: torch.device
+    processes: int = 1
+
+    @property
+    def at_least(self) -> int:
+        """Images of a training batch that give every process two."""
+        return 2 * self.processes
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -20,12 +20,13 @@ import torch
 from torch import Tensor
 
 from adq_train.data.base import ImageData, Loading
-from adq_train.data.in_memory import Augmentation, Limited, split_in_memory
+from adq_train.data.in_memory import Augmentation, Limited, require_padding, split_in_memory
 from adq_train.errors import UserError
 from adq_train.files import written_whole
 
 CACHE_FOLDER = Path("~/.cache/adq-train")
 PIXELS = 3 * 32 * 32
+MAX_BYTES = 1_000_000_000  # of one file: six times the largest of CIFAR's
 
 
 @dataclass(frozen=True)
@@ -107,6 +108,21 @@ LAYOUTS = {
 }
 
 
+def checked_size(path: Path) -> int:
+    """The bytes of a file, before it is read.
+
+    Raises:
+        UserError: There are more than :data:`MAX_BYTES`.
+    """
+    size = path.stat().st_size
+    if size > MAX_BYTES:
+        raise UserError(
+            f"data.root: {path} has {size:,} bytes and at most {MAX_BYTES:,} are read; fetch the "
+            "file again"
+        )
+    return size
+
+
 def read_binary(path: Path, label_bytes: int) -> tuple[Tensor, Tensor]:
     """Reads records of label bytes and 3 × 32 × 32 pixels, channel by channel.
 
@@ -116,13 +132,16 @@ def read_binary(path: Path, label_bytes: int) -> tuple[Tensor, Tensor]:
     Raises:
         UserError: The file is empty or ends inside a record.
     """
-    data = np.fromfile(path, np.uint8)
-    record = label_bytes + PIXELS
-    if len(data) == 0 or len(data) % record:
+    size, record = checked_size(path), label_bytes + PIXELS
+    if size == 0 or size % record:
         raise UserError(
-            f"data.root: {path} is truncated: {len(data)} bytes are not a multiple of the "
+            f"data.root: {path} is truncated: {size} bytes are not a multiple of the "
             f"{record} bytes of a record; fetch the file again"
         )
+    try:
+        data = np.fromfile(path, np.uint8)
+    except OSError as error:
+        raise UserError(f"data.root: cannot read {path} ({error.strerror})") from error
     records = torch.from_numpy(data).view(-1, record)
     targets = records[:, label_bytes - 1].long()
     return records[:, label_bytes:].reshape(-1, 3, 32, 32).contiguous(), targets
@@ -141,7 +160,7 @@ class _Dtype:
 class _Array:
     """Takes down a pickled array: numpy's own way back trusts the file, and crashes on damage."""
 
-    def __init__(self, raw: bytes, dtype: _Dtype, shape: tuple[int, ...], order: Any) -> None:
+    def __init__(self, raw: bytes | str, dtype: _Dtype, shape: tuple[int, ...], order: Any) -> None:
         self.raw, self.dtype, self.shape, self.order = raw, dtype, shape, order
 
     @classmethod
@@ -150,25 +169,29 @@ class _Array:
         return cls(b"", _Dtype("u1"), (0,), "C")
 
     def __setstate__(self, state: tuple[Any, ...]) -> None:
-        _, self.shape, self.dtype, is_fortran, raw = state
-        self.raw = raw.encode("latin1") if isinstance(raw, str) else raw
+        _, self.shape, self.dtype, is_fortran, self.raw = state
         self.order = "F" if is_fortran else "C"
 
     def pixels(self) -> np.ndarray[Any, Any]:
         """The array, which must hold bytes."""
         if self.dtype.code not in ("u1", "|u1"):
             raise ValueError(f"its pixels are {self.dtype.code}, not bytes")
-        values = np.frombuffer(self.raw, np.uint8)
+        raw = self.raw.encode("latin1") if isinstance(self.raw, str) else self.raw
+        values = np.frombuffer(raw, np.uint8)
         return values.reshape(self.shape, order=self.order).reshape(-1, 3, 32, 32)
 
 
-class _ArrayUnpickler(pickle.Unpickler):
-    """Takes down numpy arrays; every other name in the file is refused."""
+class _ArrayUnpickler(pickle._Unpickler):
+    """Takes down numpy arrays; every other name in the file is refused.
+
+    In Python, not in C: there a few bytes make the table of known objects as long as they say.
+    Nothing is made larger than the file has it; so text becomes bytes only where it is the pixels.
+    """
 
     STAND_INS: ClassVar[dict[tuple[str, str], Any]] = {
         ("numpy", "ndarray"): "ndarray",  # only ever an argument of _reconstruct
         ("numpy", "dtype"): _Dtype,
-        ("_codecs", "encode"): lambda text, _: text.encode("latin1"),
+        ("_codecs", "encode"): lambda text, _: text,
         **{
             (f"numpy.{core}.{module}", name): stand_in
             for core in ("core", "_core")
@@ -191,6 +214,7 @@ def read_pickled(path: Path, label_key: str) -> tuple[Tensor, Tensor]:
     Raises:
         UserError: The file is damaged, is something else, or tries to load anything but arrays.
     """
+    checked_size(path)
     try:
         with path.open("rb") as file:
             content = _ArrayUnpickler(file, encoding="latin1").load()
@@ -282,7 +306,7 @@ class Cifar(Limited):
         super().__post_init__()
         if self.name not in LAYOUTS:
             raise ValueError(f"name must be one of {', '.join(LAYOUTS)}, got {self.name!r}")
-        Augmentation(self.crop_padding)
+        require_padding(self.crop_padding, 32)
 
     def load(self, loading: Loading) -> ImageData:
         """Finds (or downloads) and reads the files.

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from adq_train.data.base import ImageData, Loading
-from adq_train.data.in_memory import Augmentation, Limited, split_in_memory
+from adq_train.data.in_memory import Augmentation, Limited, require_padding, split_in_memory
 
 NUM_IMAGES = 1797
 
@@ -30,7 +30,7 @@ class Digits(Limited):
             raise ValueError(
                 f"test_images must lie in 1 … {NUM_IMAGES - 1}, got {self.test_images}"
             )
-        Augmentation(self.crop_padding)
+        require_padding(self.crop_padding, 8)
 
     def load(self, loading: Loading) -> ImageData:
         """Reads the set from scikit-learn."""

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from adq_train.data.base import ImageData, Loading
-from adq_train.data.in_memory import Augmentation, Limited, split_in_memory
+from adq_train.data.in_memory import Augmentation, Limited, require_padding, split_in_memory
 from adq_train.errors import UserError
 
 # Where Debian's package dataset-fashion-mnist puts the files.
@@ -23,6 +23,8 @@ CACHE_FOLDER = Path("~/.cache/adq-train")
 FILES = tuple(
     f"{part}-{kind}-ubyte" for part in ("train", "t10k") for kind in ("images-idx3", "labels-idx1")
 )
+
+MAX_VALUES = 1_000_000_000  # of one file: twenty times what Fashion-MNIST has
 
 CLASSES = (
     "T-shirt", "trouser", "pullover", "dress", "coat",
@@ -34,25 +36,39 @@ def read_idx(path: Path) -> Tensor:
     """Reads an IDX file of unsigned bytes, plain or gzipped.
 
     The format: two zero bytes, the type (8: unsigned byte), the number of dimensions, each
-    dimension as a big-endian 32-bit integer, then the values.
+    dimension as a big-endian 32-bit integer, then the values. No more is unpacked than these
+    numbers say, and they are checked first.
 
     Raises:
-        UserError: The file is not such a file, or it is shorter or longer than it says.
+        UserError: The file is not such a file, it is shorter or longer than it says, or it says
+            that it holds nothing or more than :data:`MAX_VALUES`.
     """
     try:
-        data = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+        with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
+            start = file.read(4)
+            # One dimension for labels, three for images.
+            shape_bytes = file.read(4 * start[3]) if len(start) == 4 else b""
+            if start[:3] != b"\0\0\x08" or not len(shape_bytes) == 4 * start[3] <= 12:
+                raise UserError(
+                    f"data.root: {path} is not an IDX file of bytes; fetch the file again"
+                )
+            shape = struct.unpack(f">{start[3]}I", shape_bytes)
+            announced = math.prod(shape)
+            if not 0 < announced <= MAX_VALUES:
+                raise UserError(
+                    f"data.root: {path} announces {announced:,} values of shape {shape}, and 1 … "
+                    f"{MAX_VALUES:,} are allowed; fetch the file again"
+                )
+            data = file.read(announced + 1)
     except (OSError, EOFError, zlib.error) as error:
         raise UserError(f"data.root: cannot read {path} ({error}); fetch the file again") from error
-    if len(data) < 4 or data[:3] != b"\0\0\x08" or len(data) < 4 + 4 * data[3]:
-        raise UserError(f"data.root: {path} is not an IDX file of bytes; fetch the file again")
-    shape = struct.unpack_from(f">{data[3]}I", data, 4)
-    header = 4 + 4 * data[3]
-    if len(data) - header != math.prod(shape):
+    if len(data) != announced:
+        held = f"{len(data)}{' or more' * (len(data) > announced)}"
         raise UserError(
-            f"data.root: {path} is damaged: it announces {math.prod(shape)} values of shape "
-            f"{shape} and holds {len(data) - header}; fetch the file again"
+            f"data.root: {path} is damaged: it announces {announced} values of shape {shape} and "
+            f"holds {held}; fetch the file again"
         )
-    return torch.from_numpy(np.frombuffer(data, np.uint8, offset=header).reshape(shape).copy())
+    return torch.from_numpy(np.frombuffer(data, np.uint8).reshape(shape).copy())
 
 
 def find_files(root: Path) -> list[Path] | None:
@@ -113,7 +129,7 @@ class FashionMnist(Limited):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        Augmentation(self.crop_padding)
+        require_padding(self.crop_padding, 28)
 
     def load(self, loading: Loading) -> ImageData:
         """Finds and reads the files.

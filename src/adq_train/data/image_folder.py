@@ -4,19 +4,30 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
-from torchvision.datasets import ImageFolder
 from torchvision.transforms import v2
 
-from adq_train.data.base import ALL, Batch, HeldOut, ImageData, Loading, Pixels, derived_seed
+from adq_train.data.base import (
+    ALL,
+    MAX_SIDE,
+    Batch,
+    BatchPlan,
+    HeldOut,
+    ImageData,
+    Loading,
+    Pixels,
+    derived_seed,
+)
+from adq_train.data.listing import Sample, list_images
+from adq_train.data.pictures import UnreadableError, file_size, read_picture, shown
 from adq_train.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -25,26 +36,37 @@ log = logging.getLogger(__name__)
 MEAN = (0.485, 0.456, 0.406)
 STD = (0.229, 0.224, 0.225)
 
-Sample = tuple[str, int]  # path, class
+MAX_BATCH_BYTES = 16_000_000_000
+MAX_WORKERS = 64
+
 Key = tuple[int, int]  # epoch, index
 
 
-class _Images(Dataset[tuple[Tensor, int] | str]):
+class Broken(NamedTuple):
+    """The path of an image that cannot be read, and why."""
+
+    path: str
+    reason: str
+
+
+class _Images(Dataset[tuple[Tensor, int] | Broken]):
     """Decodes one image; its random crop depends on (seed, epoch, index) alone."""
 
-    def __init__(self, samples: Sequence[Sample], transform: v2.Compose, seed: int) -> None:
+    def __init__(
+        self, samples: Sequence[Sample], transform: v2.Compose, seed: int, resize: int
+    ) -> None:
         self.samples = samples
         self.transform = transform
         self.seed = seed
+        self.resize = resize
 
-    def __getitem__(self, key: Key) -> tuple[Tensor, int] | str:
+    def __getitem__(self, key: Key) -> tuple[Tensor, int] | Broken:
         epoch, index = key
         path, target = self.samples[index]
         try:
-            with Image.open(path) as file:
-                image = file.convert("RGB")
-        except Exception as error:  # each of Pillow's formats has errors of its own
-            return f"{path} ({error})"
+            image = read_picture(path, "RGB", self.resize)
+        except UnreadableError as error:
+            return Broken(path, str(error))
         # fork_rng: without workers this runs in the main process, whose stream must not move.
         with torch.random.fork_rng(devices=[]):
             # The CPU's alone: torch.manual_seed would restart a GPU's dropout with every image.
@@ -52,13 +74,13 @@ class _Images(Dataset[tuple[Tensor, int] | str]):
             return self.transform(image), target
 
 
-def _collate(items: list[tuple[Tensor, int] | str]) -> tuple[list[Tensor], list[str]]:
+def _collate(items: list[tuple[Tensor, int] | Broken]) -> tuple[list[Tensor], list[Broken]]:
     """Images and targets, perhaps none, and the unreadable ones.
 
     An exception of a worker would lose its one-line message.
     """
-    unreadable = [item for item in items if isinstance(item, str)]
-    good = [item for item in items if not isinstance(item, str)]
+    unreadable = [item for item in items if isinstance(item, Broken)]
+    good = [item for item in items if not isinstance(item, Broken)]
     if not good:  # still a batch of training: other processes may have images of it
         empty = torch.empty(0, 3, 1, 1, dtype=torch.uint8)
         return [empty, torch.empty(0, dtype=torch.int64)], unreadable
@@ -77,18 +99,16 @@ class Unreadable:
         self.limit = limit
         self.found: set[str] = set()
 
-    def add(self, image: str) -> None:
+    def add(self, broken: Broken) -> None:
         """Reports an image when it is met first.
-
-        Args:
-            image: Its path and what is wrong with it.
 
         Raises:
             UserError: There are more than the limit.
         """
-        if image in self.found:
+        if broken.path in self.found:
             return
-        self.found.add(image)
+        self.found.add(broken.path)
+        image = f"{shown(broken.path)} ({broken.reason})"
         if len(self.found) > self.limit:
             allowed = f"data.skip_unreadable_images={self.limit} are left out; " * bool(self.limit)
             raise UserError(
@@ -106,23 +126,22 @@ class Unreadable:
 class _Order:
     """Batches of (epoch, index) keys, shuffled by (seed, epoch) or in order."""
 
-    def __init__(self, num_images: int, batch_size: int, shuffle_seed: int | None) -> None:
-        self.num_images = num_images
-        self.batch_size = batch_size
+    def __init__(self, plan: BatchPlan, shuffle_seed: int | None) -> None:
+        self.plan = plan
         self.shuffle_seed = shuffle_seed
         self.epoch, self.batches, self.images = 0, ALL, ALL
 
     def __len__(self) -> int:
-        return -(-self.num_images // self.batch_size)
+        return len(self.plan)
 
     def __iter__(self) -> Iterator[list[Key]]:
-        order = torch.arange(self.num_images)
+        order = torch.arange(self.plan.num_images)
         if self.shuffle_seed is not None:
             seed = derived_seed(self.shuffle_seed, self.epoch)
             generator = torch.Generator().manual_seed(seed)
-            order = torch.randperm(self.num_images, generator=generator)
-        for start in range(0, self.num_images, self.batch_size)[self.batches]:
-            part = order[start : start + self.batch_size].tolist()
+            order = torch.randperm(self.plan.num_images, generator=generator)
+        for index in range(len(self.plan))[self.batches]:
+            part = order[self.plan.images(index)].tolist()
             yield [(self.epoch, index) for index in part[self.images]]
 
 
@@ -134,7 +153,8 @@ class FolderBatches:
         samples: Sequence[Sample],
         transform: v2.Compose,
         *,
-        batch_size: int,
+        resize: int,
+        plan: BatchPlan,
         num_workers: int,
         seed: int,
         shuffle: bool,
@@ -142,11 +162,10 @@ class FolderBatches:
         unreadable: Unreadable,
     ) -> None:
         self.unreadable = unreadable
-        self.num_images = len(samples)
-        self.order = _Order(len(samples), batch_size, seed if shuffle else None)
+        self.order = _Order(plan, seed if shuffle else None)
         self.device = device
         self.loader: DataLoader[Any] = DataLoader(
-            _Images(samples, transform, seed),
+            _Images(samples, transform, seed, resize),
             batch_sampler=self.order,
             collate_fn=_collate,
             num_workers=num_workers,
@@ -164,10 +183,13 @@ class FolderBatches:
 
     def size(self, index: int) -> int:
         """The number of images in batch ``index``."""
-        return min(self.order.batch_size, self.num_images - index * self.order.batch_size)
+        return self.order.plan.size(index)
 
     def epoch(self, epoch: int, batches: slice = ALL, images: slice = ALL) -> Iterator[Batch]:
         """Some batches of one epoch; only what they hold is decoded.
+
+        A training image that is left alone among broken ones is left out with them: a batch norm
+        over 1 × 1 pixels could not take it.
 
         Raises:
             UserError: More images than allowed cannot be decoded; the path of one is named.
@@ -176,25 +198,13 @@ class FolderBatches:
         for batch, unreadable in self.loader:
             for image in unreadable:
                 self.unreadable.add(image)
-            if not len(batch[1]) and self.order.shuffle_seed is None:
+            if self.order.shuffle_seed is not None:
+                if unreadable and len(batch[1]) == 1:
+                    batch = [x[:0] for x in batch]
+            elif not len(batch[1]):
                 continue
             pixels, targets = (t.to(self.device, non_blocking=True) for t in batch)
             yield pixels.float().sub_(self.mean).div_(self.std), targets
-
-
-def list_images(folder: Path) -> ImageFolder:
-    """Lists a folder of classes, as torchvision does.
-
-    Raises:
-        UserError: The folder is missing, or a class in it has no images.
-    """
-    try:
-        return ImageFolder(str(folder))
-    except (FileNotFoundError, NotADirectoryError) as error:
-        raise UserError(
-            f"data.root: {folder} is not a folder of classes with images ({error}); expected "
-            "train/<class>/*.JPEG and val/<class>/*.JPEG under data.root"
-        ) from error
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -218,8 +228,9 @@ class Folders(HeldOut):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.num_workers < 0:
-            raise ValueError(f"num_workers must be at least 0, got {self.num_workers}")
+        workers = max(MAX_WORKERS, 4 * (os.cpu_count() or 1))
+        if not 0 <= self.num_workers <= workers:
+            raise ValueError(f"num_workers must lie in 0 … {workers}, got {self.num_workers}")
         if self.skip_unreadable_images < 0:
             raise ValueError(
                 f"skip_unreadable_images must be at least 0, got {self.skip_unreadable_images}"
@@ -228,18 +239,24 @@ class Folders(HeldOut):
             raise ValueError(
                 f"image_size must lie in 1 … resize ({self.resize}), got {self.image_size}"
             )
+        if self.resize > MAX_SIDE:
+            raise ValueError(f"resize must be at most {MAX_SIDE}, got {self.resize}")
 
     def load(self, loading: Loading) -> ImageData:
         """Lists the images; they are read batch by batch.
 
         Raises:
-            UserError: A folder is missing, or the two parts have different classes.
+            UserError: A folder is missing, the two parts have different classes, a batch would be
+                too large, or more files than allowed cannot be read, as far as that shows now.
         """
         train = list_images(Path(self.root, "train"))
         test = list_images(Path(self.root, "val"))
         if train.classes != test.classes:
             odd = sorted(set(train.classes) ^ set(test.classes))
-            raise UserError(f"data.root: train/ and val/ have different classes (say, {odd[0]})")
+            raise UserError(
+                f"data.root: train/ and val/ have different classes (say, {shown(odd[0])})"
+            )
+        self._check_memory(loading)
         parts = self.split(len(train.samples))
         validation, calibration, training = ([train.samples[i] for i in p.tolist()] for p in parts)
 
@@ -251,11 +268,15 @@ class Folders(HeldOut):
 
         unreadable = Unreadable(self.skip_unreadable_images)
 
-        def batches(samples: Sequence[Sample], shuffle: bool = False) -> FolderBatches:
+        def batches(
+            samples: Sequence[Sample], at_least: int = 1, shuffle: bool = False
+        ) -> FolderBatches:
+            size = loading.batch_size if shuffle else loading.eval_batch_size
             return FolderBatches(
                 samples,
                 augment if shuffle else center,
-                batch_size=loading.batch_size if shuffle else loading.eval_batch_size,
+                resize=self.resize,
+                plan=BatchPlan(len(samples), size, at_least),
                 num_workers=self.num_workers,
                 seed=loading.seed,
                 shuffle=shuffle,
@@ -265,19 +286,40 @@ class Folders(HeldOut):
 
         fingerprint = hashlib.sha256()
         for path, target in (*train.samples, *test.samples):
-            name = Path(path).relative_to(self.root)
-            fingerprint.update(f"{name} {target} {Path(path).stat().st_size}\n".encode())
+            size = -1
+            try:
+                size = file_size(path)
+            except UnreadableError as error:
+                unreadable.add(Broken(path, str(error)))
+            name = os.fsencode(Path(path).relative_to(self.root))
+            fingerprint.update(name + f" {target} {size}\n".encode())
         return ImageData(
             name="image_folder",
             num_classes=len(train.classes),
             image_shape=(3, self.image_size, self.image_size),
             fingerprint=fingerprint.hexdigest(),
-            train=batches(training, shuffle=True),
-            calibration=batches(calibration),
+            train=batches(training, loading.at_least, shuffle=True),
+            calibration=batches(calibration, at_least=2),
             validation=batches(validation),
             test=batches(test.samples),
-            class_names=tuple(train.classes),
+            class_names=tuple(map(shown, train.classes)),
             pixels=Pixels(
                 tuple(255 * x for x in MEAN), tuple(255 * x for x in STD), resize=self.resize
             ),
         )
+
+    def _check_memory(self, loading: Loading) -> None:
+        """Refuses batches that would not fit into memory, before one is made.
+
+        Raises:
+            UserError: Says how large one would be.
+        """
+        images = max(loading.batch_size, loading.eval_batch_size)
+        needed = images * 3 * self.image_size**2 * 4
+        if needed > MAX_BATCH_BYTES:
+            raise UserError(
+                f"data.image_size: a batch of {images:,} images of {self.image_size} × "
+                f"{self.image_size} takes {needed / 1e9:,.1f} GB, and at most "
+                f"{MAX_BATCH_BYTES / 1e9:g} GB are allowed; choose smaller images or batches "
+                "(trainer.batch_size, trainer.eval_batch_size)"
+            )

@@ -9,7 +9,16 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from adq_train.data.base import ALL, Batch, HeldOut, ImageData, Loading, Pixels, derived_seed
+from adq_train.data.base import (
+    ALL,
+    Batch,
+    BatchPlan,
+    HeldOut,
+    ImageData,
+    Loading,
+    Pixels,
+    derived_seed,
+)
 from adq_train.errors import UserError
 
 
@@ -59,6 +68,16 @@ class Augmentation:
             raise ValueError(f"crop_padding must be at least 0, got {self.crop_padding}")
 
 
+def require_padding(crop_padding: int, side: int) -> None:
+    """Checks a random shift against the side of the images, which could leave the picture.
+
+    Raises:
+        ValueError: It is negative or larger.
+    """
+    if not 0 <= crop_padding <= side:
+        raise ValueError(f"crop_padding must lie in 0 … {side}, got {crop_padding}")
+
+
 def crop_and_flip(
     padded: Tensor,
     indices: Tensor,
@@ -100,6 +119,7 @@ class InMemoryBatches:
         std: Per-channel standard deviation, (C,), in 0 … 255.
         shuffle_seed: Seed of order and augmentation; None keeps the order and augments nothing.
         augmentation: Used only with a ``shuffle_seed``.
+        at_least: Fewer images that are left over are added to the last batch.
     """
 
     def __init__(
@@ -111,10 +131,10 @@ class InMemoryBatches:
         std: Tensor,
         shuffle_seed: int | None = None,
         augmentation: Augmentation = Augmentation(),
+        at_least: int = 1,
     ) -> None:
-        self.num_images = len(images)
+        self.plan = BatchPlan(len(images), batch_size, at_least)
         self.targets = targets
-        self.batch_size = batch_size
         self.shuffle_seed = shuffle_seed
         self.augmentation = augmentation
         self.shape = images.shape[-2], images.shape[-1]
@@ -124,28 +144,28 @@ class InMemoryBatches:
         self.shift = (-mean / std).view(1, -1, 1, 1)
 
     def __len__(self) -> int:
-        return -(-self.num_images // self.batch_size)
+        return len(self.plan)
 
     def size(self, index: int) -> int:
         """The number of images in batch ``index``."""
-        return min(self.batch_size, self.num_images - index * self.batch_size)
+        return self.plan.size(index)
 
     def epoch(self, epoch: int, batches: slice = ALL, images: slice = ALL) -> Iterator[Batch]:
         """Some batches of one epoch; its random numbers are all drawn before the first one."""
         device = self.padded.device
-        starts = range(0, self.num_images, self.batch_size)[batches]
-        ranges = [range(start, start + self.size(start // self.batch_size)) for start in starts]
-        parts = [slice(x.start, x.stop, x.step) for x in (x[images] for x in ranges)]
+        every, num_images = range(self.plan.num_images), self.plan.num_images
+        chosen = [every[self.plan.images(i)][images] for i in range(len(self))[batches]]
+        parts = [slice(x.start, x.stop, x.step) for x in chosen]
         if self.shuffle_seed is None:
             for part in parts:
                 yield self._normalize(self.padded[part]), self.targets[part]
             return
         # Drawn on the CPU, so that the order is the same on every device.
         generator = torch.Generator().manual_seed(derived_seed(self.shuffle_seed, epoch))
-        order = torch.randperm(self.num_images, generator=generator)
+        order = torch.randperm(num_images, generator=generator)
         shifts = 2 * self.augmentation.crop_padding + 1
-        offsets = torch.randint(shifts, (2, self.num_images), generator=generator)
-        flips = torch.rand(self.num_images, generator=generator) < 0.5
+        offsets = torch.randint(shifts, (2, num_images), generator=generator)
+        flips = torch.rand(num_images, generator=generator) < 0.5
         flips &= self.augmentation.flip
         order, top, left, flips = (t.to(device) for t in (order, offsets[0], offsets[1], flips))
         for part in parts:
@@ -186,9 +206,14 @@ def split_in_memory(
         peak: The largest value that a pixel can have.
 
     Raises:
-        UserError: Nothing would be left to train on.
+        UserError: Nothing would be left to train on, or test images have another shape.
     """
     images, targets = train
+    if test[0].shape[1:] != images.shape[1:]:
+        raise UserError(
+            f"data: training images of shape {tuple(images.shape[1:])} and test images of shape "
+            f"{tuple(test[0].shape[1:])} do not belong together; fetch the files again"
+        )
     parts = held_out.split(len(images))
     fingerprint = hashlib.sha256()
     for tensor in (*train, *test):
@@ -199,7 +224,9 @@ def split_in_memory(
     mean, std = pixels.mean(1), pixels.std(1)
     mean, std = mean.to(loading.device), torch.where(std > 0, std, 1.0).to(loading.device)
 
-    def batches(images: Tensor, targets: Tensor, training: bool = False) -> InMemoryBatches:
+    def batches(
+        images: Tensor, targets: Tensor, at_least: int = 1, training: bool = False
+    ) -> InMemoryBatches:
         return InMemoryBatches(
             images.to(loading.device),
             targets.to(loading.device),
@@ -208,6 +235,7 @@ def split_in_memory(
             std,
             loading.seed if training else None,
             augmentation if training else Augmentation(),
+            at_least,
         )
 
     validation, calibration, training = ((images[part], targets[part]) for part in parts)
@@ -216,8 +244,8 @@ def split_in_memory(
         num_classes=num_classes,
         image_shape=(images.shape[1], images.shape[2], images.shape[3]),
         fingerprint=fingerprint.hexdigest(),
-        train=batches(*training, training=True),
-        calibration=batches(*calibration),
+        train=batches(*training, loading.at_least, training=True),
+        calibration=batches(*calibration, at_least=2),
         validation=batches(*validation),
         test=batches(*test),
         class_names=class_names,

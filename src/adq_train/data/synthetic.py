@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -10,6 +11,8 @@ from torch.nn import functional as F
 
 from adq_train.data.base import HeldOut, ImageData, Loading
 from adq_train.data.in_memory import Augmentation, split_in_memory
+
+MAX_BYTES = 4_000_000_000  # of all images; in training they need some six times as much
 
 
 @dataclass(frozen=True)
@@ -72,6 +75,14 @@ class Synthetic(HeldOut):
         for name in ("train_images", "test_images"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        each = math.prod(SHAPES[self.like].image)
+        needed = each * (self.train_images + self.test_images)
+        if needed > MAX_BYTES:
+            raise ValueError(
+                f"train_images: {self.train_images:,} and {self.test_images:,} test_images of "
+                f"{each:,} bytes take {needed / 1e9:,.0f} GB, and at most {MAX_BYTES / 1e9:g} GB "
+                f"are allowed, {MAX_BYTES // each:,} images in all"
+            )
 
     def load(self, loading: Loading) -> ImageData:
         """Generates the images."""

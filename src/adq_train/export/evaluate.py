@@ -16,6 +16,8 @@ from torch import Tensor, nn
 from torchvision.transforms import v2
 
 from adq_train.data.base import ImageData, InputFormat, Pixels
+from adq_train.data.listing import images_below
+from adq_train.data.pictures import UnreadableError, read_picture, shown
 from adq_train.errors import UserError, did_you_mean
 from adq_train.export.datasets import check_data_source, load_data
 from adq_train.export.onnx import OnnxModel
@@ -145,7 +147,7 @@ def read_image(path: Path, expects: InputFormat) -> Tensor:
     """One image as the network sees it, (1, C, H, W).
 
     Args:
-        path: Any file that Pillow reads.
+        path: An image file; it is read as those of a data set are.
         expects: Shape and normalisation.
 
     Raises:
@@ -156,10 +158,9 @@ def read_image(path: Path, expects: InputFormat) -> Tensor:
     if pixels is None or channels not in (1, 3):
         raise UserError("predict: the model does not say how images of one's own are to be read")
     try:
-        with Image.open(path) as file:
-            image = file.convert("L" if channels == 1 else "RGB")
-    except Exception as error:  # each of Pillow's formats has errors of its own
-        raise UserError(f"predict: cannot read the image {path} ({error})") from error
+        image = read_picture(str(path), "L" if channels == 1 else "RGB", pixels.resize)
+    except UnreadableError as error:
+        raise UserError(f"predict: cannot read the image {shown(path)} ({error})") from error
     image = _resized(image, pixels, height, width)
     values = torch.from_numpy(np.array(image)).float().view(height, width, channels)
     values = values.permute(2, 0, 1) * (pixels.peak / 255)
@@ -188,8 +189,7 @@ def predict(opened: Evaluable, path: Path) -> list[Prediction]:
         raise UserError("predict: the model does not say how images of one's own are to be read")
     files = [path]
     if path.is_dir():
-        suffixes = Image.registered_extensions()
-        files = sorted(x for x in path.rglob("*") if x.suffix.lower() in suffixes)
+        files = sorted(map(Path, images_below(path)))
     if not files:
         raise UserError(f"predict: there is no image in {path}")
     names = opened.expects.class_names or tuple(map(str, range(opened.expects.num_classes)))
@@ -201,5 +201,5 @@ def predict(opened: Evaluable, path: Path) -> list[Prediction]:
             (names[i], p)
             for i, p in zip(*map(Tensor.tolist, (best.indices, best.values)), strict=True)
         ]
-        predictions.append(Prediction(str(file), tuple(classes)))
+        predictions.append(Prediction(shown(file), tuple(classes)))
     return predictions

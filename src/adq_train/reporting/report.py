@@ -59,7 +59,7 @@ def write(
             with written_whole(path) as temporary:
                 figure.savefig(temporary, format="png", dpi=110)
             # Drawing takes longer than anything else here, so TensorBoard gets the same pixels.
-            with Image.open(path) as image:
+            with Image.open(path, formats=["PNG"]) as image:
                 writer.add_image(name, np.asarray(image), dataformats="HWC")
         yaml = OmegaConf.to_yaml(folder.config)
         writer.add_text("config", "```yaml\n" + yaml + "```")

@@ -62,7 +62,11 @@ def averaged_statistics(norms: Iterable[_BatchNorm]) -> Iterator[None]:
     try:
         yield
     except ValueError as error:
-        raise UserError(f"batch norm cannot be estimated: {error}; use larger batches") from error
+        raise UserError(
+            "batch norm cannot be estimated: a single image gives it one value per channel; use "
+            "larger batches (trainer.batch_size, trainer.eval_batch_size, data.calibration_images: "
+            "at least 2)"
+        ) from error
     finally:
         for norm, training, momentum in before:
             norm.training, norm.momentum = training, momentum
@@ -95,6 +99,8 @@ def first_images(
     enough = num_images / max(1, num_images // together)
     found, parts = 0, []
     for images, _ in batches.epoch(epoch):
+        if not len(images):  # none of them could be decoded
+            continue
         parts.append(images)
         found += len(images)
         if sum(map(len, parts)) >= enough:

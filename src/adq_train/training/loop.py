@@ -203,6 +203,15 @@ def fit(
         within = f", {sums.batches} steps of the next" if sums.batches else ""
         log.info("%s: continuing after epoch %d of %d%s", stage, done, epochs, within)
     on_start(done, seconds)
+    last, whole = data.train.size(len(data.train) - 1), data.train.size(0)
+    if last > whole and done < epochs:
+        log.info(
+            "%s: the last step of an epoch takes %d images: %d left over would be too few for a "
+            "step of their own",
+            stage,
+            last,
+            last - whole,
+        )
 
     def save(seconds: float, best_so_far: bool = False) -> None:
         if ranks.is_main:

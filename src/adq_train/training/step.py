@@ -35,6 +35,17 @@ PRECISIONS = {"float32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.fl
 Mix = Callable[[Tensor, Tensor, int], tuple[Tensor, Tensor]]
 
 
+def part_sizes(num_images: int, count: int) -> list[int]:
+    """Sizes of the parts of a batch, as of ``Tensor.chunk``.
+
+    A last part of a single image joins the part before it, unless all are so small: a batch norm
+    over 1 × 1 pixels cannot be trained on it.
+    """
+    size = -(-num_images // count)
+    sizes = [min(size, num_images - start) for start in range(0, num_images, size)]
+    return [*sizes[:-2], size + 1] if size > 1 == sizes[-1] and len(sizes) > 1 else sizes
+
+
 class TrainingStep:
     """What happens to a model with every batch; codebooks adapt after each optimizer step.
 
@@ -154,12 +165,10 @@ class TrainingStep:
         if not len(images):  # fewer images than processes
             return torch.zeros((), device=self._device)
         total: Tensor | None = None
-        parts = zip(
-            images.chunk(self.accumulate_batches),
-            targets.chunk(self.accumulate_batches),
-            strict=True,
-        )
-        for some, wanted in parts:
+        sizes = part_sizes(len(images), self.accumulate_batches)
+        for some, wanted in zip(
+            torch.split(images, sizes), torch.split(targets, sizes), strict=True
+        ):
             low = self.dtype != torch.float32
             with torch.autocast(self._device.type, self.dtype if low else None, enabled=low):
                 loss = self._loss(some, wanted)
@@ -193,8 +202,22 @@ class TrainingStep:
                 norm.num_batches_tracked.add_(1)
 
     def _loss(self, images: Tensor, targets: Tensor) -> Tensor:
-        """The mean loss of some images, ()."""
-        logits = self._forward(images)
+        """The mean loss of some images, ().
+
+        Raises:
+            UserError: A batch norm cannot be trained on one image.
+        """
+        try:
+            logits = self._forward(images)
+        except (ValueError, RuntimeError) as error:  # of torch, or of its compiler
+            if len(images) > 1 or "more than 1 value per channel" not in str(error):
+                raise
+            least = 2 * self.ranks.world_size
+            raise UserError(
+                "trainer.batch_size: a batch norm over 1 × 1 pixels cannot be trained on one image "
+                f"at a time; set trainer.batch_size to at least {least}, which gives every process "
+                "two images, and leave as many to train on"
+            ) from error
 
         def label_loss() -> Tensor:
             precise = at_least_float32(logits)
