@@ -1,12 +1,9 @@
-import os
-import pickle
 from itertools import pairwise
 from urllib.error import URLError
 
 import pytest
 import torch
 import torchvision
-from safetensors.torch import save_file
 from torch import nn
 
 from adq_train.errors import UserError
@@ -15,8 +12,6 @@ from adq_train.models import (
     CifarResNetModel,
     TorchvisionModel,
     _adapt_ends,
-    load_weights,
-    read_state_dict,
 )
 
 
@@ -209,116 +204,3 @@ def test_googlenets_own_normalisation_needs_three_channels():
     assert model.transform_input
     _adapt_ends(model, 1000, 1)
     assert model(torch.randn(2, 1, 64, 64)).shape == (2, 1000)
-
-
-@pytest.fixture
-def small():
-    torch.manual_seed(1)
-    return CifarResNetModel(depth=8, width=2).build(4, 1)
-
-
-def equal(first, second):
-    return first.keys() == second.keys() and all(torch.equal(first[k], second[k]) for k in first)
-
-
-SAVERS = {
-    "pt": ("x.pt", torch.save),
-    "pth": ("x.pth", torch.save),
-    "safetensors": ("x.safetensors", save_file),
-    "state_dict": ("x.pt", lambda state, path: torch.save({"state_dict": state, "epoch": 3}, path)),
-    "model": ("x.pt", lambda state, path: torch.save({"model": state, "key": "x"}, path)),
-    "both": ("x.pt", lambda state, path: torch.save({"state_dict": {"model": state}}, path)),
-    "module": (
-        "x.pt",
-        lambda state, path: torch.save({f"module.{k}": v for k, v in state.items()}, path),
-    ),
-}
-
-
-@pytest.mark.parametrize("form", SAVERS)
-def test_every_form_of_checkpoint_is_read_exactly(small, tmp_path, form):
-    name, save = SAVERS[form]
-    state = {key: value.clone() for key, value in small.state_dict().items()}
-    save(state, tmp_path / name)
-    assert equal(read_state_dict(tmp_path / name), state)
-
-    other = CifarResNetModel(depth=8, width=2).build(4, 1)
-    assert not equal(other.state_dict(), state)
-    load_weights(other, tmp_path / name)
-    assert equal(other.state_dict(), state)
-
-
-def test_a_missing_checkpoint(tmp_path):
-    with pytest.raises(UserError, match=f"there is no file {tmp_path}/x.pt"):
-        read_state_dict(tmp_path / "x.pt")
-
-
-@pytest.mark.parametrize("name", ["x.pt", "x.safetensors"])
-@pytest.mark.parametrize("share", [0.0, 0.01, 0.5, 0.999])
-def test_a_truncated_checkpoint(small, tmp_path, name, share):
-    path = tmp_path / name
-    save = torch.save if name == "x.pt" else save_file
-    save(small.state_dict(), path)
-    content = path.read_bytes()
-    path.write_bytes(content[: int(share * len(content))])
-    with pytest.raises(UserError, match=f"{path} (cannot be read as plain tensors|is damaged)"):
-        read_state_dict(path)
-
-
-class Runs:
-    """Makes a folder when it is unpickled."""
-
-    def __init__(self, path):
-        self.path = path
-
-    def __reduce__(self):
-        return os.mkdir, (str(self.path),)
-
-
-@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
-@pytest.mark.parametrize("save", [torch.save, lambda x, path: path.write_bytes(pickle.dumps(x))])
-def test_code_in_a_checkpoint_does_not_run(tmp_path, save):
-    trace, path = tmp_path / "trace", tmp_path / "x.pt"
-    save({"fc.weight": Runs(trace)}, path)
-    with pytest.raises(UserError, match=f"{path} cannot be read as plain tensors"):
-        read_state_dict(path)
-    assert not trace.exists()
-    # The attack works on whoever trusts the file.
-    torch.load(path, weights_only=False) if save is torch.save else pickle.loads(path.read_bytes())
-    assert trace.exists()
-
-
-@pytest.mark.parametrize("content", [[1, 2], {"epoch": 3}, torch.zeros(2)])
-def test_a_checkpoint_of_something_else(tmp_path, content):
-    torch.save(content, tmp_path / "x.pt")
-    with pytest.raises(UserError, match="does not hold a state dict of tensors"):
-        read_state_dict(tmp_path / "x.pt")
-
-
-def test_a_checkpoint_that_does_not_fit(small, tmp_path):
-    path = tmp_path / "x.pt"
-    before = {key: value.clone() for key, value in small.state_dict().items()}
-    state = small.state_dict()
-    del state["fc.bias"]
-    state["extra"] = torch.zeros(1)
-    state["conv1.weight"] = torch.zeros(2, 3, 3, 3)
-    torch.save(state, path)
-    with pytest.raises(UserError) as caught:
-        load_weights(small, path)
-    for part in (
-        str(path),
-        "fc.bias is missing",
-        "extra is not in the model",
-        "conv1.weight has shape (2, 3, 3, 3), the model (2, 1, 3, 3)",
-        "choose the model group",
-    ):
-        assert part in str(caught.value)
-    assert " more" not in str(caught.value)
-    assert equal(small.state_dict(), before)
-
-
-def test_a_checkpoint_of_another_model_names_three_problems(small, tmp_path):
-    torch.save({"a": torch.zeros(1)}, tmp_path / "x.pt")
-    number = len(small.state_dict()) + 1 - 3
-    with pytest.raises(UserError, match=f"conv1.weight is missing; .* and {number} more;"):
-        load_weights(small, tmp_path / "x.pt")

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import pickle
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
-import torch
 import torchvision
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -167,10 +164,19 @@ class TorchvisionModel:
         return model
 
 
+def _ends(model: nn.Module) -> list[tuple[str, nn.Module]]:
+    """The convolutions and linear layers in the order of their registration."""
+    return [(n, m) for n, m in model.named_modules() if isinstance(m, nn.Conv2d | nn.Linear)]
+
+
+def last_layer(model: nn.Module) -> tuple[str, nn.Module]:
+    """Name and module of the layer that knows the classes: the last one that is registered."""
+    return _ends(model)[-1]
+
+
 def _adapt_ends(model: nn.Module, num_classes: int, in_channels: int) -> None:
     """Replaces the first convolution or the last layer where the data asks for another."""
-    layers = [(n, m) for n, m in model.named_modules() if isinstance(m, nn.Conv2d | nn.Linear)]
-    first_name, first = layers[0]
+    first_name, first = _ends(model)[0]
     if isinstance(first, nn.Conv2d) and first.in_channels != in_channels:
         filters = first.weight.detach().sum(1, keepdim=True) / in_channels
         new = nn.Conv2d(
@@ -187,73 +193,9 @@ def _adapt_ends(model: nn.Module, num_classes: int, in_channels: int) -> None:
         model.set_submodule(first_name, new)
         if hasattr(model, "transform_input"):  # GoogLeNet and Inception rescale three channels
             model.transform_input = False  # type: ignore[assignment]
-    last_name, last = layers[-1]
+    last_name, last = last_layer(model)
     if isinstance(last, nn.Linear) and last.out_features != num_classes:
         new_head = nn.Linear(last.in_features, num_classes, bias=last.bias is not None)
         model.set_submodule(last_name, new_head)
     elif isinstance(last, nn.Conv2d) and last.out_channels != num_classes:  # SqueezeNet's
         model.set_submodule(last_name, nn.Conv2d(last.in_channels, num_classes, 1))
-
-
-def read_state_dict(path: Path, setting: str = "pretrain.checkpoint") -> dict[str, Tensor]:
-    """Tensors of a checkpoint file, without running any code that it may hold.
-
-    Reads ``.safetensors``, and ``.pt`` / ``.pth`` files with ``weights_only=True``; looks inside
-    the usual wrappers (``state_dict``, ``model``) and drops DataParallel's ``module.`` prefix.
-
-    Raises:
-        UserError: The file is missing, damaged, or holds something else than tensors.
-    """
-    if not path.is_file():
-        raise UserError(f"{setting}: there is no file {path}")
-    content: Any
-    try:
-        if path.suffix == ".safetensors":
-            from safetensors.torch import load_file
-
-            content = load_file(path)
-        else:
-            content = torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, RuntimeError, EOFError, ValueError, KeyError, pickle.UnpicklingError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(
-            f"{setting}: {path} cannot be read as plain tensors ({reason}); save the "
-            "model's state_dict() with torch.save, or as .safetensors"
-        ) from error
-    except Exception as error:  # safetensors has an exception of its own, outside any hierarchy
-        raise UserError(f"{setting}: {path} is damaged ({error})") from error
-    for wrapper in ("state_dict", "model"):
-        if isinstance(content, dict) and isinstance(content.get(wrapper), dict):
-            content = content[wrapper]
-    if not isinstance(content, dict) or not all(isinstance(v, Tensor) for v in content.values()):
-        raise UserError(f"{setting}: {path} does not hold a state dict of tensors")
-    return {str(key).removeprefix("module."): value for key, value in content.items()}
-
-
-def load_weights(model: nn.Module, path: Path, setting: str = "pretrain.checkpoint") -> None:
-    """Loads a checkpoint into ``model``; every name and shape must fit.
-
-    Args:
-        model: Changed in place.
-        path: See :func:`read_state_dict`.
-        setting: Where the path is from, for messages.
-
-    Raises:
-        UserError: Names what is missing, unexpected, or of another shape.
-    """
-    state = read_state_dict(path, setting)
-    own = model.state_dict()
-    problems = [f"{key} is missing" for key in own if key not in state]
-    problems += [f"{key} is not in the model" for key in state if key not in own]
-    problems += [
-        f"{key} has shape {tuple(state[key].shape)}, the model {tuple(own[key].shape)}"
-        for key in own
-        if key in state and state[key].shape != own[key].shape
-    ]
-    if problems:
-        more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
-        raise UserError(
-            f"{setting}: {path} does not fit the model: {'; '.join(problems[:3])}{more}; "
-            "choose the model group that it was saved from"
-        )
-    model.load_state_dict(state)

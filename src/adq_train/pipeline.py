@@ -20,7 +20,6 @@ from adq_train.artifacts import RunResult
 from adq_train.data.base import Loading
 from adq_train.errors import UserError
 from adq_train.files import sha256
-from adq_train.models import load_weights
 from adq_train.quantization.describe import describe_layers
 from adq_train.reporting import report
 from adq_train.run_folder import (
@@ -46,6 +45,7 @@ from adq_train.stages import (
 )
 from adq_train.training.distributed import ALONE, Ranks
 from adq_train.validate import Parts, validate
+from adq_train.weights import load_weights
 
 log = logging.getLogger(__name__)
 
@@ -112,7 +112,12 @@ def execute(
     data = data.for_dry_run() if config["dry_run"] else data
     checkpoint = config["pretrain"]["checkpoint"]
     if checkpoint:
-        load_weights(model, Path(checkpoint))
+        load_weights(
+            model,
+            Path(checkpoint),
+            key=config["pretrain"]["checkpoint_key"],
+            new_head=config["pretrain"]["head"] == "new",
+        )
     model.to(parts.device)
     ranks.equalize(model)
     torch.manual_seed(config["seed"])  # a trained teacher begins like a float model of its own run

@@ -102,6 +102,11 @@ class PretrainConfig:
 
     # A state dict (.pt, .pth or .safetensors) to start from instead of training one.
     checkpoint: str | None = None
+    # Which state of that file, where several fit (say, state_dict_ema); null: the plain one.
+    checkpoint_key: str | None = None
+    # new: the last layer gets fresh weights, for other classes than the file's; pretrain.epochs of
+    # float training follow then.
+    head: str = choice("keep", "new")
     # Epochs of float training; 0 takes the initial (say, torchvision's pretrained) weights.
     epochs: int = number(60, minimum=0)
     lr: float = number(0.1, above=0)

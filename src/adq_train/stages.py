@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
-from safetensors.torch import load_model, save_model
+from safetensors.torch import load_file, save_model
 from torch import nn
 
 from adq_train.allocation.allocator import allocate
@@ -27,7 +27,7 @@ from adq_train.artifacts import (
 )
 from adq_train.data.base import ImageData
 from adq_train.errors import UserError
-from adq_train.files import write_text, written_whole
+from adq_train.files import sha256, write_text, written_whole
 from adq_train.quantization.levels import count_levels
 from adq_train.quantization.prepare import collect_inputs, prepare
 from adq_train.reporting import why
@@ -45,6 +45,7 @@ from adq_train.training.loop import fit, parameter_groups
 from adq_train.training.mixing import Mixing
 from adq_train.training.step import TrainingStep
 from adq_train.validate import Parts
+from adq_train.weights import load_state
 
 log = logging.getLogger(__name__)
 
@@ -87,10 +88,13 @@ def pretrain(run: Context, model: nn.Module) -> None:
         UserError: The kept model is damaged.
     """
     settings = run.config["pretrain"]
-    if settings["checkpoint"] or not settings["epochs"]:
+    given = settings["checkpoint"] and settings["head"] == "keep"
+    if given or not settings["epochs"]:
         log.info("pretrain: float weights as given")
         return
-    shared = _train_float(run, model, run.config["model"], settings["epochs"], "pretrain")
+    shared = _train_float(
+        run, model, run.config["model"], settings["epochs"], "pretrain", settings["checkpoint"]
+    )
     if run.ranks.is_main:
         _copy_metrics(shared, run.folder.path)
 
@@ -106,7 +110,12 @@ def train_teacher(run: Context, teacher: Teacher) -> None:
 
 
 def _train_float(
-    run: Context, model: nn.Module, source: dict[str, Any], epochs: int, stage: str
+    run: Context,
+    model: nn.Module,
+    source: dict[str, Any],
+    epochs: int,
+    stage: str,
+    checkpoint: str | None = None,
 ) -> Path:
     """Float training in a folder that all runs share, unless that holds the trained model already.
 
@@ -116,6 +125,7 @@ def _train_float(
         source: The configuration of the network.
         epochs: Of training.
         stage: Its name in the log and among the run's times.
+        checkpoint: The file that the weights come from, where it is one.
 
     Returns:
         The shared folder.
@@ -125,7 +135,11 @@ def _train_float(
     """
     depends_on = {
         "seed": run.config["seed"],
-        "pretrain": {**run.config["pretrain"], "checkpoint": None, "epochs": epochs},
+        "pretrain": {
+            **_without(run.config["pretrain"], "head", "checkpoint_key"),
+            "checkpoint": sha256(Path(checkpoint)) if checkpoint else None,
+            "epochs": epochs,
+        },
         "model": source,
         "scheduler": run.config["scheduler"],
         # Float training has a rate and a decay of its own, in the section pretrain.
@@ -153,7 +167,7 @@ def _train_float(
             log.info("%s: float model from %s", stage, shared)
         if main:
             try:
-                load_model(model, str(weights))
+                load_state(model, load_file(weights))
             except (SafetensorError, RuntimeError, OSError) as error:
                 raise UserError(
                     f"{weights} is damaged ({error}); delete it to train anew"
@@ -303,7 +317,7 @@ def train_quantized(
         )
         if best is None:
             raise UserError(f"{checkpoints.folder}/best.pt is missing or damaged")
-        model.load_state_dict(best["model"])
+        load_state(model, best["model"])
     watched = evaluate(model, run.data.validation, run.ranks)
     log.info("qat: validation top-1 %.2f %%", watched.top1_percent)
 

@@ -149,6 +149,10 @@ def _section_problems(config: dict[str, Any]) -> Iterator[str]:
     for key, value in leaves(config):
         if isinstance(value, float) and not math.isfinite(value):
             yield f"{key}: must be a finite number, got {value}"
+    pretrain = config["pretrain"]
+    for name, default in (("head", "keep"), ("checkpoint_key", None)):
+        if pretrain[name] != default and not pretrain["checkpoint"]:
+            yield f"pretrain.{name}: {pretrain[name]} is about pretrain.checkpoint; give that too"
     pinned = config["bits"]["pinned"]
     if isinstance(pinned, dict):
         for pattern, width in pinned.items():

@@ -20,6 +20,7 @@ from adq_train.run_folder import read_manifest, read_status
 from adq_train.stages import qat_key
 from adq_train.training.checkpoint import CheckpointFolder
 from adq_train.validate import build, trust_problems, trusted_prefixes
+from adq_train.weights import load_state
 
 
 @dataclass(frozen=True)
@@ -97,7 +98,7 @@ def trained_network(run: FinishedRun) -> nn.Module:
     network = build_network(config["model"], expects.num_classes, expects.image_shape[0], trusted)
     weights = state["model"]
     try:
-        network.load_state_dict({key: weights[key] for key in network.state_dict()})
+        load_state(network, {key: weights[key] for key in network.state_dict()})
         # Quantizers get their shapes from calibration; the checkpoint then replaces the values.
         sample = torch.linspace(-1, 1, 1024)
         prepare(
@@ -108,7 +109,7 @@ def trained_network(run: FinishedRun) -> nn.Module:
             {layer.name: sample for layer in run.allocation.layers},
             seed=0,
         )
-        network.load_state_dict(weights)
+        load_state(network, weights)
     except (KeyError, RuntimeError) as error:
         raise UserError(
             f"{checkpoints.folder / name}.pt does not fit the configuration: {error}"

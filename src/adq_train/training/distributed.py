@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, distributed, nn
 
 from adq_train.errors import UserError
+from adq_train.weights import load_state
 
 T = TypeVar("T")
 
@@ -133,7 +134,7 @@ class Ranks:
     def equalize(self, model: nn.Module) -> None:
         """Gives a model rank 0's parameters and buffers."""
         if self.world_size > 1:
-            model.load_state_dict(self.share(model.state_dict))
+            load_state(model, self.share(model.state_dict))
 
     @contextlib.contextmanager
     def one_first(self) -> Iterator[None]:

@@ -26,6 +26,7 @@ from adq_train.training.evaluate import evaluate
 from adq_train.training.schedule import Schedule
 from adq_train.training.step import TrainingStep
 from adq_train.training.throughput import TimedBatches, duration
+from adq_train.weights import load_state
 
 log = logging.getLogger(__name__)
 
@@ -195,7 +196,7 @@ def fit(
         ranks.equalize(step.evaluated)
     state = ranks.share(lambda: checkpoints.load(key))
     if state is not None:
-        step.evaluated.load_state_dict(state["model"])
+        load_state(step.evaluated, state["model"])
         optimizer.load_state_dict(state["optimizer"])
         step.load_state_dict(state["step"])
         done, best, seconds = state["epoch"], state["best_top1_percent"], state["seconds"]

@@ -27,6 +27,7 @@ from adq_train.training.health import (
     clear_unless,
     origin,
 )
+from adq_train.weights import load_state
 
 log = logging.getLogger(__name__)
 
@@ -297,7 +298,7 @@ class TrainingStep:
     def finish(self) -> None:
         """Gives the trained model the weights that were evaluated."""
         if self._average:
-            self.model.load_state_dict(self._average.model.state_dict())
+            load_state(self.model, self._average.model.state_dict())
 
     def state_dict(self) -> dict[str, Any]:
         """What a resume needs besides ``evaluated`` and the optimizer; tensors and plain types."""
@@ -312,4 +313,4 @@ class TrainingStep:
         self.skipped = state["skipped"]
         self._scaler.load_state_dict(state["scaler"])
         if self._average:
-            self.model.load_state_dict(state["trained"])
+            load_state(self.model, state["trained"])
