@@ -20,6 +20,7 @@ from adq_train.artifacts import RunResult
 from adq_train.data.base import Loading
 from adq_train.errors import UserError
 from adq_train.files import sha256
+from adq_train.init_from import open_start, pin, prepare_from
 from adq_train.quantization.describe import describe_layers
 from adq_train.reporting import report
 from adq_train.run_folder import (
@@ -35,6 +36,7 @@ from adq_train.stages import (
     Context,
     allocate_bits,
     evaluate_models,
+    keep_float,
     keep_levels,
     keep_result,
     prepare_and_calibrate,
@@ -45,7 +47,7 @@ from adq_train.stages import (
 )
 from adq_train.training.distributed import ALONE, Ranks
 from adq_train.validate import Parts, validate
-from adq_train.weights import load_weights
+from adq_train.weights import load_state, load_weights
 
 log = logging.getLogger(__name__)
 
@@ -71,6 +73,7 @@ def run(
     """
     config, parts = validate(cfg)
     check_ranks(ranks, config, parts.device)
+    pin(config)
     if config["dry_run"]:
         with tempfile.TemporaryDirectory(prefix="adq-train-") as scratch:
             config["output_root"] = scratch
@@ -109,6 +112,7 @@ def execute(
     with ranks.one_first():
         data = parts.data.load(loading)
         model = parts.model.build(data.num_classes, data.image_shape[0])
+    start = open_start(config, data)
     data = data.for_dry_run() if config["dry_run"] else data
     checkpoint = config["pretrain"]["checkpoint"]
     if checkpoint:
@@ -118,6 +122,8 @@ def execute(
             key=config["pretrain"]["checkpoint_key"],
             new_head=config["pretrain"]["head"] == "new",
         )
+    elif start and start.float_state:
+        load_state(model, start.float_state)
     model.to(parts.device)
     ranks.equalize(model)
     torch.manual_seed(config["seed"])  # a trained teacher begins like a float model of its own run
@@ -149,7 +155,8 @@ def execute(
                 "processes": ranks.world_size,
                 "data": {"name": data.name, "fingerprint": data.fingerprint},
                 "checkpoint_sha256": sha256(Path(checkpoint)) if checkpoint else None,
-                "files": {name: sha256(path) for name, path in input_files(config).items()},
+                "files": {name: sha256(path) for name, path in input_files(config).items()}
+                | ({"init_from": config["init_from_sha256"]} if start else {}),
                 "input": data.input_format.to_dict(),
                 "model": {"num_float_values": report.num_float_values(model, layers)},
             }
@@ -158,6 +165,7 @@ def execute(
         log.info("run folder %s, on %s", path, parts.device)
         with folder.stage("pretrain"):
             pretrain(run, model)
+            keep_float(run, model)
         if teacher and teacher.epochs:
             with folder.stage("teacher"):
                 train_teacher(run, teacher)
@@ -166,7 +174,10 @@ def execute(
         with folder.stage("allocate"):
             allocation = allocate_bits(run, problem, table)
         with folder.stage("prepare"):
-            calibrated = prepare_and_calibrate(run, model, allocation)
+            if start:
+                calibrated = prepare_from(run, start, model, allocation)
+            else:
+                calibrated = prepare_and_calibrate(run, model, allocation)
             require_achieved(allocation, achieved(calibrated, images[:1], problem.pinned))
             quantized = copy.deepcopy(calibrated)
         with folder.stage("qat"):

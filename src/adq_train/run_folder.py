@@ -31,6 +31,7 @@ log = logging.getLogger(__name__)
 NOT_PART_OF_A_RUN = (
     "run_dir",
     "output_root",
+    "init_from",
     "dry_run",
     "debug",
     "trusted_packages",

@@ -168,6 +168,10 @@ class Config:
     # The run's folder; null derives it: <output_root>/<experiment>/<overrides>-<hash>.
     run_dir: str | None = None
     output_root: str = "outputs"
+    # The folder of a finished run, or a file of its checkpoints: QAT starts from its weights.
+    init_from: str | None = None
+    # SHA-256 of that checkpoint; the run notes it, and with it the place is not part of the run.
+    init_from_sha256: str | None = None
     # Compose, validate, build everything, take two steps of each stage, leave no trace.
     dry_run: bool = False
     # Show the traceback of an error.

@@ -88,7 +88,7 @@ def pretrain(run: Context, model: nn.Module) -> None:
         UserError: The kept model is damaged.
     """
     settings = run.config["pretrain"]
-    given = settings["checkpoint"] and settings["head"] == "keep"
+    given = run.config["init_from"] or (settings["checkpoint"] and settings["head"] == "keep")
     if given or not settings["epochs"]:
         log.info("pretrain: float weights as given")
         return
@@ -97,6 +97,18 @@ def pretrain(run: Context, model: nn.Module) -> None:
     )
     if run.ranks.is_main:
         _copy_metrics(shared, run.folder.path)
+
+
+def keep_float(run: Context, model: nn.Module) -> None:
+    """Keeps the float model with the run, for the runs that begin where this one ends."""
+    if run.ranks.is_main:
+        state = {"key": float_key(run.config), "model": model.state_dict()}
+        CheckpointFolder(run.folder.path / "checkpoints").keep("float", state)
+
+
+def float_key(config: dict[str, Any]) -> str:
+    """The run that a float model was kept with."""
+    return digest([identity(config), "float"])
 
 
 def train_teacher(run: Context, teacher: Teacher) -> None:

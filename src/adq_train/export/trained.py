@@ -75,14 +75,18 @@ def open_run(path: Path) -> FinishedRun:
     return FinishedRun(path, config, read_manifest(path), allocation)
 
 
-def trained_network(run: FinishedRun) -> nn.Module:
+def trained_network(run: FinishedRun, name: str | None = None) -> nn.Module:
     """The trained, quantized network on the CPU, in evaluation mode.
+
+    Args:
+        run: The run.
+        name: Of the checkpoint; None: the one that the run has tested.
 
     Raises:
         UserError: There is no intact checkpoint, or it does not fit the configuration.
     """
     config, expects = run.config, run.input_format()
-    name = config["trainer"]["select"]
+    name = name or config["trainer"]["select"]
     checkpoints = CheckpointFolder(run.path / "checkpoints")
     state = checkpoints.load(qat_key(config, run.allocation), names=(name,))
     if state is None:

@@ -137,6 +137,7 @@ def settings_of(run: Run) -> dict[str, Any]:
     config["pretrain"] = {k: v for k, v in config["pretrain"].items() if k != "checkpoint"}
     config["data"] = {k: v for k, v in config["data"].items() if k != "root"}
     del config["seed"]
+    config.pop("init_from_sha256", None)  # among the files
     data = run.manifest.get("data")
     fingerprint = data.get("fingerprint") if isinstance(data, dict) else None
     flat = dict(_flatten(config))
@@ -160,7 +161,7 @@ def _flatten(node: Any, path: str = "") -> Iterable[tuple[str, Any]]:
 def _rows(runs: Sequence[Run]) -> tuple[list[Row], str, list[str]]:
     """The rows of one section, what all its runs share, and its problems."""
     settings = [settings_of(run) for run in runs]
-    for name in ("pretrain.checkpoint", *INPUT_FILES):
+    for name in ("pretrain.checkpoint", "init_from", *INPUT_FILES):
         settings = _without_files_of_seeds(runs, settings, name)
     known = {x["data.fingerprint"] for x in settings} - {None}
     for found in settings:

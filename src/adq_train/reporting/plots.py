@@ -108,7 +108,7 @@ def draw_training(axes: Axes, records: Sequence[dict[str, Any]], result: RunResu
             first += len(values)
     for value, color, label in (
         (result.fp_top1_percent, GREY, "float"),
-        (result.ptq_top1_percent, RED, "after calibration"),
+        (result.ptq_top1_percent, RED, "before QAT"),
         (result.qat_top1_percent, BLUE, "after QAT"),
     ):
         axes.axhline(value, color=color, linestyle=":", label=f"{label} (test): {value:.2f} %")

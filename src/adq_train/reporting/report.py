@@ -124,5 +124,6 @@ def show(path: Path) -> None:
         if not (path / name).exists():
             raise UserError(f"{path / name} is missing; delete the folder to run it anew")
         loaded.append(kind.from_json((path / name).read_text(encoding="utf-8")))
-    values = read_manifest(path)["model"]["num_float_values"]
-    summary.show(summary.render(loaded[0], loaded[1], loaded[2], loaded[3], values, path))
+    manifest = read_manifest(path)
+    values, begun = manifest["model"]["num_float_values"], "init_from" in manifest.get("files", {})
+    summary.show(summary.render(loaded[0], loaded[1], loaded[2], loaded[3], values, path, begun))

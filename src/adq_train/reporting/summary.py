@@ -18,6 +18,7 @@ from adq_train.artifacts import BitAllocation, LevelCounts, RunResult, Sensitivi
 log = logging.getLogger(__name__)
 
 FLOAT_BYTES = 4
+CALIBRATED = ("after calibration", "no training yet")
 
 
 def kilobytes(count: float) -> str:
@@ -66,6 +67,7 @@ def render(
     result: RunResult,
     num_float_values: int,
     folder: Path,
+    init_from: bool = False,
 ) -> RenderableType:
     """Layers, accuracies, sizes and places.
 
@@ -76,6 +78,7 @@ def render(
         result: Accuracies and times.
         num_float_values: Parameters and statistics outside the quantized weights.
         folder: Where everything was written.
+        init_from: Whether QAT began with the weights of another run.
     """
     layers = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
     # On a narrow terminal the bars give way, not the names.
@@ -104,9 +107,10 @@ def render(
         / result.num_test_images
     )  # fmt: skip
     accuracy = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), show_header=False)
+    begins = ("before QAT", "as init_from left it") if init_from else CALIBRATED
     for label, value, note in (
         ("float", result.fp_top1_percent, ""),
-        ("after calibration", result.ptq_top1_percent, "no training yet"),
+        (begins[0], result.ptq_top1_percent, begins[1]),
         (
             "after QAT",
             result.qat_top1_percent,

@@ -61,6 +61,25 @@ class CheckpointFolder:
                 last.replace(self.folder / "previous.pt")
         self._write_sums([x for x in self._sums() if x == (self._digest(x[1]), x[1])])
 
+    def keep(self, name: str, state: dict[str, Any]) -> None:
+        """Writes a state that does not change beside the checkpoints, unless it is there.
+
+        Args:
+            name: Of the file, without its ending.
+            state: Tensors and plain types.
+
+        Raises:
+            UserError: The disk is full.
+        """
+        self.folder.mkdir(parents=True, exist_ok=True)
+        file = f"{name}.pt"
+        known = self._sums()
+        if (self._digest(file), file) in known:
+            return
+        with written_whole(self.folder / file) as temporary:
+            _write(state, temporary)
+            self._write_sums([*known, (sha256(temporary), file)])
+
     def load(self, key: str, names: tuple[str, ...] = ("last", "previous")) -> Any | None:
         """The newest intact checkpoint of the run that ``key`` stands for, or None.
 
