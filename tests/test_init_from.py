@@ -92,18 +92,18 @@ def test_other_bits_and_quantizers_are_calibrated_anew_on_the_same_weights(more)
             for line in outcome.err.splitlines()
             if "calibrated anew" in line
         }
-        layers = [x["name"] for x in read("run", "allocation.json")["layers"]]
-        if part:
-            assert anew == {f"{name}.{part}" for name in layers}
-        else:
-            old, new = (
-                {x["name"]: x["weight_bits"] for x in read(y, "allocation.json")["layers"]}
-                for y in ("run", run_dir)
-            )
-            odd = [name for name in layers if old[name] != new[name]]
-            assert 0 < len(odd) < len(layers)
-            kinds = ("weight_quantizer", "input_quantizer")
-            assert anew == {f"{name}.{kind}" for name in odd for kind in kinds}
+        # Another quantizer also measures other sensitivities, and so gets other bits.
+        old, new = (
+            {x["name"]: x["weight_bits"] for x in read(y, "allocation.json")["layers"]}
+            for y in ("run", run_dir)
+        )
+        assert anew == {
+            f"{name}.{kind}"
+            for name in old
+            for kind in ("weight_quantizer", "input_quantizer")
+            if kind == part or old[name] != new[name]
+        }
+        assert 0 < len(anew) < 2 * len(old)
         for name, value in state.items():
             fresh = any(name.startswith(f"{x}.") for x in anew)
             assert fresh or torch.equal(value, source[name]), name
