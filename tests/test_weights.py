@@ -470,3 +470,5 @@ def test_settings_about_a_checkpoint_that_is_not_given(cli):
     assert outcome.code != 0
     for name in ("head: new", "checkpoint_key: ema"):
         assert f"pretrain.{name} is about pretrain.checkpoint; give that too" in outcome.err
+    outcome = cli(*QUICK, "pretrain.head=new", "pretrain.checkpoint=x.pt", "init_from=run")
+    assert "pretrain.head: new needs float training, and init_from does none" in outcome.err

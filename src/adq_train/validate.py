@@ -153,6 +153,8 @@ def _section_problems(config: dict[str, Any]) -> Iterator[str]:
     for name, default in (("head", "keep"), ("checkpoint_key", None)):
         if pretrain[name] != default and not pretrain["checkpoint"]:
             yield f"pretrain.{name}: {pretrain[name]} is about pretrain.checkpoint; give that too"
+    if pretrain["head"] == "new" and config["init_from"]:
+        yield "pretrain.head: new needs float training, and init_from does none; leave one out"
     pinned = config["bits"]["pinned"]
     if isinstance(pinned, dict):
         for pattern, width in pinned.items():
