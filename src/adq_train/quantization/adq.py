@@ -42,18 +42,37 @@ def side_sizes(bit_width: int, level_set: str) -> tuple[int, int]:
     ]
 
 
-def _shared_levels(negative: int, positive: int, bit_width: int, level_set: str) -> tuple[int, int]:
-    """How many levels each side gets; one without weights gives its own to the other."""
-    low, high = side_sizes(bit_width, level_set)
-    if not negative:
-        return 0, low + high
-    return (low, high) if positive else (low + high, 0)
-
-
 def _fit_sides(weights: Tensor, bit_width: int, level_set: str) -> tuple[Tensor, Tensor, int, int]:
-    """Negative and positive weights, and how many levels each side gets."""
+    """Negative and positive weights, and how many levels each side gets.
+
+    A side without weights gives its own levels to the other one.
+    """
     negative, positive = weights[weights < 0], weights[weights > 0]
-    return negative, positive, *_shared_levels(len(negative), len(positive), bit_width, level_set)
+    low, high = side_sizes(bit_width, level_set)
+    if not len(negative):
+        low, high = 0, low + high
+    elif not len(positive):
+        low, high = low + high, 0
+    return negative, positive, low, high
+
+
+def _side_quantiles(weights: Tensor, bit_width: int, level_set: str) -> Tensor:
+    """The levels of :func:`quantile_codebook` but for the zero, (L,) sorted.
+
+    No number is read from the device: how many levels the negative side has, too, is a tensor.
+    """
+    low, high = side_sizes(bit_width, level_set)
+    negative, positive = (weights < 0).sum(), (weights > 0).sum()
+    own = torch.where(positive == 0, low + high, low)
+    own = torch.where(negative == 0, 0, own)
+    slots = torch.arange(low + high, device=weights.device)
+    below = slots < own
+    # Ranks among all weights, where the positive ones stand last; without any, those of zeros.
+    place = (slots - torch.where(below, 0, own)).double() + 0.5
+    share = place / torch.where(below, own, low + high - own)
+    count = torch.where(below, negative, positive)
+    first = torch.where(below, 0, len(weights) - positive)
+    return at_ranks(weights, first + share * (count - 1).clamp_min(0))
 
 
 def quantile_codebook(weights: Tensor, bit_width: int, level_set: str) -> Tensor:
@@ -69,17 +88,10 @@ def quantile_codebook(weights: Tensor, bit_width: int, level_set: str) -> Tensor
     Returns:
         (K,) sorted levels; levels coincide where there are fewer distinct weights than levels.
     """
-    negative, positive = int((weights < 0).sum()), int((weights > 0).sum())
-    low, high = _shared_levels(negative, positive, bit_width, level_set)
-    # Ranks among all weights, where the positive ones stand last; without any, those of zeros.
-    sides = (0, negative, low), (len(weights) - positive, positive, high)
-    positions = [
-        first + (torch.arange(m, dtype=torch.float64) + 0.5) / max(m, 1) * max(count - 1, 0)
-        for first, count, m in sides
-    ]
-    levels = at_ranks(weights, torch.cat(positions).to(weights.device))
-    zero = weights.new_zeros(0 if level_set == "no_zero" else 1)
-    return torch.cat([levels[:low], zero, levels[low:]])
+    levels = _side_quantiles(weights, bit_width, level_set)
+    if level_set == "no_zero":
+        return levels
+    return torch.cat([weights.new_zeros(1), levels]).sort().values
 
 
 def uniform_codebook(weights: Tensor, bit_width: int, level_set: str) -> Tensor:
@@ -163,8 +175,9 @@ def revive_dead_level(
     Returns:
         Codebook, counts and sums, each (K,), not sorted.
     """
-    dead = torch.where(pinned, torch.inf, counts).argmin()
-    crowded = counts.argmax()
+    # (1,), not (): PyTorch reads an index of no dimension.
+    dead = torch.where(pinned, torch.inf, counts).argmin(0, keepdim=True)
+    crowded = counts.argmax(0, keepdim=True)
     # No weight lies between the reach and a dead level beyond it.
     inner = midpoints(codebook).clamp(*reach)
     borders = torch.cat([reach[0].view(1), inner, reach[1].view(1)])
@@ -314,10 +327,10 @@ class AdqWeightQuantizer(WeightQuantizer):
         self.scale = self._channel_scale(weight)
         weights = self._scaled(weight)
         if self.adaptation == "quantile":
-            target = quantile_codebook(weights, self.bit_width, self.level_set)
+            target = _side_quantiles(weights, self.bit_width, self.level_set)
             # Apart from the zero, which stands elsewhere once all weights have one sign.
-            free, zero = target[~self._zero_level(target)], self.codebook[self.pinned]
-            free = torch.lerp(free, self.codebook[~self.pinned], self.decay)
+            free = torch.lerp(target, self._free_levels(), self.decay)
+            zero = free.new_zeros(len(self.codebook) - len(free))
             self.codebook = torch.cat([zero, free]).sort().values
             self.pinned = self._zero_level(self.codebook)
             return
@@ -349,6 +362,13 @@ class AdqWeightQuantizer(WeightQuantizer):
             return torch.ones(1, device=weight.device)
         scale = weight.detach().float().abs().mean(dim=tuple(range(1, weight.dim())), keepdim=True)
         return torch.where(scale > 0, scale, 1.0)
+
+    def _free_levels(self) -> Tensor:
+        """The codebook without its zero."""
+        if self.level_set == "no_zero":
+            return self.codebook
+        slots = torch.arange(len(self.codebook) - 1, device=self.codebook.device)
+        return self.codebook[slots + (slots >= self.pinned.byte().argmax())]
 
     def _zero_level(self, codebook: Tensor) -> Tensor:
         """Which level is the zero, (K,) bool: the first among equals that is not negative."""

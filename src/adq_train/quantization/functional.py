@@ -108,8 +108,7 @@ def interval_sums(
     slots = torch.arange(2 * len(edges), device=x.device)
     grad_x = grad * slopes[(slots + 1) // 2].index_select(0, cells).view(x.shape)
     by_cell, moments = (
-        torch.bincount(cells, weights=w.flatten(), minlength=len(slots)).double()
-        for w in (grad, grad * x)
+        sums_by_index(w.flatten(), cells, len(slots)).double() for w in (grad, grad * x)
     )
     # Cell 2k + 1 is the first above edge k.
     above = [y.flip(0).cumsum(0).flip(0)[1::2] for y in (by_cell, moments)]
@@ -224,9 +223,26 @@ def cell_statistics(values: Tensor, indices: Tensor, num_levels: int) -> tuple[T
     Returns:
         Counts (K,) and sums (K,), both in the dtype of ``values``.
     """
-    counts = torch.bincount(indices, minlength=num_levels).to(values.dtype)
-    sums = torch.bincount(indices, weights=values, minlength=num_levels).to(values.dtype)
-    return counts, sums
+    # As integers: a float32 that counts stops at 2^24.
+    counts = sums_by_index(torch.ones_like(indices), indices, num_levels)
+    return counts.to(values.dtype), sums_by_index(values, indices, num_levels)
+
+
+def sums_by_index(values: Tensor, indices: Tensor, size: int) -> Tensor:
+    """The sum of the values of each index.
+
+    Not ``torch.bincount``, which gives the same: on a GPU that waits for the largest index, and has
+    no deterministic form.
+
+    Args:
+        values: (n,).
+        indices: (n,) int32 or int64 in ``0 … size - 1``.
+        size: Length of the result.
+
+    Returns:
+        (size,) in the dtype of ``values``.
+    """
+    return values.new_zeros(size).index_add_(0, indices, values)
 
 
 def lloyd_max(
