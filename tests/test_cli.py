@@ -191,7 +191,7 @@ ERRORS = {
     ),
     "a precision that does not exist": (
         ["trainer.precision=fp8"],
-        "trainer.precision: must be one of float32, bf16, fp16, got 'fp8'",
+        "trainer.precision: must be one of float32, tf32, bf16, fp16, got 'fp8'",
     ),
     "an average that forgets nothing": (
         ["trainer.weight_average_decay=1"],

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import logging
-import os
 import re
 import tempfile
 from pathlib import Path
@@ -45,6 +44,7 @@ from adq_train.stages import (
     train_quantized,
     train_teacher,
 )
+from adq_train.training.device import use
 from adq_train.training.distributed import ALONE, Ranks
 from adq_train.validate import Parts, validate
 from adq_train.weights import load_state, load_weights
@@ -100,7 +100,11 @@ def execute(
     config: dict[str, Any], parts: Parts, path: Path, command: list[str], ranks: Ranks = ALONE
 ) -> RunResult:
     """Runs the stages that are not done yet, in the folder ``path``."""
-    set_deterministic(config["trainer"]["deterministic"])
+    use(
+        parts.device,
+        deterministic=config["trainer"]["deterministic"],
+        precision=config["trainer"]["precision"],
+    )
     torch.manual_seed(config["seed"])
     loading = Loading(
         config["trainer"]["batch_size"] * config["trainer"]["accumulate_batches"],
@@ -210,14 +214,6 @@ def check_ranks(ranks: Ranks, config: dict[str, Any], device: torch.device) -> N
             f"{torch.cuda.device_count()}: start at most so many processes on it with "
             "trainer.device=cuda, or set trainer.device=cpu"
         )
-
-
-def set_deterministic(deterministic: bool) -> None:
-    """Chooses whether a GPU computes the same bits every time; a CPU does in any case."""
-    if deterministic:  # read by cuBLAS when it starts
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    torch.use_deterministic_algorithms(deterministic)
-    torch.backends.cudnn.deterministic = deterministic
 
 
 def run_dir(config: dict[str, Any], experiment: str | None, overrides: list[str]) -> Path:

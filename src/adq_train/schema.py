@@ -132,8 +132,9 @@ class TrainerConfig:
     # Batches whose gradients are added up before an optimizer step; the learning rate's schedule
     # and everything else see one batch of batch_size times so many images.
     accumulate_batches: int = number(1, minimum=1)
-    # float32, or autocast in bf16 or fp16 (with a scaled loss); quantizers stay in float32.
-    precision: str = choice("float32", "bf16", "fp16")
+    # float32; tf32: the same with a GPU's convolutions and matrix products rounded to TF32; or
+    # autocast in bf16 or fp16 (with a scaled loss). Quantizers stay in float32.
+    precision: str = choice("float32", "tf32", "bf16", "fp16")
     # Memory layout of weights and images, and torch.compile for the quantizers or the whole
     # model: how fast it goes, not what it computes.
     channels_last: bool = False

@@ -21,6 +21,7 @@ from adq_train.quantization.functional import (
     quantiles,
     round_ste,
     scale_gradient,
+    sums_by_index,
 )
 
 SEEDS = st.integers(0, 2**31)
@@ -383,3 +384,15 @@ def test_best_codebook_scale_is_the_best_of_its_candidates(seed, count, signed, 
 
 def test_best_codebook_scale_of_zeros():
     assert best_codebook_scale(torch.zeros(5), torch.tensor([-1.0, 0.0, 1.0])) == 1
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_sums_by_index_are_those_of_bincount_bit_for_bit(dtype):
+    for size, count in ((1, 2), (1000, 3), (100_000, 512)):
+        values, indices = torch.randn(size, dtype=dtype), torch.randint(count, (size,))
+        expected = torch.bincount(indices, weights=values, minlength=count)
+        for kind in (torch.int32, torch.int64):
+            assert torch.equal(sums_by_index(values, indices.to(kind), count), expected)
+        counts, sums = cell_statistics(values, indices, count)
+        assert torch.equal(counts, torch.bincount(indices, minlength=count).to(dtype))
+        assert torch.equal(sums, expected)

@@ -123,9 +123,10 @@ class LateFlags:
     def add(self, step: int, finite: Tensor, images: Tensor, targets: Tensor) -> None:
         """Sends the flag of a step, () bool, on its way; the batch is kept until it arrives."""
         on_cpu = finite.to("cpu", non_blocking=True)
-        arrived = torch.cuda.Event() if finite.is_cuda else None  # type: ignore[no-untyped-call]
-        if arrived:
-            arrived.record()
+        # On the flag's own device, which need not be the current one.
+        arrived = (
+            torch.cuda.current_stream(finite.device).record_event() if finite.is_cuda else None
+        )
         self.waiting.append(Late(step, on_cpu, images, targets, arrived))
 
     def failed(self, steps_ahead: int | None = None) -> Late | None:

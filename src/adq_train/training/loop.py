@@ -319,4 +319,5 @@ def _seed_generators(seed: int, device: torch.device) -> None:
     """Seeds the CPU's generator and that of one GPU; the others' would cost time at every step."""
     torch.default_generator.manual_seed(seed)
     if device.type == "cuda":
-        torch.cuda.manual_seed(seed)
+        with torch.cuda.device(device):
+            torch.cuda.manual_seed(seed)

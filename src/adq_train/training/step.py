@@ -31,7 +31,12 @@ from adq_train.weights import load_state
 
 log = logging.getLogger(__name__)
 
-PRECISIONS = {"float32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+PRECISIONS = {
+    "float32": torch.float32,
+    "tf32": torch.float32,
+    "bf16": torch.bfloat16,
+    "fp16": torch.float16,
+}
 
 Mix = Callable[[Tensor, Tensor, int], tuple[Tensor, Tensor]]
 
@@ -61,8 +66,9 @@ class TrainingStep:
         gradient_clip_norm: Largest L2 norm of the gradients, or None.
         accumulate_batches: Parts that each batch is cut into; their gradients are added up before
             the step, weighted by their images.
-        precision: ``float32``, or ``bf16`` or ``fp16`` for the layers that autocast trusts with
-            it; quantizers, loss and weights stay in float32. ``fp16`` scales the loss.
+        precision: ``float32``, or ``tf32`` (the same here; :mod:`adq_train.training.device` sets
+            it), or ``bf16`` or ``fp16`` for the layers that autocast trusts with it; quantizers,
+            loss and weights stay in float32. ``fp16`` scales the loss.
         channels_last: Whether weights and images are laid out channel by channel of each pixel.
         compile: ``none``, ``quantizers`` or ``model``.
         skip_nonfinite_steps: So many steps that are not finite are left out before one stops the
