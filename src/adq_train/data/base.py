@@ -230,6 +230,7 @@ class Loading:
         seed: The run's seed: order and augmentation of the training images.
         device: Where the batches live.
         processes: That share each training batch.
+        download: Whether a data set that is not there may be fetched.
     """
 
     batch_size: int
@@ -237,11 +238,24 @@ class Loading:
     seed: int
     device: torch.device
     processes: int = 1
+    download: bool = True
 
     @property
     def at_least(self) -> int:
         """Images of a training batch that give every process two."""
         return 2 * self.processes
+
+    def require_download(self, name: str) -> None:
+        """Refuses to fetch a data set that nobody has asked for.
+
+        Raises:
+            UserError: Says how to ask.
+        """
+        if not self.download:
+            raise UserError(
+                f"data: {name} is not on this machine; data.root=<folder> reads it from there, "
+                "data.download=true fetches it"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -318,6 +318,7 @@ class Cifar(Limited):
         folder = CACHE_FOLDER.expanduser() if self.root is None else Path(self.root)
         found = find_reader(folder, layout)
         if found is None and self.root is None:
+            loading.require_download(self.name)
             download(folder, layout)
             found = find_reader(folder, layout)
         if found is None:

@@ -99,7 +99,7 @@ def download(root: Path) -> list[Path]:
     return files
 
 
-def locate(root: str | None) -> list[Path]:
+def locate(root: str | None, loading: Loading) -> list[Path]:
     """The files: under ``root`` when it is given, else Debian's, else a cache, else downloaded."""
     if root is not None:
         files = find_files(Path(root))
@@ -110,7 +110,11 @@ def locate(root: str | None) -> list[Path]:
             )
         return files
     cache = CACHE_FOLDER.expanduser()
-    return find_files(DEBIAN_FOLDER) or find_files(cache) or download(cache)
+    found = find_files(DEBIAN_FOLDER) or find_files(cache)
+    if found is None:
+        loading.require_download("fashion_mnist")
+        found = download(cache)
+    return found
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -137,7 +141,7 @@ class FashionMnist(Limited):
         Raises:
             UserError: They are missing, damaged, or do not belong together.
         """
-        tensors = [read_idx(path) for path in locate(self.root)]
+        tensors = [read_idx(path) for path in locate(self.root, loading)]
         for images, targets in (tensors[:2], tensors[2:]):
             if images.dim() != 3 or targets.shape != images.shape[:1] or (targets > 9).any():
                 raise UserError(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -42,6 +44,42 @@ def refuse_parts(node: Any, path: str) -> None:
     for name, value in leaves(node):
         if name != "_target_" and name.endswith("_target_"):
             raise UserError(f"{path}.{name}: a file may not name {value!r}; nothing was imported")
+
+
+# A torchvision network has parts while it is built that adq-train takes away again.
+SPARE = 4
+SPARE_VALUES = 1 << 20
+
+
+@contextlib.contextmanager
+def limited_to(num_tensors: int, num_values: int) -> Iterator[None]:
+    """Stops the building of a network that is far larger than the file that describes it.
+
+    A parameter is registered before its values are set, so that what is too large has not taken
+    memory yet, and a network that is too deep ends early.
+
+    Args:
+        num_tensors: That the file holds.
+        num_values: That they have together.
+    """
+    tensors, values = 0, 0
+
+    def count(_: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
+        nonlocal tensors, values
+        if parameter is None:
+            return
+        tensors, values = tensors + 1, values + parameter.numel()
+        if tensors > SPARE * num_tensors + 100 or values > SPARE * num_values + SPARE_VALUES:
+            raise UserError(
+                f"the model section describes a network far larger than the {num_values:,} values "
+                f"in {num_tensors:,} tensors that are there"
+            )
+
+    handle = nn.modules.module.register_module_parameter_registration_hook(count)
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
 def build_network(

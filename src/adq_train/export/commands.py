@@ -24,6 +24,11 @@ Writes the trained model of a finished run as one small file.
   output=FILE               another place
   float_type=float32|float16   precision of norms, biases and layers that are not quantized
   fold_batch_norm=true      fold batch norms into convolutions; logits then differ by rounding
+  tolerance=0.001           onnx: share of the test images that may get another top-1 class, near
+                            ties aside (docs/export.md)
+  data.KEY=VALUE            onnx: other settings of the run's data set: data.root=/data/cifar10;
+                            data.download=true fetches it where it is not there
+  trusted_packages=[NAME]   packages of your own whose classes the run uses; they will be imported
   json=true                 the report as one line of JSON
   debug=true                show where an error comes from
 """
@@ -31,7 +36,9 @@ EVAL_HELP = """adq-eval PATH [key=value ...]
 
 Evaluates a run folder, a packed file or an .onnx file on the test images of its data set.
 
-  data=NAME data.KEY=VALUE  another data set, or other settings of it: data.root=/data/imagenet
+  data=NAME data.KEY=VALUE  another data set, or other settings of it: data.root=/data/imagenet;
+                            data.download=true fetches it where it is not there
+  trusted_packages=[NAME]   packages of your own whose classes a run uses; they will be imported
   batch_size=500            images of a batch
   predict=FILE_OR_FOLDER    classify images of your own instead
   json=true                 one line of JSON
@@ -48,6 +55,9 @@ class ExportSettings:
     output: str = ""
     float_type: str = choice("float32", "float16")
     fold_batch_norm: bool = False
+    tolerance: float = number(0.001, minimum=0, maximum=1)
+    data_changes: dict[str, str] = field(default_factory=dict)
+    trusted_packages: tuple[str, ...] = ()
     json: bool = False
     debug: bool = False
 
@@ -61,6 +71,7 @@ class EvalSettings:
     data_changes: dict[str, str] = field(default_factory=dict)
     batch_size: int = number(500, minimum=1)
     predict: str = ""
+    trusted_packages: tuple[str, ...] = ()
     json: bool = False
     debug: bool = False
 
@@ -111,9 +122,16 @@ def export(settings: ExportSettings) -> None:
     """
     from adq_train.export.write import export_run
 
-    run, suffix = Path(settings.path), "onnx" if settings.format == "onnx" else "safetensors"
-    output = Path(settings.output) if settings.output else run / "export" / f"model.{suffix}"
-    report = export_run(run, output, settings.format, settings.float_type, settings.fold_batch_norm)
+    report = export_run(
+        Path(settings.path),
+        Path(settings.output) if settings.output else None,
+        settings.format,
+        settings.float_type,
+        settings.fold_batch_norm,
+        settings.tolerance,
+        settings.data_changes,
+        settings.trusted_packages,
+    )
     print(json.dumps(report.to_dict()) if settings.json else report.to_text())
 
 
@@ -127,9 +145,10 @@ def evaluate(settings: EvalSettings) -> None:
     from rich.table import Table
 
     from adq_train.export import evaluate as forms
+    from adq_train.export.datasets import data_section
     from adq_train.training.evaluate import evaluate as measure
 
-    opened = forms.open_path(Path(settings.path))
+    opened = forms.open_path(Path(settings.path), settings.trusted_packages)
     if settings.predict:
         predictions = forms.predict(opened, Path(settings.predict))
         if settings.json:
@@ -141,8 +160,10 @@ def evaluate(settings: EvalSettings) -> None:
         for image, classes in ((x.image, x.classes) for x in predictions):
             print(f"{image}  " + "  ".join(f"{name} {100 * p:.1f} %" for name, p in classes))
         return
-    section = forms.data_section(opened.data, settings.data or None, settings.data_changes)
-    data = forms.open_data(opened, section, settings.batch_size)
+    section, download = data_section(
+        opened.data, settings.data or None, settings.data_changes, opened.form != "run"
+    )
+    data = forms.open_data(opened, section, settings.batch_size, download)
     same_data = None if opened.fingerprint is None else opened.fingerprint == data.fingerprint
     figures = measure(opened.network, data.test)
     if settings.json:

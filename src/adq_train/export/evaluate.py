@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import importlib.resources
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from omegaconf import OmegaConf
 from PIL import Image
 from torch import Tensor, nn
 from torchvision.transforms import v2
@@ -18,12 +16,12 @@ from torchvision.transforms import v2
 from adq_train.data.base import ImageData, InputFormat, Pixels
 from adq_train.data.listing import images_below
 from adq_train.data.pictures import UnreadableError, read_picture, shown
-from adq_train.errors import UserError, did_you_mean
+from adq_train.errors import UserError
 from adq_train.export.datasets import check_data_source, load_data
 from adq_train.export.onnx import OnnxModel
 from adq_train.export.packed import open_packed
 from adq_train.export.trained import open_run, trained_network
-from adq_train.validate import TRUSTED_PREFIXES, trusted_prefixes
+from adq_train.validate import TRUSTED_PREFIXES
 
 TOP = 5
 
@@ -49,18 +47,22 @@ class Evaluable:
     trusted: tuple[str, ...] = TRUSTED_PREFIXES
 
 
-def open_path(path: Path) -> Evaluable:
+def open_path(path: Path, trusted_packages: Sequence[str] = ()) -> Evaluable:
     """Opens a run folder, a packed file or an ONNX file.
+
+    Args:
+        path: Of it.
+        trusted_packages: Whose classes a run folder may name; files may name built-in ones alone.
 
     Raises:
         UserError: It is none of them, or damaged.
     """
     if path.is_dir():
-        run = open_run(path)
+        run = open_run(path, trusted_packages)
         recorded = (run.manifest.get("data") or {}).get("fingerprint")
-        data, trusted = run.config["data"], trusted_prefixes(run.config)
         network = trained_network(run)
-        return Evaluable("run", network, run.input_format(), data, recorded, trusted)
+        data = run.config["data"]
+        return Evaluable("run", network, run.input_format(), data, recorded, run.trusted)
     if path.suffix == ".onnx":
         onnx = OnnxModel(path)
         facts = onnx.facts()
@@ -81,40 +83,9 @@ def _fingerprint(facts: Mapping[str, Any]) -> str | None:
     return node if isinstance(node, str) else None
 
 
-def data_section(section: Any, choice: str | None, changes: Mapping[str, str]) -> dict[str, Any]:
-    """The ``data`` section to evaluate on.
-
-    Args:
-        section: What the file or the run says, or None.
-        choice: The name of another data set, or None.
-        changes: Settings to change, by name, in YAML.
-
-    Raises:
-        UserError: There is no such data set, or none at all.
-    """
-    if choice is not None:
-        folder = importlib.resources.files("adq_train.configs") / "data"
-        known = [Path(x.name).stem for x in folder.iterdir() if x.name.endswith(".yaml")]
-        if choice not in known:
-            raise UserError(
-                f"data: there is no data set {choice!r}{did_you_mean(choice, known)}; choose from "
-                f"{', '.join(sorted(known))}"
-            )
-        text = (folder / f"{choice}.yaml").read_text("utf-8")
-        section = OmegaConf.to_container(OmegaConf.create(text))
-    if not isinstance(section, dict):
-        raise UserError("data: the file does not say what it was trained on; give data=<name>")
-    try:
-        settings = OmegaConf.from_dotlist([f"{key}={value}" for key, value in changes.items()])
-        changed: Any = OmegaConf.to_container(settings)
-    except Exception as error:  # YAML and OmegaConf have errors of their own
-        raise UserError(f"data: a value cannot be read ({error})") from error
-    if "_target_" in changed:
-        raise UserError("data._target_: cannot be changed; choose a data set with data=<name>")
-    return {key: v for key, v in {**section, **changed}.items() if v != "???"}
-
-
-def open_data(opened: Evaluable, section: dict[str, Any], batch_size: int) -> ImageData:
+def open_data(
+    opened: Evaluable, section: dict[str, Any], batch_size: int, download: bool
+) -> ImageData:
     """Loads the data set to evaluate on, and checks that the network fits it.
 
     Raises:
@@ -122,7 +93,7 @@ def open_data(opened: Evaluable, section: dict[str, Any], batch_size: int) -> Im
     """
     if opened.form != "run":
         check_data_source(section)
-    data = load_data(section, batch_size, opened.trusted)
+    data = load_data(section, batch_size, opened.trusted, download)
     expects = opened.expects
     if expects and (expects.num_classes, expects.image_shape) != (
         data.num_classes,

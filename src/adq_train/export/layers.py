@@ -50,7 +50,7 @@ class Steps(nn.Module):
     def values(self, codes: Tensor) -> Tensor:
         """The level of each code."""
         if self.zero_point is not None:
-            return (codes.float() - self.zero_point) * self.grid_step
+            return (codes.to(self.grid_step.dtype) - self.zero_point) * self.grid_step
         return torch.empty_like(codes, dtype=self.levels.dtype).copy_(
             look_up(self.levels, codes.int())
         )

@@ -12,14 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 from torch import Tensor, nn
 
 from adq_train.data.base import InputFormat
 from adq_train.errors import UserError
-from adq_train.export.architecture import check_builder
+from adq_train.export.architecture import check_builder, limited_to
 from adq_train.export.bits import pack, unpack
 from adq_train.export.model import TableModel, assemble
 from adq_train.export.tables import LayerTables, Staircase, WeightTable
@@ -29,7 +28,10 @@ VERSION = 1
 DIGEST = b'"sha256":"'
 NO_DIGEST = "0" * 64
 # No index of a real network comes near; a damaged or hostile one must not fill the memory.
-LARGEST_INDEX = 1 << 26
+LARGEST_INDEX = 1 << 22
+LARGEST_FILE = 1 << 32
+# Values of an image that a network may ask for: three channels of 4096 × 4096.
+LARGEST_IMAGE = 3 << 24
 
 
 @dataclass(frozen=True)
@@ -79,10 +81,15 @@ def open_packed(path: Path, unpack_weights: bool = True) -> tuple[TableModel, nn
     """
     model = read_packed(path)
     try:
-        return model, assemble(model, dense=unpack_weights)
+        with limited_to(
+            len(model.layers) + len(model.floats),
+            sum(x.weight.codes.numel() for x in model.layers.values())
+            + sum(x.numel() for x in model.floats.values()),
+        ):
+            return model, assemble(model, dense=unpack_weights)
     except UserError as error:
         raise UserError(f"{path} does not fit its own architecture: {error}") from error
-    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+    except Exception as error:  # a bent file may lead to anything
         raise UserError(f"{path} does not fit its own architecture: {error!r}") from error
 
 
@@ -129,23 +136,26 @@ def read_packed(path: Path) -> TableModel:
         UserError: The file is missing, damaged, something else, or of a newer version.
     """
     try:
+        if path.exists() and not path.is_file():
+            raise UserError(f"{path} cannot be read: it is not a regular file")
+        if (size := path.stat().st_size) > LARGEST_FILE:
+            raise UserError(f"{path} has {size:,} bytes, more than the {LARGEST_FILE:,} allowed")
         data = path.read_bytes()
     except OSError as error:
         raise UserError(f"{path} cannot be read ({error.strerror})") from error
     metadata = _metadata(data, path)
     try:
         tensors = load_tensors(data)
-        node, run = json.loads(metadata["model"]), json.loads(metadata["run"])
+        node, run = strict_json(metadata["model"]), strict_json(metadata["run"])
         check_builder(node)
         unzip = zlib.decompressobj()
         text = unzip.decompress(tensors["index"].numpy().tobytes(), LARGEST_INDEX)
-        return _parsed(json.loads(text), node, run, tensors)
+        if unzip.unconsumed_tail:
+            raise ValueError(f"an index of more than {LARGEST_INDEX:,} bytes")
+        return _parsed(strict_json(text), node, run, tensors)
     except UserError as error:
         raise UserError(f"{path}: {error}") from error
-    except (
-        KeyError, TypeError, ValueError, AttributeError, RuntimeError, OverflowError,
-        RecursionError, SafetensorError, zlib.error,
-    ) as error:  # fmt: skip
+    except Exception as error:  # a bent file may lead to anything
         raise UserError(f"{path} is not a packed model that adq-export wrote: {error!r}") from error
 
 
@@ -153,14 +163,14 @@ def _metadata(data: bytes, path: Path) -> dict[str, str]:
     """The strings of the header, once the file is known to be ours and whole."""
     try:
         length = int.from_bytes(data[:8], "little")
-        metadata: Any = json.loads(data[8 : 8 + length]).get("__metadata__") or {}
-        kind, version = metadata.get("format"), metadata.get("format_version", "")
+        metadata: Any = strict_json(data[8 : 8 + length]).get("__metadata__") or {}
+        kind, version = metadata.get("format"), str(metadata.get("format_version", ""))
     except (ValueError, AttributeError, RecursionError) as error:
         raise UserError(f"{path} is damaged, or not a safetensors file ({error})") from error
     if kind != FORMAT:
         raise UserError(f"{path} is not a packed model of adq-train; make one with adq-export")
-    if not str(version).isdecimal():
-        raise UserError(f"{path} is damaged: its format version is {version!r}")
+    if not (version.isdecimal() and len(version) < 10 and int(version) > 0):
+        raise UserError(f"{path} is damaged: its format version is {version[:20]!r}")
     if int(version) > VERSION:
         raise UserError(
             f"{path} has format version {version}, this adq-train reads up to {VERSION}; update it"
@@ -176,6 +186,25 @@ def _digest_place(data: bytes) -> slice:
     """Where the file's own SHA-256 stands; it is taken with zeros in this place."""
     start = data.find(DIGEST) + len(DIGEST)
     return slice(start, start + len(NO_DIGEST))
+
+
+def strict_json(text: str | bytes) -> Any:
+    """JSON without NaN, Infinity or a key that is there twice.
+
+    Raises:
+        ValueError: It is something else.
+    """
+
+    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        content = dict(pairs)
+        if len(content) < len(pairs):
+            raise ValueError("a name that is there twice")
+        return content
+
+    def never(name: str) -> Any:
+        raise ValueError(f"{name} is no number")
+
+    return json.loads(text, object_pairs_hook=once, parse_constant=never)
 
 
 def _joined(parts: list[Tensor]) -> Tensor:
@@ -261,22 +290,42 @@ def _parsed(
             bits, chosen, codebook, tables.take(shape[0]) if row["scaled"] else None
         )
         thresholds, levels = tables.take(row["input_levels"] - 1), tables.take(row["input_levels"])
-        if not (thresholds.diff() >= 0).all():
+        # Those that no input reaches are infinite.
+        if thresholds.isnan().any() or not (thresholds[1:] >= thresholds[:-1]).all():
             raise ValueError("thresholds that do not ascend")
+        for part in (weight.codebook, weight.scale, levels):
+            if part is not None and not part.isfinite().all():
+                raise ValueError("a level or a scale that is not finite")
+        if row["name"] in layers:
+            raise ValueError(f"layer {row['name']!r} twice")
         stairs = Staircase(int(row["input_bits"]), thresholds, levels)
         layers[str(row["name"])] = LayerTables(weight, stairs)
     kept = {
         str(name): floats.take(math.prod(_shape(shape))).float().view(_shape(shape))
         for name, shape in index["floats"]
     }
+    if len(kept) < len(index["floats"]):
+        raise ValueError("a float tensor that is there twice")
+    for name, value in kept.items():
+        if not value.isfinite().all() or (name.endswith("running_var") and (value < 0).any()):
+            raise ValueError(f"{name!r} has values that are not finite, or a negative variance")
     for reader in (codes, tables, floats):
         reader.finish()
     folded = {str(norm): str(convolution) for norm, convolution in index["folded"].items()}
     expects = InputFormat.from_dict(index["input"])
+    if math.prod(expects.image_shape) > LARGEST_IMAGE:
+        raise ValueError(
+            f"images of {expects.image_shape}; at most {LARGEST_IMAGE:,} values are allowed"
+        )
+    resize = expects.pixels and expects.pixels.resize
+    if resize and expects.image_shape[0] * resize**2 > LARGEST_IMAGE:
+        raise ValueError(
+            f"images resized to {resize} a side, too many for {LARGEST_IMAGE:,} values"
+        )
     return TableModel(node, index["data"], expects, layers, kept, folded, run)
 
 
 def _shape(sizes: Any) -> tuple[int, ...]:
-    if not all(isinstance(size, int) and size >= 1 for size in sizes):
+    if not sizes or not all(type(size) is int and size >= 1 for size in sizes):
         raise ValueError(f"a shape of {sizes}")
     return tuple(sizes)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
@@ -16,8 +17,8 @@ def parse(kind: type[T], arguments: Sequence[str]) -> T:
     """Settings from ``PATH`` and ``key=value`` arguments.
 
     Args:
-        kind: A dataclass whose first field is the path. Fields are str, bool or int by their
-            default; one of type dict takes the settings ``name.key=value``.
+        kind: A dataclass whose first field is the path. Fields are str, bool, int, float or a
+            tuple of names by their default; one of type dict takes the settings ``name.key=value``.
         arguments: The command line.
 
     Raises:
@@ -36,7 +37,7 @@ def parse(kind: type[T], arguments: Sequence[str]) -> T:
             values[path_name] = argument
         elif not equals:
             problems.append(f"{argument!r} is neither the path nor of the form key=value")
-        elif dot and f"{group}_changes" in known:
+        elif dot and equals and f"{group}_changes" in known:
             values.setdefault(f"{group}_changes", {})[inner] = text
         elif key not in known or key == path_name or key.endswith("_changes"):
             names = [x for x in known if x != path_name and not x.endswith("_changes")]
@@ -68,4 +69,18 @@ def _value(field: Any, text: str) -> Any:
         if not text.isdecimal() or allowed.problem(int(text)):
             raise ValueError(f"must be a whole number, {allowed}, got {text!r}")
         return int(text)
+    if isinstance(field.default, float):
+        allowed = field.metadata["range"]
+        try:
+            value = float(text)
+        except ValueError:
+            value = math.nan
+        if allowed.problem(value):
+            raise ValueError(f"must be a number, {allowed}, got {text!r}")
+        return value
+    if isinstance(field.default, tuple):
+        names = tuple(x.strip() for x in text.strip("[]").split(",") if x.strip())
+        if wrong := [x for x in names if not all(part.isidentifier() for part in x.split("."))]:
+            raise ValueError(f"must be a list of names, [a,b], got {wrong[0]!r} in it")
+        return names
     return text

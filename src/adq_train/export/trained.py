@@ -2,25 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from omegaconf import OmegaConf
 from torch import nn
 
 from adq_train.artifacts import BitAllocation
 from adq_train.data.base import ImageData, InputFormat
 from adq_train.errors import UserError
 from adq_train.export.architecture import build_network
-from adq_train.export.datasets import load_data
+from adq_train.export.datasets import data_section, load_data
 from adq_train.quantization.prepare import prepare
 from adq_train.run_folder import read_manifest, read_status
 from adq_train.stages import qat_key
 from adq_train.training.checkpoint import CheckpointFolder
 from adq_train.validate import build, trust_problems, trusted_prefixes
 from adq_train.weights import load_state
+from adq_train.yaml_files import read_yaml
 
 
 @dataclass(frozen=True)
@@ -32,26 +33,38 @@ class FinishedRun:
         config: Its resolved configuration.
         manifest: Command, versions, seed, data fingerprint.
         allocation: Bits per layer.
+        trusted: Where its parts may be defined.
     """
 
     path: Path
     config: dict[str, Any]
     manifest: dict[str, Any]
     allocation: BitAllocation
+    trusted: tuple[str, ...]
 
     def input_format(self) -> InputFormat:
         """What the network expects; from the manifest, or for an older run from its data set."""
         known = self.manifest.get("input")
         return InputFormat.from_dict(known) if known else self.load_data().input_format
 
-    def load_data(self) -> ImageData:
-        """The run's data set, on the CPU."""
+    def load_data(self, changes: Mapping[str, str] | None = None) -> ImageData:
+        """The run's data set, on the CPU.
+
+        Args:
+            changes: Settings of it to change, by name, in YAML.
+        """
+        section, download = data_section(self.config["data"], None, changes or {})
         batch_size = int(self.config["trainer"]["eval_batch_size"])
-        return load_data(self.config["data"], batch_size, trusted_prefixes(self.config))
+        return load_data(section, batch_size, self.trusted, download)
 
 
-def open_run(path: Path) -> FinishedRun:
+def open_run(path: Path, trusted_packages: Sequence[str] = ()) -> FinishedRun:
     """Reads the folder of a finished run.
+
+    Args:
+        path: The folder.
+        trusted_packages: Whose classes it may name, besides the built-in ones. What its own
+            config.yaml says about that does not count: it may come from anybody.
 
     Raises:
         UserError: It is not one, it is not finished, or one of its files is damaged.
@@ -65,14 +78,19 @@ def open_run(path: Path) -> FinishedRun:
             "command in its manifest.json"
         )
     try:
-        config: Any = OmegaConf.to_container(OmegaConf.load(path / "config.yaml"))
+        config: Any = read_yaml(path / "config.yaml")
         allocation = BitAllocation.from_json((path / "allocation.json").read_text("utf-8"))
+        config["trusted_packages"] = list(trusted_packages)
         problems = list(trust_problems(config))
-    except Exception as error:  # YAML, OmegaConf and a missing section have errors of their own
+        if config["trainer"]["select"] not in ("last", "best"):
+            problems.append(
+                f"trainer.select: must be last or best, got {config['trainer']['select']!r}"
+            )
+    except Exception as error:  # a section that is missing, or something else
         raise UserError(f"the run in {path} is damaged ({error})") from error
     if problems:
         raise UserError(f"{path / 'config.yaml'}: {'; '.join(problems)}")
-    return FinishedRun(path, config, read_manifest(path), allocation)
+    return FinishedRun(path, config, read_manifest(path), allocation, trusted_prefixes(config))
 
 
 def trained_network(run: FinishedRun, name: str | None = None) -> nn.Module:
@@ -94,12 +112,13 @@ def trained_network(run: FinishedRun, name: str | None = None) -> nn.Module:
             f"{checkpoints.folder / name}.pt is missing, damaged or of another run; without it "
             "there is nothing to export"
         )
-    trusted = trusted_prefixes(config)
     make_weight_quantizer, make_activation_quantizer = (
-        build(config[group], group, lambda part: part, trusted)
+        build(config[group], group, lambda part: part, run.trusted)
         for group in ("weight_quantizer", "activation_quantizer")
     )
-    network = build_network(config["model"], expects.num_classes, expects.image_shape[0], trusted)
+    network = build_network(
+        config["model"], expects.num_classes, expects.image_shape[0], run.trusted
+    )
     weights = state["model"]
     try:
         load_state(network, {key: weights[key] for key in network.state_dict()})

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import contextlib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from adq_train.errors import UserError
 from adq_train.export.fold import fold_batch_norms
@@ -16,26 +17,18 @@ from adq_train.export.model import assemble, table_model
 from adq_train.export.onnx import OnnxModel, onnx_bytes
 from adq_train.export.packed import Sizes, load_packed, packed_bytes, tables_in_order
 from adq_train.export.trained import open_run, trained_network
+from adq_train.export.verify import (
+    Agreement,
+    compare,
+    require_equal,
+    require_same_classes,
+    words,
+)
 from adq_train.files import written_whole
 from adq_train.reporting.summary import FLOAT_BYTES, kilobytes
 
 # What a packed file is read back on; the test set may be far away when a run is exported.
 RANDOM_IMAGES = 8
-
-
-@dataclass(frozen=True)
-class Agreement:
-    """How two networks agree on a set of images.
-
-    Attributes:
-        num_images: How many images there were.
-        different: On how many the two have different top-1 classes.
-        largest_difference: Largest absolute difference of two logits.
-    """
-
-    num_images: int
-    different: int
-    largest_difference: float
 
 
 @dataclass(frozen=True)
@@ -88,8 +81,8 @@ class ExportReport:
         found, apart = self.agreement, f"{self.agreement.largest_difference:.3g}"
         if self.format == "onnx":
             lines.append(
-                f"verified  in onnxruntime on {found.num_images:,} test images: the same top-1 on "
-                f"every one; largest difference of two logits {apart}"
+                f"verified  in onnxruntime on {found.num_images:,} test images: {words(found)}; "
+                f"largest difference of two logits {apart}"
             )
         elif found.largest_difference == 0:
             lines.append(
@@ -107,22 +100,37 @@ class ExportReport:
 
 
 def export_run(
-    folder: Path, output: Path, form: str, float_type: str, fold_batch_norm: bool
+    folder: Path,
+    output: Path | None,
+    form: str,
+    float_type: str,
+    fold_batch_norm: bool,
+    tolerance: float = 0.001,
+    data_changes: Mapping[str, str] | None = None,
+    trusted_packages: Sequence[str] = (),
 ) -> ExportReport:
     """Exports the trained network of a finished run.
 
     Args:
         folder: The run's folder.
-        output: The file to write; it takes its name once it is verified.
+        output: The file to write, which takes its name once it is verified; None: in ``export/``
+            of the folder.
         form: ``packed`` or ``onnx``.
         float_type: ``float32`` or ``float16``, of what stays float.
         fold_batch_norm: Whether to fold batch norms into convolutions.
+        tolerance: Share of the test images on which onnxruntime may give another top-1 class.
+        data_changes: Settings of the run's data set to change, by name, in YAML.
+        trusted_packages: Whose classes the run may name, besides the built-in ones.
 
     Raises:
         UserError: The run cannot be exported, or the file does not do what the network does; no
             file is left then.
     """
-    run = open_run(folder)
+    if form == "onnx" and float_type == "float16":
+        raise UserError("float_type: an ONNX file keeps its float values in float32")
+    run = open_run(folder, trusted_packages)
+    if output is None:
+        output = inside(folder, f"export/model.{'onnx' if form == 'onnx' else 'safetensors'}")
     network = trained_network(run)
     model = table_model(run, network)
     num_weights = sum(x.weight.codes.numel() for x in model.layers.values())
@@ -130,22 +138,16 @@ def export_run(
     if fold_batch_norm:
         model = fold_batch_norms(model)
     dtype = torch.float16 if float_type == "float16" else torch.float32
-    try:
-        output.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"output: cannot make {output.parent} ({error.strerror})") from error
     sizes = None
-    with written_whole(output) as temporary:
+    with made(output.parent), written_whole(output) as temporary:
         if form == "onnx":
-            if dtype is torch.float16:
-                raise UserError("float_type: an ONNX file keeps its float values in float32")
             temporary.write_bytes(onnx_bytes(model))
             agreement = compare(
                 assemble(model),
                 OnnxModel(temporary),
-                (images for images, _ in run.load_data().test.epoch(0)),
+                (images for images, _ in run.load_data(data_changes).test.epoch(0)),
             )
-            _require_same_classes(agreement)
+            require_same_classes(agreement, tolerance)
         else:
             content, sizes = packed_bytes(model, dtype)
             temporary.write_bytes(content)
@@ -156,7 +158,7 @@ def export_run(
             )
             agreement = compare(network, load_packed(temporary), [images])
             if not fold_batch_norm and dtype is torch.float32:
-                _require_equal(agreement)
+                require_equal(agreement)
     tables = _count(t for x in model.layers.values() for t in tables_in_order(x))
     floats = dtype.itemsize * _count(model.floats.values())
     return ExportReport(
@@ -171,45 +173,41 @@ def export_run(
     )
 
 
+def inside(folder: Path, name: str) -> Path:
+    """A file within a folder that may come from anybody.
+
+    Raises:
+        UserError: A link in the folder leads out of it.
+    """
+    path = folder / name
+    if not path.parent.resolve().is_relative_to(folder.resolve()):
+        raise UserError(
+            f"output: {path.parent} leads out of {folder}, to {path.parent.resolve()}; give "
+            "output=FILE to write there"
+        )
+    return path
+
+
+@contextlib.contextmanager
+def made(folder: Path) -> Iterator[None]:
+    """Makes a folder; where the block fails, what was made is taken away again.
+
+    Raises:
+        UserError: It cannot be made.
+    """
+    new = [x for x in (folder, *folder.parents) if not x.exists()]
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"output: cannot make {folder} ({error.strerror})") from error
+    try:
+        yield
+    except BaseException:
+        with contextlib.suppress(OSError):
+            for path in new:
+                path.rmdir()
+        raise
+
+
 def _count(tensors: Iterable[Tensor]) -> int:
     return sum(tensor.numel() for tensor in tensors)
-
-
-@torch.no_grad()
-def compare(first: nn.Module, second: nn.Module, batches: Iterable[Tensor]) -> Agreement:
-    """Runs two networks on the same images (N, C, H, W)."""
-    count, different, largest = 0, 0, 0.0
-    for images in batches:
-        a, b = first(images), second(images)
-        count += len(images)
-        different += int((a.argmax(1) != b.argmax(1)).sum())
-        largest = max(largest, float((a - b).abs().max()))
-    return Agreement(count, different, largest)
-
-
-def _require_same_classes(agreement: Agreement) -> None:
-    """Refuses an ONNX file that classifies otherwise.
-
-    Raises:
-        UserError: States on how many images.
-    """
-    if agreement.different or not agreement.num_images:
-        raise UserError(
-            f"onnxruntime gives another top-1 class on {agreement.different} of "
-            f"{agreement.num_images} test images (largest difference of two logits: "
-            f"{agreement.largest_difference:.3g}); no file was written"
-        )
-
-
-def _require_equal(agreement: Agreement) -> None:
-    """Refuses a packed file that is not the trained network, bit for bit.
-
-    Raises:
-        UserError: States the difference.
-    """
-    if agreement.largest_difference != 0:
-        raise UserError(
-            "the packed file's logits are not the trained network's (largest difference: "
-            f"{agreement.largest_difference:.3g}); no file was written; is a value that forward() "
-            "needs kept outside of the model's parameters and buffers?"
-        )

@@ -1,0 +1,134 @@
+"""Whether a written file does what the network does, up to the rounding of another runtime."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from adq_train.errors import UserError
+
+# Images on which the effect of rounding is measured, where there is a difference to judge.
+ROUNDING_IMAGES = 512
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """How two networks agree on a set of images.
+
+    Attributes:
+        num_images: How many images there were.
+        different: On how many the two have different top-1 classes, near ties aside.
+        largest_difference: Largest absolute difference of two logits.
+        near_ties: On how many more the classes differ, but lie so close together in the first
+            network that rounding can swap them.
+        rounding: How far rounding moves a logit of the first network; measured where classes
+            differ, else 0.
+    """
+
+    num_images: int
+    different: int
+    largest_difference: float
+    near_ties: int = 0
+    rounding: float = 0.0
+
+
+@torch.no_grad()
+def compare(first: nn.Module, second: nn.Module, batches: Iterable[Tensor]) -> Agreement:
+    """Runs two networks on the same images (N, C, H, W).
+
+    Raises:
+        UserError: Their logits have different shapes, or are not finite.
+    """
+    count, largest = 0, 0.0
+    margins: list[float] = []
+    samples: list[Tensor] = []
+    for images in batches:
+        a, b = first(images), second(images)
+        if a.shape != b.shape:
+            raise UserError(f"logits of shape {tuple(b.shape)} instead of {tuple(a.shape)}")
+        if not (a.isfinite().all() and b.isfinite().all()):
+            raise UserError("logits are not finite on some images; there is nothing to compare")
+        if count < ROUNDING_IMAGES:
+            samples.append(images[: ROUNDING_IMAGES - count])
+        count += len(images)
+        largest = max(largest, float((a - b).abs().max()))
+        swapped = a.argmax(1) != b.argmax(1)
+        rival = a.gather(1, b.argmax(1, keepdim=True)).squeeze(1)
+        margins += (a.amax(1) - rival)[swapped].tolist()
+    rounding = rounding_of(first, samples) if margins else 0.0
+    # Two logits can move towards each other, each by so much.
+    near = sum(margin <= 2 * rounding for margin in margins)
+    return Agreement(count, len(margins) - near, largest, near, rounding)
+
+
+@torch.no_grad()
+def rounding_of(network: nn.Module, batches: Iterable[Tensor]) -> float:
+    """How far rounding moves a logit: the largest distance to the same network in float64.
+
+    That is more than the rounding of the last sum: where it carries a layer's input over a
+    threshold, a code changes by one, and what follows with it.
+
+    Args:
+        network: In float32.
+        batches: Images (N, C, H, W).
+
+    Returns:
+        0 for a network that cannot be run in float64; then no tie is near.
+    """
+    exact = copy.deepcopy(network).double()
+    try:
+        distances = [(network(x).double() - exact(x.double())).abs().max() for x in batches]
+    except RuntimeError:  # a forward() with float32 of its own
+        return 0.0
+    return max(map(float, distances), default=0.0)
+
+
+def require_same_classes(agreement: Agreement, tolerance: float) -> None:
+    """Refuses a file that classifies otherwise.
+
+    Args:
+        agreement: On the test images.
+        tolerance: Share of them that may have another top-1 class.
+
+    Raises:
+        UserError: States on how many images.
+    """
+    if not agreement.num_images:
+        raise UserError("the test set has no images to verify the file on; no file was written")
+    if agreement.different > tolerance * agreement.num_images:
+        share = agreement.different / agreement.num_images
+        raise UserError(
+            f"onnxruntime gives another top-1 class on {agreement.different} of "
+            f"{agreement.num_images} test images ({share:.2%}), more than tolerance={tolerance:g} "
+            f"allows, and {agreement.near_ties} near ties besides (largest difference of two "
+            f"logits: {agreement.largest_difference:.3g}, of which rounding explains "
+            f"{agreement.rounding:.3g}); no file was written"
+        )
+
+
+def require_equal(agreement: Agreement) -> None:
+    """Refuses a packed file that is not the trained network, bit for bit.
+
+    Raises:
+        UserError: States the difference.
+    """
+    if agreement.largest_difference != 0:
+        raise UserError(
+            "the packed file's logits are not the trained network's (largest difference: "
+            f"{agreement.largest_difference:.3g}); no file was written; is a value that forward() "
+            "needs kept outside of the model's parameters and buffers?"
+        )
+
+
+def words(agreement: Agreement) -> str:
+    """How well the classes agree, for a terminal."""
+    if not agreement.different + agreement.near_ties:
+        return "the same top-1 on every one"
+    return (
+        f"another top-1 on {agreement.different}, and on {agreement.near_ties} near ties (rounding "
+        f"moves logits by up to {agreement.rounding:.3g})"
+    )
