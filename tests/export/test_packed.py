@@ -1,5 +1,8 @@
 import hashlib
 import json
+import os
+import random
+import resource
 import zlib
 from dataclasses import replace
 
@@ -213,6 +216,123 @@ def test_an_index_that_lies_is_refused(written, change):
     with_index(written, change)
     with pytest.raises(UserError, match=r"model\.safetensors"):
         adq_train.load_packed(written)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda x: x["input"].update(image_shape=[1, 40_000, 40_000]),
+        lambda x: x["input"].update(image_shape=[4096, 4096, 4096]),
+        lambda x: x["input"]["pixels"].update(resize=100_000),
+        lambda x: x["layers"].append(x["layers"][-1]),
+        lambda x: x["floats"].append(x["floats"][-1]),
+        lambda x: x["layers"][1].update(shape=[]),
+        lambda x: x["layers"][1].update(shape=[True] * 4),
+        lambda x: x["layers"][1].update(weight_levels=257, weight_bits=8),
+        lambda x: x["layers"][1].update(input_levels=1e400),
+        lambda x: x.update(folded={"relu": "conv1"}),
+        lambda x: x.update(folded={"bn1": "bn1"}),
+        lambda x: x["data"].update(crop_padding=float("nan")),
+    ],
+)
+def test_bombs_and_bent_values_of_an_index_are_refused(written, change):
+    with_index(written, change)
+    with pytest.raises(UserError, match=r"model\.safetensors"):
+        adq_train.load_packed(written)
+
+
+@pytest.mark.parametrize(
+    "node",
+    [
+        {**RESNET8, "width": 10**4},
+        {**RESNET8, "width": 10**9},
+        {**RESNET8, "width": 10**30},
+        {**RESNET8, "depth": 6 * 10**6 + 2},
+        torchvision("vit_h_14"),
+    ],
+)
+def test_a_network_that_the_file_does_not_hold_is_not_built(written, node):
+    changed(written, model=json.dumps(node))
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with pytest.raises(UserError, match="does not fit its own architecture"):
+        adq_train.load_packed(written)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 300_000  # kilobytes
+
+
+def test_an_index_that_explodes_is_refused(written):
+    text = zlib.compress(b" " * (1 << 27), 9)
+    changed(written, {"index": torch.frombuffer(bytearray(text), dtype=torch.uint8)})
+    with pytest.raises(UserError, match="an index of more than 4,194,304 bytes"):
+        adq_train.load_packed(written)
+
+
+@pytest.mark.parametrize("version", ["0", "9" * 5000, "-1", "1.5", ""])
+def test_versions_that_are_none_are_damage(written, version):
+    changed(written, format_version=version)
+    with pytest.raises(UserError, match="its format version is"):
+        adq_train.load_packed(written)
+
+
+def test_only_regular_files_are_read(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(UserError, match="not a regular file"):
+        adq_train.load_packed(tmp_path / "pipe")
+
+
+def test_floats_that_no_network_has_are_refused(written):
+    floats = load(written.read_bytes())["floats"]
+    for value in (float("nan"), float("inf")):
+        changed(written, {"floats": torch.full_like(floats, value)})
+        with pytest.raises(UserError, match="has values that are not finite"):
+            adq_train.load_packed(written)
+    changed(written, {"floats": torch.full_like(floats, -1.0)})
+    with pytest.raises(UserError, match=r"running_var.* negative variance"):
+        adq_train.load_packed(written)
+
+
+def test_thresholds_that_no_input_reaches_come_back(small, tmp_path):
+    name, tables = next(iter(small[1].layers.items()))
+    thresholds = tables.input.thresholds.clone()
+    thresholds[-2:] = torch.inf
+    bent = replace(tables, input=replace(tables.input, thresholds=thresholds))
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(packed_bytes(replace(small[1], layers={**small[1].layers, name: bent}))[0])
+    assert torch.equal(read_packed(path).layers[name].input.thresholds, thresholds)
+
+
+WORDS = (0, -1, 1.5, 10**12, "", "x", None, True, [], {}, [[]], 1e308, "fc", [1, 8, 8])
+
+
+def values_of(node):
+    """Every place of a value in nested JSON, as (its holder, its key)."""
+    for key in node if isinstance(node, dict) else range(len(node)):
+        yield node, key
+        if isinstance(node[key], dict | list):
+            yield from values_of(node[key])
+
+
+@pytest.mark.parametrize("seed", range(2))
+def test_any_bent_index_ends_in_an_error_or_a_network(written, seed):
+    choose = random.Random(seed)
+    original = written.read_bytes()
+
+    def bend(index):
+        holder, key = choose.choice(list(values_of(index)))
+        if choose.random() < 0.2:
+            del holder[key]
+        else:
+            holder[key] = choose.choice(WORDS)
+
+    messages = []
+    for _ in range(40):
+        written.write_bytes(original)
+        with_index(written, bend)
+        try:
+            adq_train.load_packed(written)
+        except UserError as error:
+            messages.append(str(error))
+    assert 20 < len(messages) <= 40
+    assert not any("\n" in message for message in messages)
 
 
 def test_tensors_that_lie_are_refused(written):

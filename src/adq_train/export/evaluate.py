@@ -18,7 +18,7 @@ from adq_train.data.listing import images_below
 from adq_train.data.pictures import UnreadableError, read_picture, shown
 from adq_train.errors import UserError
 from adq_train.export.datasets import check_data_source, load_data
-from adq_train.export.onnx import OnnxModel
+from adq_train.export.onnx_apart import OnnxApart
 from adq_train.export.packed import open_packed
 from adq_train.export.trained import open_run, trained_network
 from adq_train.validate import TRUSTED_PREFIXES
@@ -64,10 +64,9 @@ def open_path(path: Path, trusted_packages: Sequence[str] = ()) -> Evaluable:
         data = run.config["data"]
         return Evaluable("run", network, run.input_format(), data, recorded, run.trusted)
     if path.suffix == ".onnx":
-        onnx = OnnxModel(path)
-        facts = onnx.facts()
-        expects = InputFormat.from_dict(facts["input"]) if "input" in facts else None
-        return Evaluable("onnx", onnx, expects, facts.get("data"), _fingerprint(facts))
+        onnx = OnnxApart(path)
+        facts = onnx.facts
+        return Evaluable("onnx", onnx, onnx.expects, facts.get("data"), _fingerprint(facts))
     if not path.exists():
         raise UserError(f"there is no {path}; give a run folder, a packed file or an .onnx file")
     model, network = open_packed(path)

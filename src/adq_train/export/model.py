@@ -17,6 +17,8 @@ from adq_train.export.tables import LayerTables, tables_of
 from adq_train.export.trained import FinishedRun, trained_network
 from adq_train.quantization.prepare import quantized_layers, swap
 
+QUANTIZED = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose2d)
+
 
 @dataclass(frozen=True)
 class TableModel:
@@ -109,9 +111,12 @@ def assemble(model: TableModel, dense: bool = True) -> nn.Module:
         raise UserError(f"the architecture has no layer {unknown[0]!r}")
     for norm, convolution in model.folded.items():
         layer = modules[convolution]
+        is_norm = isinstance(modules[norm], nn.modules.batchnorm._BatchNorm)
+        if not is_norm or convolution not in model.layers:
+            raise UserError(f"{norm!r} is no batch norm that {convolution!r} could take")
         if layer.bias is None:
-            bias = model.floats[f"{convolution}.bias"]
-            layer.bias = nn.Parameter(torch.empty_like(bias), requires_grad=False)
+            size = len(model.layers[convolution].weight.codes)
+            layer.bias = nn.Parameter(torch.empty(size), requires_grad=False)
         network.set_submodule(norm, nn.Identity())
     own = float_state(network, model.layers)
     odd = sorted(own.keys() ^ model.floats.keys())
@@ -128,6 +133,8 @@ def assemble(model: TableModel, dense: bool = True) -> nn.Module:
     for name, tables in model.layers.items():
         layer = modules[name]
         shape = getattr(getattr(layer, "weight", None), "shape", None)
+        if not isinstance(layer, QUANTIZED):
+            raise UserError(f"{name!r} is no layer that can be quantized")
         if shape != tables.weight.codes.shape:
             raise UserError(f"layer {name} has weights of another shape than the architecture's")
         packed[name] = packed_layer(layer, tables, dense)

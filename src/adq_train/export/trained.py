@@ -13,7 +13,7 @@ from torch import nn
 from adq_train.artifacts import BitAllocation
 from adq_train.data.base import ImageData, InputFormat
 from adq_train.errors import UserError
-from adq_train.export.architecture import build_network
+from adq_train.export.architecture import build_network, limited_to
 from adq_train.export.datasets import data_section, load_data
 from adq_train.quantization.prepare import prepare
 from adq_train.run_folder import read_manifest, read_status
@@ -116,10 +116,11 @@ def trained_network(run: FinishedRun, name: str | None = None) -> nn.Module:
         build(config[group], group, lambda part: part, run.trusted)
         for group in ("weight_quantizer", "activation_quantizer")
     )
-    network = build_network(
-        config["model"], expects.num_classes, expects.image_shape[0], run.trusted
-    )
     weights = state["model"]
+    with limited_to(len(weights), sum(x.numel() for x in weights.values())):
+        network = build_network(
+            config["model"], expects.num_classes, expects.image_shape[0], run.trusted
+        )
     try:
         load_state(network, {key: weights[key] for key in network.state_dict()})
         # Quantizers get their shapes from calibration; the checkpoint then replaces the values.
