@@ -50,13 +50,6 @@ def test_it_answers_as_within_this_process(content, tmp_path):
 
 def test_a_graph_with_other_shapes_than_it_says_is_refused(content, tmp_path):
     path = tmp_path / "model.onnx"
-    for place, index, size in (("input", 2, 16), ("output", 1, 7)):
-        proto = onnx.load_from_string(content)
-        dims = getattr(proto.graph, place)[0].type.tensor_type.shape.dim
-        dims[index].dim_value = size
-        path.write_bytes(proto.SerializeToString())
-        with pytest.raises(UserError, match=r"model\.onnx"):
-            OnnxApart(path)
     proto = onnx.load_from_string(content)
     entry = proto.metadata_props[0]
     for old, new in (("[1, 8, 8]", "[1, 8, 9]"), ('"num_classes": 10', '"num_classes": 11')):
