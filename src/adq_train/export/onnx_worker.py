@@ -7,6 +7,7 @@ Torch is not imported here.
 
 from __future__ import annotations
 
+import importlib
 import json
 import math
 import os
@@ -33,7 +34,8 @@ def main() -> None:
     try:
         import numpy as np
         import onnx
-        import onnxruntime
+
+        onnxruntime: Any = importlib.import_module("onnxruntime")
 
         limit = _Limit(path)
         limit.allow(0)
