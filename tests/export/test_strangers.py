@@ -27,7 +27,7 @@ CIFAR = {
 @pytest.fixture
 def run(finished_run, tmp_path):
     """A copy of a finished run."""
-    shutil.copytree(finished_run, tmp_path / "run")
+    shutil.copytree(finished_run, tmp_path / "run", ignore=shutil.ignore_patterns("export"))
     return tmp_path / "run"
 
 
