@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -45,11 +45,12 @@ class Start:
     float_state: dict[str, Tensor] | None
 
 
-def checkpoint_of(init_from: str) -> tuple[FinishedRun, Path]:
+def checkpoint_of(init_from: str, trusted_packages: Sequence[str] = ()) -> tuple[FinishedRun, Path]:
     """The run that ``init_from`` names, and the checkpoint of it.
 
     Args:
         init_from: The folder of a finished run, or a file of its ``checkpoints``.
+        trusted_packages: Of the run that begins; those of the other one do not count.
 
     Raises:
         UserError: It is neither, or the run is not finished or damaged.
@@ -63,7 +64,7 @@ def checkpoint_of(init_from: str) -> tuple[FinishedRun, Path]:
             "run, or pretrain.checkpoint for float weights"
         )
     try:
-        run = open_run(path.parent.parent if path.is_file() else path)
+        run = open_run(path.parent.parent if path.is_file() else path, trusted_packages)
     except UserError as error:
         raise UserError(f"init_from: {error}") from error
     folder = run.path / "checkpoints"
@@ -84,7 +85,7 @@ def pin(config: dict[str, Any]) -> None:
         if asked:
             raise UserError("init_from_sha256: it belongs to a checkpoint; give init_from too")
         return
-    _, file = checkpoint_of(config["init_from"])
+    _, file = checkpoint_of(config["init_from"], config["trusted_packages"])
     config["init_from_sha256"] = sha256(file)
     if asked not in (None, config["init_from_sha256"]):
         raise UserError(
@@ -105,7 +106,7 @@ def open_start(config: dict[str, Any], data: ImageData) -> Start | None:
     """
     if not config["init_from"]:
         return None
-    source, file = checkpoint_of(config["init_from"])
+    source, file = checkpoint_of(config["init_from"], config["trusted_packages"])
     old, new = (
         {k: v for k, v in x["model"].items() if k != "weights"} for x in (source.config, config)
     )
