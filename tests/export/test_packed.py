@@ -259,6 +259,15 @@ def test_a_network_that_the_file_does_not_hold_is_not_built(written, node):
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 300_000  # kilobytes
 
 
+def test_several_problems_are_one_line(written):
+    changed(written, model=json.dumps({"_target_": RESNET8["_target_"], "deptV": 8, "width": 4}))
+    with pytest.raises(
+        UserError, match=r"did you mean 'depth'.*; model\.depth: a value is"
+    ) as error:
+        adq_train.load_packed(written)
+    assert "\n" not in str(error.value)
+
+
 def test_an_index_that_explodes_is_refused(written):
     text = zlib.compress(b" " * (1 << 27), 9)
     changed(written, {"index": torch.frombuffer(bytearray(text), dtype=torch.uint8)})

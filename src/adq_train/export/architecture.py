@@ -108,7 +108,7 @@ def build_network(
         with torch.random.fork_rng(devices=[]):
             network: nn.Module = source.build(num_classes, in_channels)
     except ConfigError as error:
-        raise UserError(str(error)) from error
+        raise UserError("; ".join(error.problems)) from error
     if fetched is not None and hasattr(network, "transform_input"):
         # What torchvision sets with pretrained weights, and adq-train unsets for other channels.
         network.transform_input = in_channels == 3  # type: ignore[assignment]
