@@ -340,7 +340,7 @@ def test_a_full_disk_is_told_as_one(cli, monkeypatch):
         raise OSError(errno.ENOSPC, "No space left on device", "metrics.jsonl")
 
     monkeypatch.setattr("adq_train.pipeline.run", write)
-    outcome = cli()
+    outcome = cli("seed=0")
     assert outcome.code == 1
     assert "error: the disk is full" in outcome.err
     assert "free some space, and the same command continues" in outcome.err

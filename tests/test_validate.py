@@ -1,13 +1,15 @@
 """The parts of the validation that the command line's own tests do not reach."""
 
+import shlex
 from typing import Literal
 
 import pytest
 from hydra import compose, initialize_config_module
 
+from adq_train.building import BASES, PARTIAL
 from adq_train.errors import ConfigError
 from adq_train.schema import Range, register
-from adq_train.validate import build, fits, leaves, validate
+from adq_train.validate import build, fits, leaves, validate, with_homes
 
 
 def composed(*overrides):
@@ -102,10 +104,16 @@ def test_what_a_trusted_module_imports_is_not_trusted(target, tmp_path):
 
 def test_a_trusted_package_of_the_user_s_own(tmp_path, monkeypatch):
     (tmp_path / "my_allocators.py").write_text(
-        "class Everything:\n"
+        "from adq_train.allocation.allocator import Allocator\n"
+        "class Everything(Allocator):\n"
         "    name = 'everything'\n"
         "    def __init__(self, bits: int) -> None:\n"
         "        self.bits = bits\n"
+        "    def choose(self, problem, table):\n"
+        "        return {}, False\n"
+        "class Loads:\n"
+        "    def load(self, loading):\n"
+        "        return None\n"
     )
     monkeypatch.syspath_prepend(tmp_path)
     mine = ["~allocator.time_limit_seconds", "+allocator.bits=4"]
@@ -114,6 +122,67 @@ def test_a_trusted_package_of_the_user_s_own(tmp_path, monkeypatch):
         validate(composed(target, *mine))
     _, parts = validate(composed(target, *mine, "trusted_packages=[my_allocators]"))
     assert parts.allocator.bits == 4
+    # Trusting a package makes no allocator of whatever it holds.
+    for target, reason in (("Loads", "is not a Allocator"), ("Allocator.choose", "is not a class")):
+        with pytest.raises(ConfigError, match=f"my_allocators.{target} {reason}"):
+            build({"_target_": f"my_allocators.{target}"}, "allocator", id, ("my_allocators.",))
+    assert build({"_target_": "my_allocators.Loads"}, "data", id, ("my_allocators.",))
+
+
+@pytest.mark.parametrize("group", BASES)
+def test_no_group_takes_a_class_of_another_kind(group, tmp_path):
+    """Nor as an argument: a nested part must be what its parameter's type says."""
+    node = {"_target_": "subprocess.Popen", "args": ["touch", str(tmp_path / "mark")]}
+    if group in PARTIAL:
+        node["_partial_"] = True
+    with pytest.raises(ConfigError, match=f"{group}._target_: subprocess.Popen is not a "):
+        build(node, group, lambda make: make(), ("subprocess.",))
+    inner = {"_target_": "adq_train.training.distillation.TrainedTeacher", "epochs": 1}
+    with pytest.raises(ConfigError, match=r"distillation\.model\._target_: subprocess.Popen"):
+        build({**inner, "model": node}, "distillation", id, ("adq_train.", "subprocess."))
+    resnet = {"_target_": "adq_train.models.CifarResNetModel", "depth": node, "width": 2}
+    with pytest.raises(ConfigError, match=r"model\.depth\._target_: subprocess.Popen is not a int"):
+        build(resnet, "model", id, ("adq_train.", "subprocess."))
+    assert not (tmp_path / "mark").exists()
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("+data._partial_=true", "data._partial_: must be left out, got True"),
+        ("optimizer._partial_=false", "optimizer._partial_: must be true: it is completed"),
+        ("~weight_quantizer._partial_", "weight_quantizer._partial_: must be true"),
+        ("optimizer.lr=", "optimizer.lr: must be a number, got ''"),
+        ("optimizer.lr=-1", "optimizer.lr: must be at least 0, got -1"),
+        ("optimizer.lr=null", "optimizer.lr: must be "),
+        ("optimizer.lr=true", "optimizer.lr: must be "),
+        ("optimizer.momentum=1.5", "optimizer.momentum: must be at least 0 and less than 1"),
+        ("optimizer.weight_decay=-1e-3", "optimizer.weight_decay: must be at least 0"),
+        ("optimizer.momentum=0", "optimizer: Nesterov momentum requires"),
+        ("optimizer=adam optimizer.betas=[0.9,1]", "optimizer.betas: must be at least 0 and less"),
+        ("optimizer=adamw optimizer.lr=-1", "optimizer.lr: must be at least 0, got -1"),
+        ("pretrain.lr=-1", "pretrain.lr: must be more than 0"),
+        ("run_dir=", "run_dir: is empty; give a path"),
+        ("pretrain.checkpoint=", "pretrain.checkpoint: is empty"),
+        ("output_root='${run_dir}' run_dir='${output_root}'", "run_dir: Recursive interpolation"),
+    ],
+)
+def test_settings_that_no_part_can_use(override, message):
+    with pytest.raises(ConfigError) as error:
+        validate(composed(*shlex.split(override, posix=False)))
+    assert message in str(error.value)
+
+
+def test_home_is_written_out_in_paths(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    config, _ = validate(composed("run_dir='~/runs'", "output_root='~nobody-here/x'"))
+    assert config["run_dir"] == "/home/me/runs"
+    assert config["output_root"] == "~nobody-here/x"
+    node = {"data": {"root": "~/images", "like": "~"}, "distillation": {"model": {"path": "~"}}}
+    assert with_homes(node) == {
+        "data": {"root": "/home/me/images", "like": "~"},
+        "distillation": {"model": {"path": "/home/me"}},
+    }
 
 
 def test_a_prefix_of_a_trusted_name_is_not_trusted():

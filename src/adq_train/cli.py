@@ -5,6 +5,8 @@ Torch is imported only when a run begins, so that ``--help`` and completion answ
 
 from __future__ import annotations
 
+import argparse
+import contextlib
 import errno
 import importlib.util
 import json
@@ -12,11 +14,12 @@ import logging
 import os
 import re
 import shlex
+import shutil
 import sys
 import tempfile
 import threading
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NoReturn
@@ -30,9 +33,10 @@ from tqdm import tqdm
 
 from adq_train import interrupts
 from adq_train.errors import ConfigError, UserError
-from adq_train.overrides import problems_of
+from adq_train.overrides import problems_of, trust_typed
 from adq_train.reporting.progress import speaks
 from adq_train.schema import register
+from adq_train.values import quote, quoted
 
 
 def main() -> None:
@@ -42,42 +46,60 @@ def main() -> None:
     # Appending an experiment would let it win over an ablation; selecting it keeps the order.
     argv = [re.sub(r"^\+(experiment|comparison|ablation)=", r"\1=", text) for text in sys.argv[1:]]
     args = get_args_parser().parse_args(argv)
+    only_words = bool(args.help or args.hydra_help or args.shell_completion)
     register()
-    if not (args.help or args.hydra_help or args.shell_completion):
-        problems = problems_of(args.overrides, args.config_dir)
+    if not (only_words or args.cfg or args.info or args.overrides):
+        if speaks():  # nobody wants the defaults' 120 epochs by accident
+            sys.argv[1:] = ["--help"]
+            with contextlib.suppress(SystemExit):
+                hydra_main(lambda _: None)
+        sys.exit(2)
+    given = dict(zip(args.overrides, quoted(args.overrides), strict=True))
+    argv = [given.get(text, text) for text in argv]
+    args.overrides = list(given.values())
+    if not only_words:
+        problems = [
+            *flag_problems(args),
+            *problems_of(args.overrides, args.config_dir, args.multirun),
+        ]
         if problems:
             fail(ConfigError(problems))
     elsewhere = any(text.startswith("hydra/launcher=") for text in argv)
     if elsewhere and importlib.util.find_spec("submitit") is None:
         fail(ConfigError(["hydra/launcher: needs pip install 'adq-train[slurm]'"]))
-    command = ["adq-train", *sys.argv[1:]]
+    command = ["adq-train", *argv]
     process = os.getpid()
+    if not (only_words or args.cfg or args.info or elsewhere):
+        importlib.import_module("adq_train.pipeline")  # while there is no folder to leave behind
 
     # Jobs of a sweep may run on other machines; their outcomes come back through a folder.
-    with tempfile.TemporaryDirectory(dir="." if elsewhere else None, prefix=".adq-") as scratch:
+    outcomes: list[Outcome] = []
+    scratch = Path(tempfile.mkdtemp(dir="." if elsewhere else None, prefix=".adq-"))
+    try:
 
-        @hydra.main(config_path="pkg://adq_train.configs", config_name="config", version_base="1.3")
         def job(cfg: DictConfig) -> None:
             outcome = run_job(cfg, args.config_dir, command)
-            keep(outcome, Path(scratch))
-            if outcome.code >= 128 and os.getpid() == process:
+            if os.getpid() != process:
+                keep(outcome, scratch)
+                return
+            outcomes.append(outcome)
+            if outcome.code >= 128:
                 sys.exit(outcome.code)
 
         # Hydra's own record of a sweep says less than the folders of its runs; it goes away.
-        given = any(argument.startswith("hydra.sweep.dir=") for argument in argv)
-        if not given:  # beside the other overrides, which argparse wants in one place
+        if not any(argument.startswith("hydra.sweep.dir=") for argument in argv):
+            # beside the other overrides, which argparse wants in one place
             place = argv.index(args.overrides[0]) if args.overrides else len(argv)
-            argv.insert(place, f"hydra.sweep.dir={scratch}")
+            argv.insert(place, f"hydra.sweep.dir={quote(str(scratch))}")
         sys.argv[1:] = argv
         code = 0
         try:
-            job()
-        except KeyboardInterrupt:  # while the program was still being read
-            print("\ninterrupted", file=sys.stderr)
-            code = 130
+            hydra_main(job)
         except SystemExit as stop:
             code = stop.code if isinstance(stop.code, int) else 1
-        outcomes = kept(Path(scratch))
+        outcomes += kept(scratch)
+    finally:  # a cleaned /tmp has taken it away already
+        shutil.rmtree(scratch, ignore_errors=True)
     if len(outcomes) > 1 and speaks():
         print(table_of(outcomes), file=sys.stderr)
     code = code or int(any(outcome.code for outcome in outcomes))
@@ -88,6 +110,24 @@ def main() -> None:
         os._exit(code)
     if code:
         sys.exit(code)
+
+
+def hydra_main(job: Callable[[DictConfig], None]) -> None:
+    """Lets Hydra do what ``sys.argv`` says, with ``job`` for every configuration."""
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # its errors are told here, not by it
+    hydra.main(config_path="pkg://adq_train.configs", config_name="config", version_base="1.3")(
+        job
+    )()
+
+
+def flag_problems(args: argparse.Namespace) -> Iterator[str]:
+    """Flags of Hydra that let a file say what code runs."""
+    if args.experimental_rerun is not None:
+        yield "--experimental-rerun: unpickles a file, which runs its code; give the command again"
+    for flag in ("config_path", "config_name"):
+        if getattr(args, flag) is not None:
+            name = flag.replace("_", "-")
+            yield f"--{name}: is not supported; put your own choices below a --config-dir"
 
 
 @dataclass(frozen=True)
@@ -102,12 +142,13 @@ class Outcome:
 
 def keep(outcome: Outcome, folder: Path) -> None:
     """Writes an outcome for the process that began the sweep."""
-    (folder / f"{outcome.number}.outcome.json").write_text(json.dumps(asdict(outcome)))
+    folder.mkdir(exist_ok=True)
+    (folder / f"{outcome.number}.outcome.json").write_text(json.dumps(asdict(outcome)), "utf-8")
 
 
 def kept(folder: Path) -> list[Outcome]:
     """The outcomes of all jobs, in their order."""
-    found = [json.loads(path.read_text()) for path in folder.glob("*.outcome.json")]
+    found = [json.loads(path.read_text("utf-8")) for path in folder.glob("*.outcome.json")]
     return sorted((Outcome(**x) for x in found), key=lambda x: x.number)
 
 
@@ -159,8 +200,18 @@ def run_job(cfg: DictConfig, config_dir: str | None, whole_command: list[str]) -
             show_error(UserError(reason), cfg.debug)
         return Outcome(number, " ".join(overrides), code, reason)
     try:
-        # While the others are waited for, SIGTERM need not be caught.
-        with joined() as ranks, interrupts.caught():
+        typed_trust = trust_typed(overrides)
+        if list(cfg.trusted_packages) != typed_trust:
+            raise ConfigError(
+                [
+                    f"trusted_packages: {list(cfg.trusted_packages)} comes from a file; if you "
+                    "trust them, give them on the command line"
+                ]
+            )
+        with contextlib.ExitStack() as stack:
+            with interrupts.left_alone():  # while the others are waited for
+                ranks = stack.enter_context(joined())
+            stack.enter_context(interrupts.caught())
             experiment = hydra_config.runtime.choices.get("experiment")
             pipeline.run(cfg, experiment, overrides, command, ranks)
         code = 0

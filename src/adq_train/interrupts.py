@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM: at once where nothing is lost, else after the step that is under way."""
+"""Ctrl-C, SIGTERM, SIGHUP: at once where nothing is lost, else after the step under way."""
 
 from __future__ import annotations
 
@@ -10,9 +10,11 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from types import FrameType
 
 # torchrun passes a Ctrl-C on that its processes have received already; that is no second one.
 ONE_CTRL_C_SECONDS = 1.0
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 class Interrupted(KeyboardInterrupt):
@@ -44,18 +46,36 @@ class _State:
     holders = 0
 
 
-@contextlib.contextmanager
-def caught() -> Iterator[None]:
-    """Turns SIGINT and SIGTERM into :class:`Interrupted` during a with block.
+def say(stop: Interrupted) -> None:
+    """Tells a person, once for all processes of a run, that a program was stopped."""
+    if os.environ.get("RANK", "0") == "0":
+        print(f"\n{stop}", file=sys.stderr, flush=True)
 
-    A second signal ends the process at once. Does nothing outside of the main thread.
+
+def _importing(frame: FrameType | None) -> bool:
+    """Whether a module is being imported; an exception may be swallowed there."""
+    while frame is not None and not frame.f_code.co_filename.startswith("<frozen importlib"):
+        frame = frame.f_back
+    return frame is not None
+
+
+@contextlib.contextmanager
+def caught(leave_imports: bool = False) -> Iterator[None]:
+    """Turns SIGINT, SIGTERM and SIGHUP into :class:`Interrupted` during a with block.
+
+    A second signal ends the process at once. Does nothing outside of the main thread. SIGHUP stays
+    ignored where it was (nohup).
+
+    Args:
+        leave_imports: End the process at once where one comes while a module is imported: nothing
+            is under way then.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
     process = os.getpid()
 
-    def receive(number: int, _: object) -> None:
+    def receive(number: int, frame: FrameType | None) -> None:
         if os.getpid() != process:  # a loader's worker, which the run will end itself
             return
         now = time.monotonic()
@@ -65,17 +85,38 @@ def caught() -> Iterator[None]:
             os._exit(128 + number)
         else:
             return
+        if leave_imports and _importing(frame):
+            with contextlib.suppress(Exception):  # the stream may be in the middle of a write
+                say(Interrupted(number))
+            os._exit(128 + number)
         if not _State.holders:
             raise Interrupted(number)
 
     _State.number = None
-    before = {x: signal.signal(x, receive) for x in (signal.SIGINT, signal.SIGTERM)}
+    heard = [x for x in SIGNALS if x != signal.SIGHUP or signal.getsignal(x) != signal.SIG_IGN]
+    before = {x: signal.signal(x, receive) for x in heard}
     try:
         yield
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
         _State.number = None
+
+
+@contextlib.contextmanager
+def left_alone() -> Iterator[None]:
+    """SIGTERM and SIGHUP end the process during a with block, whatever it is waiting for."""
+    numbers = (signal.SIGTERM, signal.SIGHUP)
+    before = {x: signal.getsignal(x) for x in numbers}
+    alone = threading.current_thread() is threading.main_thread()
+    changed = [x for x in numbers if alone and before[x] != signal.SIG_IGN]
+    for number in changed:
+        signal.signal(number, signal.SIG_DFL)
+    try:
+        yield
+    finally:
+        for number in changed:
+            signal.signal(number, before[number])
 
 
 @contextlib.contextmanager

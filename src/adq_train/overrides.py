@@ -6,46 +6,63 @@ nothing heavy.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from hydra import compose, initialize_config_module
+from hydra import initialize_config_module
 from hydra.core.global_hydra import GlobalHydra
-from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Override, Sweep
+from hydra.core.override_parser.types import Override, QuotedString, Sweep
 from hydra.errors import HydraException
-from omegaconf import DictConfig, OmegaConf
+from hydra.types import RunMode
+from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
-from adq_train.errors import did_you_mean
+from adq_train.errors import ConfigError, did_you_mean
 from adq_train.schema import register
+from adq_train.sources import check_files, composed, interpolation_problems
+from adq_train.sources import of_hydra as hydra_section
+from adq_train.values import how_to_write, parse, quote
 
 
-def problems_of(overrides: Sequence[str], search_path: str | None = None) -> list[str]:
+def problems_of(
+    overrides: Sequence[str], search_path: str | None = None, sweep: bool = False
+) -> list[str]:
     """One sentence for each override that cannot be applied.
 
     Args:
         overrides: The command line without Hydra's flags.
         search_path: A folder with more configs (``--config-dir``).
+        sweep: Whether a setting may have several values.
     """
+    if search_path and not Path(search_path).is_dir():
+        return [f"--config-dir: there is no folder {search_path}"]
     register()
+    check_files()
     problems: list[str] = []
     with initialize_config_module("adq_train.configs", version_base="1.3", job_name="adq-train"):
         loader = GlobalHydra.instance().config_loader()
         parsed: list[Override] = []
         for text in overrides:
             try:
-                parsed.append(OverridesParser.create().parse_override(text))
+                parsed.append(parse(text))
             except HydraException as error:
-                reason = str(error).splitlines()[0]
-                problems.append(f"{text!r} is not of the form key=value ({reason})")
+                problems.append(_unreadable(text, str(error).splitlines()[0]))
         groups = [""] + [g for g in loader.list_groups("") if not g.startswith("hydra")]
-        chosen = [f"hydra.searchpath=[file://{Path(search_path).resolve()}]"] if search_path else []
+
+        place = quote(f"file://{Path(search_path or '.').resolve()}")  # may hold any character
+        chosen = [f"hydra.searchpath=[{place}]"] if search_path else []
+        choices: list[list[str]] = []
         values: list[Override] = []
+        of_hydra: list[str] = []
         for override in parsed:
             key = override.key_or_group
+            if key == "hydra.searchpath":
+                problems.append(f"{key}: cannot be set; give the folder as --config-dir")
+                continue
             if key.startswith("hydra"):
+                of_hydra.append(override.input_line or "")
                 continue
             options = loader.get_group_options(key) if key in groups and key else []
             if options and search_path:
@@ -60,14 +77,35 @@ def problems_of(overrides: Sequence[str], search_path: str | None = None) -> lis
                 for value in wrong
             ]
             if not wrong:
-                chosen.append(f"{key}={_choices(override)[0]}")
+                choices.append([f"{key}={value}" for value in _choices(override)])
+        # The first of each, then each of the others once: every file is seen.
+        first = [*chosen, *(texts[0] for texts in choices)]
+        others = [
+            [text if one.split("=")[0] == text.split("=")[0] else one for one in first]
+            for texts in choices
+            for text in texts[1:]
+        ]
         try:
-            cfg = compose("config", chosen)
-        except HydraException as error:
-            return [*problems, str(error).splitlines()[0]]
+            own = hydra_section(composed(of_hydra)) if search_path else None
+            for selection in (first, *others):
+                cfg = composed([*selection, *of_hydra])
+                problems += interpolation_problems(cfg)
+                if own is not None and (more := list(_hydra_changes(own, hydra_section(cfg)))):
+                    problems.append(
+                        f"hydra.{more[0]}: set by a file below {search_path}; only the command "
+                        "line may say what Hydra does, apart from hydra.mode and "
+                        "hydra.sweeper.params"
+                    )
+                sweep = sweep or cfg.hydra.mode == RunMode.MULTIRUN
+            cfg = composed(first)
+        except ConfigError as error:
+            return [*problems, *error.problems]
+        with open_dict(cfg):
+            del cfg["hydra"]
         known = [*_keys(cfg), *groups[1:]]
         for override in values:
             problems += _value_problems(cfg, override, known)
+        problems += [_ambiguous(x) for x in parsed if x.is_sweep_override() and not sweep]
         if not problems and any(_is_rare(override) for override in parsed):
             texts = [
                 override.input_line or ""
@@ -76,10 +114,53 @@ def problems_of(overrides: Sequence[str], search_path: str | None = None) -> lis
                 and not override.key_or_group.startswith("hydra")
             ]
             try:
-                compose("config", [*chosen[: 1 if search_path else 0], *texts])
-            except (HydraException, OmegaConfBaseException) as error:
-                problems.append(" ".join(str(error).splitlines()[:1]))
-    return problems
+                composed([*chosen, *texts])
+            except ConfigError as error:
+                problems += error.problems
+    return list(dict.fromkeys(problems))
+
+
+def trust_typed(overrides: Sequence[str]) -> list[str]:
+    """The packages that a command line trusts.
+
+    Raises:
+        ConfigError: They are not spelled out there.
+    """
+    names: list[str] = []
+    for override in map(parse, overrides):
+        if override.key_or_group.split(".")[0] == "trusted_packages":
+            value = override.value()
+            names = value if type(value) is list else [""]
+            if not all(isinstance(x, str) and re.fullmatch(r"\w+(\.\w+)*", x) for x in names):
+                raise ConfigError(
+                    ["trusted_packages: must be names of packages, trusted_packages=[mine]"]
+                )
+    return names
+
+
+def _unreadable(text: str, reason: str) -> str:
+    """What is wrong with an override that Hydra's grammar refuses, and how to write it."""
+    key, equals, value = text.partition("=")
+    how = f"; one value is written {how_to_write(key, value)}" if equals and value else ""
+    return f"{text!r} is not of the form key=value ({reason}){how}"
+
+
+def _ambiguous(override: Override) -> str:
+    """Several values where one run is asked for."""
+    key, _, value = (override.input_line or "").partition("=")
+    return (
+        f"{key}={value}: several values are a sweep, which needs -m; a value with a comma is "
+        f"written {how_to_write(key, value)}, a list {key}=[{value}]"
+    )
+
+
+def _hydra_changes(own: Any, now: Any, path: str = "") -> Iterator[str]:
+    """The names of settings that differ."""
+    if isinstance(own, dict) and isinstance(now, dict):
+        for key in [*own, *(key for key in now if key not in own)]:
+            yield from _hydra_changes(own.get(key), now.get(key), f"{path}.{key}".strip("."))
+    elif own != now:
+        yield path
 
 
 def _is_rare(override: Override) -> bool:
@@ -91,7 +172,7 @@ def _choices(override: Override) -> list[Any]:
     """The values that an override stands for: one, or all of a sweep."""
     value = override.value()
     if override.is_sweep_override() and isinstance(value, Sweep):
-        return list(override.sweep_iterator())
+        return [x.text if isinstance(x, QuotedString) else x for x in override.sweep_iterator()]
     return value if isinstance(value, list) and override.is_sweep_override() else [value]
 
 

@@ -156,7 +156,9 @@ class RunFolder:
                     (self.path / LOCK).unlink()
                     self.path.rmdir()
             raise
-        self.log_file = logging.FileHandler(self.path / "train.log", encoding="utf-8")
+        self.log_file = logging.FileHandler(
+            self.path / "train.log", encoding="utf-8", errors="backslashreplace"
+        )
         self.log_file.setFormatter(logging.Formatter("%(asctime)s %(levelname)-7s %(message)s"))
         logging.getLogger("adq_train").addHandler(self.log_file)
 
@@ -169,8 +171,9 @@ class RunFolder:
             else:
                 reason = str(error) or type(error).__name__
                 log.debug("stopped in stage %s: %s", self.stage_name, reason, exc_info=error)
+                state = "stopped" if isinstance(error, KeyboardInterrupt) else "failed"
                 with contextlib.suppress(UserError):  # a full disk must not hide the first error
-                    self._write_status("failed", reason)
+                    self._write_status(state, reason)
         finally:
             logging.getLogger("adq_train").removeHandler(self.log_file)
             with contextlib.suppress(OSError):  # as above

@@ -206,6 +206,15 @@ SECTIONS = {
 GROUPS = tuple(f.name for f in fields(Config) if f.default is MISSING)
 
 
+# Settings that name a file or a folder, in whatever section.
+PATHS = ("run_dir", "output_root", "init_from", "root", "path", "checkpoint")
+
+
+def is_path(name: str) -> bool:
+    """Whether a setting names a file or a folder, by its dotted name."""
+    return name.rpartition(".")[2] in PATHS
+
+
 def register() -> None:
     """Make the schema known to Hydra, as ``schema`` in the defaults list of config.yaml."""
     ConfigStore.instance().store(name="schema", node=Config)

@@ -6,43 +6,51 @@ schema, and each group's ``_target_`` by binding its arguments to the signature 
 
 from __future__ import annotations
 
-import inspect
 import math
-import types
-import typing
+import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields
-from functools import partial
-from typing import Any, Protocol
+from typing import Any
 
 import torch
-from hydra.utils import get_object
 from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from torch import nn
 
 from adq_train.allocation.allocator import Allocator
 from adq_train.allocation.budget import share_of_float
-from adq_train.data.base import ImageData, Loading
-from adq_train.errors import ConfigError, UserError, did_you_mean
+from adq_train.building import (
+    TRUSTED_PREFIXES,
+    DataSource,
+    build,
+    fits,
+    leaves,
+    trust_problems,
+    trusted_prefixes,
+)
+from adq_train.errors import ConfigError, did_you_mean
 from adq_train.models import ModelSource
-from adq_train.quantization.base import MakeActivationQuantizer, MakeWeightQuantizer
-from adq_train.schema import GROUPS, SECTIONS, Range
+from adq_train.quantization.base import (
+    MakeActivationQuantizer,
+    MakeWeightQuantizer,
+)
+from adq_train.schema import GROUPS, SECTIONS, Range, is_path
 from adq_train.sensitivity.base import SensitivityMetric
 from adq_train.training.compiling import compiler_problem
 from adq_train.training.distillation import Distillation
 from adq_train.training.loop import MakeOptimizer
 from adq_train.training.schedule import Schedule
 
-TRUSTED_PREFIXES = ("adq_train.", "torch.optim.", "torchvision.models.")
-
-
-class DataSource(Protocol):
-    """A data set's knobs."""
-
-    def load(self, loading: Loading) -> ImageData:
-        """Reads the data set."""
-        ...
+__all__ = [
+    "TRUSTED_PREFIXES",
+    "Parts",
+    "build",
+    "fits",
+    "leaves",
+    "trust_problems",
+    "trusted_prefixes",
+    "validate",
+]
 
 
 @dataclass(frozen=True)
@@ -74,9 +82,13 @@ def validate(cfg: DictConfig) -> tuple[dict[str, Any], Parts]:
         ConfigError: Lists every problem that was found.
     """
     try:
-        config: Any = without_missing(OmegaConf.to_container(cfg, resolve=True))
+        config: Any = with_homes(without_missing(OmegaConf.to_container(cfg, resolve=True)))
     except OmegaConfBaseException as error:
         raise ConfigError([f"{error.full_key}: {str(error).splitlines()[0]}"]) from error
+    except RecursionError as error:
+        raise ConfigError(
+            ["an interpolation (${name}) leads back to itself; write the value"]
+        ) from error
     lacking = [
         f"{section}.{field.name}".strip(".")
         for section, schema in SECTIONS.items()
@@ -149,6 +161,8 @@ def _section_problems(config: dict[str, Any]) -> Iterator[str]:
     for key, value in leaves(config):
         if isinstance(value, float) and not math.isfinite(value):
             yield f"{key}: must be a finite number, got {value}"
+        if value == "" and is_path(key):
+            yield f"{key}: is empty; give a path, or null for none"
     pretrain = config["pretrain"]
     for name, default in (("head", "keep"), ("checkpoint_key", None)):
         if pretrain[name] != default and not pretrain["checkpoint"]:
@@ -204,33 +218,13 @@ def without_missing(node: Any) -> Any:
     return {key: without_missing(value) for key, value in node.items() if value != MISSING}
 
 
-def leaves(node: Any, path: str = "") -> Iterator[tuple[str, Any]]:
-    """The values of nested dictionaries and lists, with their dotted names."""
+def with_homes(node: Any, name: str = "") -> Any:
+    """Writes out ``~`` in the settings that name a file or a folder, as a shell would."""
     if isinstance(node, dict):
-        for key, value in node.items():
-            yield from leaves(value, f"{path}.{key}".strip("."))
-    elif isinstance(node, list):
-        for index, value in enumerate(node):
-            yield from leaves(value, f"{path}[{index}]")
-    else:
-        yield path, node
-
-
-def trusted_prefixes(config: dict[str, Any]) -> tuple[str, ...]:
-    """What the name of a target may start with."""
-    return (*TRUSTED_PREFIXES, *(f"{name}." for name in config["trusted_packages"]))
-
-
-def trust_problems(config: dict[str, Any]) -> Iterator[str]:
-    """Targets outside the trusted packages: importing one would run its code."""
-    trusted = trusted_prefixes(config)
-    for key, value in leaves(config):
-        if key.endswith("_target_") and not str(value).startswith(trusted):
-            package = str(value).split(".")[0]
-            yield (
-                f"{key}: {value} is not from a trusted package ({', '.join(TRUSTED_PREFIXES)}); "
-                f"if you trust it, add trusted_packages=[{package}]"
-            )
+        return {key: with_homes(value, str(key)) for key, value in node.items()}
+    if isinstance(node, str) and is_path(name) and node.startswith("~"):
+        return os.path.expanduser(node)  # noqa: PTH111 (an unknown user's stays)
+    return node
 
 
 def _device(name: str, problems: list[str]) -> torch.device:
@@ -258,100 +252,3 @@ def _trial(group: str, config: dict[str, Any]) -> Callable[[Any], Any]:
     if group == "optimizer":
         return lambda make: make([{"params": [nn.Parameter(torch.zeros(1))]}])
     return lambda part: part
-
-
-def build(
-    node: Any,
-    path: str,
-    trial: Callable[[Any], Any],
-    trusted: tuple[str, ...] = TRUSTED_PREFIXES,
-) -> Any:
-    """Builds what a config node describes: its ``_target_`` with its arguments.
-
-    Args:
-        node: ``_target_``, ``_partial_`` and arguments, which may be such nodes themselves.
-        path: The node's name, for messages.
-        trial: Called with the result, for errors that only its use would show.
-        trusted: Where the target may be defined: starts of module names.
-
-    Raises:
-        ConfigError: The target is not a class of a trusted package, which is not imported then;
-            or it cannot be imported, or does not take these arguments.
-    """
-    if not isinstance(node, dict) or "_target_" not in node:
-        raise ConfigError([f"{path}: needs a _target_; choose one of the group's files"])
-    foreign = (
-        f"{path}._target_: {node['_target_']} is not a class that a trusted package defines; "
-        "choose one of the group's files"
-    )
-    if not str(node["_target_"]).startswith(trusted):  # to import it would run its code
-        raise ConfigError([foreign])
-    arguments = {
-        key: build(value, f"{path}.{key}", lambda part: part, trusted)
-        if isinstance(value, dict) and "_target_" in value
-        else value
-        for key, value in node.items()
-        if key not in ("_target_", "_partial_")
-    }
-    try:
-        target = get_object(node["_target_"])
-    except Exception as error:  # an import may fail in any way
-        raise ConfigError(
-            [f"{path}._target_: cannot import {node['_target_']} ({error})"]
-        ) from error
-    # A trusted module's name may lead to what that module has imported, such as subprocess.run.
-    home = f"{getattr(target, '__module__', None)}."
-    if not inspect.isclass(target) or not home.startswith(trusted):
-        raise ConfigError([foreign])
-    try:
-        problems = list(_argument_problems(target, arguments, path, bool(node.get("_partial_"))))
-    except ValueError as error:  # some built-in types have no signature
-        raise ConfigError([f"{path}._target_: {node['_target_']} cannot be configured"]) from error
-    if problems:
-        raise ConfigError(problems)
-    try:
-        part = partial(target, **arguments) if node.get("_partial_") else target(**arguments)
-        trial(part)
-    except (ValueError, TypeError, UserError) as error:
-        raise ConfigError([f"{path}.{error}"]) from error
-    return part
-
-
-def _argument_problems(
-    target: Callable[..., Any], arguments: dict[str, Any], path: str, is_partial: bool
-) -> Iterator[str]:
-    """Unknown, missing and wrongly typed arguments of a call."""
-    parameters = inspect.signature(target).parameters
-    source = target.__init__ if inspect.isclass(target) else target
-    hints = typing.get_type_hints(source)
-    takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
-    for name, value in arguments.items():
-        if name not in parameters and not takes_any:
-            hint = did_you_mean(name, parameters) or f"; it takes {', '.join(parameters)}"
-            yield f"{path}.{name}: {path} has no such setting{hint}"
-        elif name in hints and not fits(value, hints[name]):
-            wanted = getattr(hints[name], "__name__", None) or str(hints[name])
-            yield f"{path}.{name}: must be {wanted}, got {value!r}"
-    for name, parameter in parameters.items():
-        optional = parameter.default is not parameter.empty or parameter.kind in (
-            parameter.VAR_KEYWORD,
-            parameter.VAR_POSITIONAL,
-        )
-        if name not in arguments and not optional and not is_partial:
-            yield f"{path}.{name}: a value is required; give {path}.{name}=…"
-
-
-def fits(value: Any, hint: Any) -> bool:
-    """Whether a configuration value can stand for a type; types unknown here take anything."""
-    origin, inner = typing.get_origin(hint), typing.get_args(hint)
-    if origin in (typing.Union, types.UnionType):
-        return any(fits(value, arm) for arm in inner)
-    if origin in (list, tuple):
-        return isinstance(value, list) and all(fits(item, inner[0]) for item in value)
-    if hint is float:
-        return isinstance(value, int | float) and not isinstance(value, bool)
-    if hint is int:
-        return isinstance(value, int) and not isinstance(value, bool)
-    if hint in (str, bool, type(None)):
-        return isinstance(value, hint)
-    return True

@@ -14,6 +14,8 @@ from adq_train.artifacts import BitAllocation, RunResult, SensitivityTable
 from adq_train.errors import UserError
 from adq_train.run_folder import identity, read_manifest, read_metrics, read_status
 
+# What status.json may say; a run that was stopped or is running is unfinished here.
+STATES = ("done", "failed", "running", "stopped")
 # Folders of an output root that are no runs.
 SHARED = "shared"
 PAGE = "report.html"
@@ -115,7 +117,7 @@ def read_run(path: Path) -> Run:
     if config is None:
         return Run(path, "damaged", "; ".join(notes), {}, {}, None, None, None, ())
     status = read_status(path)
-    if not isinstance(status, dict) or status.get("state") not in ("done", "failed", "running"):
+    if not isinstance(status, dict) or status.get("state") not in STATES:
         note = "status.json is missing or damaged"
         return Run(path, "damaged", note, config, {}, None, None, None, ())
     try:
@@ -212,6 +214,6 @@ def _progress(status: dict[str, Any], records: Iterable[dict[str, Any]], config:
     if epochs:
         section = config["pretrain" if stage == "pretrain" else "trainer"]
         words += f", {epochs[-1]} of {section.get('epochs')} epochs done"
-    if status["state"] == "failed":
+    if status["state"] in ("failed", "stopped"):
         return f"{words}: {' '.join(str(status.get('error')).split())}"
     return f"stopped or still running {words}"

@@ -121,9 +121,17 @@ def show(path: Path) -> None:
     }
     loaded: list[Any] = []
     for name, kind in kinds.items():
-        if not (path / name).exists():
-            raise UserError(f"{path / name} is missing; delete the folder to run it anew")
-        loaded.append(kind.from_json((path / name).read_text(encoding="utf-8")))
+        file, remedy = path / name, "delete the folder to run it anew"
+        if not file.exists():
+            raise UserError(f"{file} is missing; {remedy}")
+        try:
+            loaded.append(kind.from_json(file.read_text(encoding="utf-8")))
+        except (UserError, UnicodeDecodeError, OSError) as error:
+            raise UserError(f"{file} is damaged ({error}); {remedy}") from error
     manifest = read_manifest(path)
-    values, begun = manifest["model"]["num_float_values"], "init_from" in manifest.get("files", {})
+    model = manifest.get("model")
+    values = model.get("num_float_values") if isinstance(model, dict) else None
+    if type(values) is not int:
+        raise UserError(f"{path / 'manifest.json'}: model.num_float_values is missing; {remedy}")
+    begun = "init_from" in manifest.get("files", {})
     summary.show(summary.render(loaded[0], loaded[1], loaded[2], loaded[3], values, path, begun))
