@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 import re
 import types
 import typing
@@ -187,7 +188,7 @@ def _argument_problems(
             for _, number in leaves(value):
                 if isinstance(number, bool) or not isinstance(number, int | float):
                     yield f"{path}.{name}: must be a number, got {number!r}"
-                elif wrong := OPTIMIZER_RANGES[name].problem(number):
+                elif math.isfinite(number) and (wrong := OPTIMIZER_RANGES[name].problem(number)):
                     yield f"{path}.{name}: {wrong}"
     for name, parameter in parameters.items():
         optional = parameter.default is not parameter.empty or parameter.kind in (
