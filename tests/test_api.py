@@ -177,3 +177,33 @@ def test_what_cannot_be_done_is_said(batches, change, message):
 def test_an_unknown_name_is_an_attribute_error():
     with pytest.raises(AttributeError, match="no attribute 'quantise'"):
         _ = adq_train.quantise
+
+
+@pytest.mark.parametrize("shape", [(1,), (), (1, 2, 2)], ids=str)
+def test_one_output_is_quantized_by_its_squared_distance(shape, caplog):
+    """A logit, a value (N,), a map of one channel: softmax over it says nothing."""
+    torch.manual_seed(0)
+    size = torch.Size(shape).numel()
+    model = nn.Sequential(*(x for _ in range(3) for x in (nn.Linear(8, 8), nn.ReLU())))
+    model.append(nn.Linear(8, size))
+    model.append(nn.Flatten(0) if shape == () else nn.Unflatten(1, shape))
+    batches = [torch.randn(64, 8)]
+    with caplog.at_level("INFO", logger="adq_train"):
+        quantized = adq_train.quantize(model, batches, average_bits=4)
+    assert "squared distance" in caplog.text
+    widths = [x.weight_quantizer.bit_width for x in quantized_layers(quantized).values()]
+    assert widths == [8, 4, 4, 8]
+    with pytest.raises(UserError, match=r"criterion: kl needs two or more outputs.*criterion=mse"):
+        adq_train.quantize(model, batches, average_bits=4, sensitivity=Perturbation())
+
+
+def test_outputs_that_say_nothing_are_told(caplog):
+    model = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2))
+    batches = [torch.randn(16, 4)]
+    model[2].bias.data.fill_(-100)  # dead
+    with pytest.raises(UserError, match=r"every Ω of perturbation-kl-both is 0"):
+        adq_train.quantize(model, batches)
+    assert "outputs are the same for every calibration image" in caplog.text
+    model[4].bias.data[1] = torch.nan
+    with pytest.raises(UserError, match=r"float outputs are NaN .* for 16 of 16 .*of 4 \(Linear\)"):
+        adq_train.quantize(model, batches)

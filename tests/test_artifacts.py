@@ -1,4 +1,5 @@
 import json
+from dataclasses import replace
 
 import pytest
 from hypothesis import given, settings
@@ -55,6 +56,16 @@ def test_weights_and_activations_apart_survive_beside_layers_without():
     first, second = json.loads(table.to_json())["layers"]
     assert "activation_sensitivity" not in first
     assert second["activation_sensitivity"] == {"2": 0.125, "4": 0.0}
+
+
+def test_errors_and_caveats_survive_and_are_left_out_where_there_are_none():
+    layer = replace(TABLE.layers[0], standard_error={2: 0.1, 4: 0.2}, measured={2: 0.4, 4: 0.6})
+    table = replace(TABLE, layers=(layer,), caveat="noise")
+    assert SensitivityTable.from_json(table.to_json()) == table
+    assert set(json.loads(TABLE.to_json())) == {"metric", "bit_widths", "layers"}
+    allocation = replace(ALLOCATION, caveat="noise")
+    assert BitAllocation.from_json(allocation.to_json()) == allocation
+    assert "caveat" not in ALLOCATION.to_json()
 
 
 finite = st.floats(allow_nan=False, allow_infinity=False)

@@ -275,3 +275,54 @@ def test_an_interrupted_stage_is_noted_and_continued(cli, tmp_path, monkeypatch)
     assert again.code == 0, again.err
     assert "profile:" not in again.err
     assert read(tmp_path / "run" / "status.json")["state"] == "done"
+
+
+ONE_LAYER = """{"layers": [{"name": "conv1", "sensitivity": {"2": 1, "3": 1, "4": 1},
+    "weight_bits": 8, "activation_bits": 8}]}"""
+
+
+@pytest.mark.parametrize(
+    ("content", "overrides", "message"),
+    [
+        ("{", ["sensitivity=from_file", "sensitivity.path=f"], "sensitivity.path: f is not"),
+        (ONE_LAYER, ["sensitivity=from_file", "sensitivity.path=f"], "it has no layer layer1"),
+        ("{", ["allocator=from_file", "allocator.path=f"], "allocator.path: f is not"),
+        (ONE_LAYER, ["allocator=from_file", "allocator.path=f"], "it lacks layer1"),
+        ("{", ["pretrain.checkpoint=f"], "pretrain.checkpoint: f"),
+        ("{", ["distillation=logits", "distillation.checkpoint=f"], "distillation.checkpoint: f"),
+        ("", ["bits.pinned={layer9: 4}"], "bits.pinned: no layer is called 'layer9'"),
+        ("", ["allocator=fixed", "allocator.bits={nowhere: 4}"], "allocator.bits: no layer"),
+        ("", ["bits.tied=false"], "bits.tied: false needs the effects"),
+        ("", ["bits.tied=false", "sensitivity=fisher"], "and fisher does not tell them apart"),
+    ],
+    ids=range(10),
+)
+def test_what_a_run_will_need_is_checked_before_anything_is_trained(
+    cli, tmp_path, content, overrides, message
+):
+    (tmp_path / "f").write_text(content)
+    outcome = cli(*QUICK, *overrides, "run_dir=run")
+    assert outcome.code == 1
+    assert message in outcome.err
+    assert "Traceback" not in outcome.err
+    assert not (tmp_path / "outputs").exists()
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.usefixtures("no_pictures")
+def test_files_written_by_hand_need_names_and_values_alone(cli, tmp_path):
+    """Names alone are known to a person: no counts of weights, no multiply-accumulates."""
+    names = ["conv1", *(f"layer{i}.0.conv{k}" for i in (1, 2, 3) for k in (1, 2)), "fc"]
+    rows = [{"name": x, "sensitivity": {"2": 1.0, "3": 0.5, "4": 0.25}} for x in names]
+    (tmp_path / "omega.json").write_text(json.dumps({"layers": rows}))
+    table = ["sensitivity=from_file", "sensitivity.path=omega.json", "trainer.epochs=0"]
+    outcome = cli(*QUICK, *table, "run_dir=first")
+    assert outcome.code == 0, outcome.err
+    first = read(tmp_path / "first" / "sensitivity.json")
+    assert first["metric"] == "from_file"
+    assert first["layers"][0]["num_weights"] == 36
+    bits = read(tmp_path / "first" / "allocation.json")["layers"]
+    (tmp_path / "bits.json").write_text(json.dumps({"layers": bits}))
+    outcome = cli(*QUICK, *table, "allocator=from_file", "allocator.path=bits.json", "run_dir=run")
+    assert outcome.code == 0, outcome.err
+    assert read(tmp_path / "run" / "allocation.json")["layers"] == bits

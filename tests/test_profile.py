@@ -16,6 +16,7 @@ from adq_train.reporting.progress import Progress
 from adq_train.run_folder import RunFolder
 from adq_train.schema import register
 from adq_train.sensitivity.mse import Mse
+from adq_train.sensitivity.outputs import float_outputs
 from adq_train.stages import Context, profile
 from adq_train.validate import validate
 
@@ -135,7 +136,8 @@ def test_negative_values_are_told_and_others_refused(run_profile, monkeypatch, c
         patch.setattr(Mse, "measure", measured_as(-0.5))
         table = run_profile("negative", "sensitivity=mse")
     assert table.layers[-1].sensitivity[3] == -0.5
-    assert "mse of layer fc is negative (-0.5 at 3 bits)" in caplog.text
+    assert "mse is negative or rises with more bits" in caplog.text
+    assert "kept as it is, for fc (-0.5 at 3 bits)" in caplog.text
 
     with monkeypatch.context() as patch:
         patch.setattr(Mse, "measure", measured_as(float("nan")))
@@ -143,3 +145,20 @@ def test_negative_values_are_told_and_others_refused(run_profile, monkeypatch, c
             run_profile("nan", "sensitivity=mse")
     rows = json.loads((tmp_path / "nan" / "sensitivity.partial.json").read_text())["layers"]
     assert len(rows) == 7
+
+
+def test_a_float_model_at_chance_is_told_and_noted_and_one_of_nan_refused(
+    run_profile, tmp_path, monkeypatch, caplog
+):
+    table = run_profile("chance", "sensitivity=mse")  # with its first weights
+    assert table.caveat is not None
+    assert f"profile: {table.caveat}; sensitivities of such a model mean little" in caplog.text
+
+    def damaged(model, batches):
+        model.fc.bias.data[0] = torch.nan
+        return float_outputs(model, batches)
+
+    monkeypatch.setattr("adq_train.stages.float_outputs", damaged)
+    with pytest.raises(UserError, match=r"32 of 32 calibration images, .* of fc \(Linear\)"):
+        run_profile("nan", "sensitivity=mse")
+    assert not (tmp_path / "nan" / "sensitivity.json").exists()

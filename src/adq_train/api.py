@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 from collections.abc import Iterable, Mapping, Sequence
 
 import torch
@@ -21,7 +22,11 @@ from adq_train.quantization.describe import describe_layers
 from adq_train.quantization.n2uq import N2uqActivationQuantizer
 from adq_train.quantization.prepare import Upkeep, collect_inputs, prepare
 from adq_train.sensitivity.base import Conditions
-from adq_train.sensitivity.perturbation import Perturbation
+from adq_train.sensitivity.noise import settle
+from adq_train.sensitivity.outputs import caveat, float_outputs
+from adq_train.sensitivity.perturbation import Perturbation, num_columns
+
+log = logging.getLogger(__name__)
 
 
 def quantize(
@@ -44,7 +49,8 @@ def quantize(
     codebooks and thresholds from the batches. Print the result to see each layer's bits.
 
     Args:
-        model: A trained float network from one tensor to logits (N, classes, …); left as it was.
+        model: A trained float network from one tensor to logits (N, classes, …), or to one value
+            for each input; left as it was.
         calibration_batches: Inputs (N, …), or pairs of inputs and targets, on the model's device.
         bit_widths: Candidates, 2 … 8; a layer's weights and its input get the same.
         average_bits: Largest mean bits per weight over the layers whose bits are chosen.
@@ -53,18 +59,18 @@ def quantize(
         pinned: Bits of other layers that are not to be chosen, by name or shell pattern.
         make_weight_quantizer: Maps a bit-width to a quantizer.
         make_activation_quantizer: Maps a bit-width to a quantizer.
-        sensitivity: Ω; by default the divergence of the outputs. With ``criterion="loss"`` the
-            batches must hold class targets.
+        sensitivity: Ω; by default the divergence of the outputs, or of a model with one output
+            their squared distance. With ``criterion="loss"`` the batches must hold class targets.
         seed: For the sample of inputs, and for random initialisations.
 
     Raises:
         UserError: No batches, an average that cannot be reached, a layer without a sensitivity,
-            or weights or inputs that are NaN or infinite; names what is wrong and the remedy.
+            Ω that is 0 throughout, or weights, inputs or outputs that are NaN or infinite; names
+            what is wrong and the remedy.
     """
     batches = [_pair(batch) for batch in calibration_batches]
     if not batches:
         raise UserError("calibration_batches: there are none; give at least one batch of inputs")
-    metric = sensitivity or Perturbation()
     layers = describe_layers(model, batches[0][0][:1])
     problem = Problem(
         layers,
@@ -73,16 +79,28 @@ def quantize(
         Budget(average_weight_bits=average_bits),
     )
     problem.check()
+    outputs = float_outputs(model, batches)
+    if doubt := caveat(outputs, [targets for _, targets in batches]):
+        log.warning("%s; sensitivities of such a model mean little", doubt)
+    metric = sensitivity or _default_metric(outputs[0])
     quantizers = make_weight_quantizer, make_activation_quantizer
     conditions = Conditions(problem.candidates, batches, *quantizers, seed)
     rows = metric.measure(model, layers, conditions)
-    table = SensitivityTable(metric.name, problem.candidates, tuple(rows))
+    table = SensitivityTable(metric.name, problem.candidates, tuple(map(settle, rows)))
     require_finite(table)
     allocation = allocate(IlpAllocator(), problem, table)
     inputs = collect_inputs(model, [x.name for x in layers], [x for x, _ in batches], seed)
     quantized = copy.deepcopy(model)
     prepare(quantized, allocation, *quantizers, inputs, seed)
     return quantized
+
+
+def _default_metric(outputs: Tensor) -> Perturbation:
+    """The divergence of the outputs (N, C, …), which says nothing where softmax has one class."""
+    if num_columns(outputs) > 1:
+        return Perturbation()
+    log.info("one output for each input: Ω is the squared distance of the outputs")
+    return Perturbation("mse")
 
 
 def follow(model: nn.Module, optimizer: Optimizer, step: int = 0) -> None:

@@ -4,11 +4,23 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from adq_train.errors import UserError
+
+# Fields of a layer in sensitivity.json, besides its name.
+COUNTS = ("num_weights", "macs", "num_inputs")
+VALUES = (
+    "sensitivity",
+    "activation_sensitivity",
+    "standard_error",
+    "activation_standard_error",
+    "measured",
+    "activation_measured",
+)
 
 
 @dataclass(frozen=True)
@@ -41,6 +53,12 @@ class LayerSensitivity:
         activation_sensitivity: Of the layer's input alone; None where a metric does not tell the
             two apart.
         num_inputs: Elements of its input for one image, or None where that is not known.
+        standard_error: Of the values of ``sensitivity``, by bit-width, as a sample of images or of
+            random vectors leaves it; None where a metric has none, or it is not known.
+        activation_standard_error: Of the values of ``activation_sensitivity``.
+        measured: The values before they were made to fall with more bits within their standard
+            error (:func:`adq_train.sensitivity.noise.settle`); None where that changed none.
+        activation_measured: The same of the layer's input.
     """
 
     name: str
@@ -49,6 +67,10 @@ class LayerSensitivity:
     sensitivity: dict[int, float]
     activation_sensitivity: dict[int, float] | None = None
     num_inputs: int | None = None
+    standard_error: dict[int, float] | None = None
+    activation_standard_error: dict[int, float] | None = None
+    measured: dict[int, float] | None = None
+    activation_measured: dict[int, float] | None = None
 
     def by_tensors(self) -> Iterator[tuple[str, dict[int, float]]]:
         """The sensitivities with what they are of, for messages."""
@@ -59,45 +81,69 @@ class LayerSensitivity:
 
 @dataclass(frozen=True)
 class SensitivityTable:
-    """The sensitivity of every quantizable layer at every candidate bit-width (method.md 3)."""
+    """The sensitivity of every quantizable layer at every candidate bit-width (method.md 3).
+
+    Attributes:
+        metric: The metric's name.
+        bit_widths: The candidates.
+        layers: In the order of execution.
+        caveat: Why the values mean little, such as a float model at chance; None where no reason
+            is known.
+    """
 
     metric: str
     bit_widths: tuple[int, ...]
     layers: tuple[LayerSensitivity, ...]
+    caveat: str | None = None
 
     def to_json(self) -> str:
-        """The content of ``sensitivity.json``; what a layer does not have is left out."""
-        layers = [{k: v for k, v in asdict(x).items() if v is not None} for x in self.layers]
-        return _dump({**asdict(self), "layers": layers})
+        """The content of ``sensitivity.json``; what is not known is left out."""
+        layers = [_known(asdict(x)) for x in self.layers]
+        return _dump({**_known(asdict(self)), "layers": layers})
 
     @classmethod
-    def from_json(cls, text: str) -> SensitivityTable:
+    def from_json(cls, text: str, by_hand: bool = False) -> SensitivityTable:
         """Reads what :meth:`to_json` wrote.
+
+        Args:
+            text: The content of a file.
+            by_hand: Whether the layers' names and values are enough. Then the metric is called
+                ``from_file`` and counts are 0 where the text does not say them.
 
         Raises:
             UserError: The text is something else.
         """
         content = _parse(text, "a sensitivity table")
+        if by_hand:
+            content = {"metric": "from_file", "bit_widths": [], **content}
         try:
             return cls(
                 metric=str(content["metric"]),
                 bit_widths=tuple(int(b) for b in content["bit_widths"]),
-                layers=tuple(
-                    LayerSensitivity(
-                        str(layer["name"]),
-                        int(layer["num_weights"]),
-                        int(layer["macs"]),
-                        _by_bits(layer["sensitivity"]),
-                        _by_bits(layer["activation_sensitivity"])
-                        if "activation_sensitivity" in layer
-                        else None,
-                        int(layer["num_inputs"]) if "num_inputs" in layer else None,
-                    )
-                    for layer in content["layers"]
-                ),
+                layers=tuple(_row(layer, by_hand) for layer in content["layers"]),
+                caveat=str(content["caveat"]) if "caveat" in content else None,
             )
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise UserError(f"not a sensitivity table: {error!r}") from error
+        except KeyError as error:
+            raise UserError(f"not a sensitivity table: it has no {error.args[0]!r}") from error
+        except (TypeError, ValueError, AttributeError) as error:
+            raise UserError(f"not a sensitivity table: {error}") from error
+
+
+def _row(content: Mapping[str, Any], by_hand: bool) -> LayerSensitivity:
+    """A layer of ``sensitivity.json``; what is wrong is said with its name."""
+    name = str(content["name"])
+    counts = {"num_weights": 0, "macs": 0} if by_hand else {}
+    counts |= {key: content[key] for key in COUNTS if key in content}
+    odd = [f"{key} {value!r}" for key, value in counts.items() if type(value) is not int]
+    lacking = {"num_weights", "macs", "sensitivity"} - {*counts, *content}
+    if odd or lacking:
+        wrong = f"has no {min(lacking)}" if lacking else f"has {odd[0]}, not a whole number"
+        raise ValueError(f"layer {name} {wrong}")
+    try:
+        values = {key: _by_bits(content[key]) for key in VALUES if key in content}
+    except (ValueError, AttributeError) as error:
+        raise ValueError(f"layer {name}: {error}") from error
+    return LayerSensitivity(name, **counts, **values)  # type: ignore[arg-type]
 
 
 @dataclass(frozen=True)
@@ -125,6 +171,8 @@ class BitAllocation:
         objective: Summed sensitivity of the chosen bits, over the layers whose bits were chosen;
             None where the table does not hold these bits.
         optimal: Whether no other allocation within the budget has a smaller objective (proven).
+        caveat: Why a smaller objective may mean little, to follow "these Ω"; None where no reason
+            is known, or the bits were not chosen by Ω.
     """
 
     allocator: str
@@ -137,10 +185,12 @@ class BitAllocation:
     bops: int
     objective: float | None
     optimal: bool
+    caveat: str | None = None
 
     def to_json(self) -> str:
-        """The content of ``allocation.json``."""
-        return _dump(asdict(self))
+        """The content of ``allocation.json``; a caveat that is not known is left out."""
+        content = asdict(self)
+        return _dump({k: v for k, v in content.items() if (k, v) != ("caveat", None)})
 
     @classmethod
     def from_json(cls, text: str) -> BitAllocation:
@@ -266,7 +316,14 @@ def _dump(content: Mapping[str, Any]) -> str:
     return json.dumps(content, indent=2, allow_nan=False) + "\n"
 
 
+def _known(content: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in content.items() if value is not None}
+
+
 def _by_bits(values: Mapping[str, Any]) -> dict[int, float]:
+    for bits, value in values.items():
+        if type(value) not in (int, float) or not abs(value) <= sys.float_info.max:
+            raise ValueError(f"{value!r} at {bits} bits is not a number that float64 holds")
     return {int(bits): float(value) for bits, value in values.items()}
 
 

@@ -31,6 +31,7 @@ from adq_train.run_folder import (
     input_files,
     read_status,
 )
+from adq_train.sensitivity.base import ReadsAhead
 from adq_train.stages import (
     Context,
     allocate_bits,
@@ -149,6 +150,9 @@ def execute(
         bits["tied"],
     )
     parts.allocator.check(problem)
+    if isinstance(parts.sensitivity, ReadsAhead):
+        apart = not problem.tied and parts.allocator.needs_table
+        parts.sensitivity.check(layers, problem.candidates, apart)
 
     with RunFolder(path, config, ranks) as folder:
         folder.write_manifest(

@@ -34,7 +34,9 @@ from adq_train.reporting import why
 from adq_train.reporting.progress import Progress
 from adq_train.reporting.recorder import Recorder
 from adq_train.run_folder import RunFolder, digest, exclusive, identity, read_metrics
-from adq_train.sensitivity.base import Conditions, warn_negative
+from adq_train.sensitivity.base import Conditions
+from adq_train.sensitivity.noise import evened_out, oddities, settle
+from adq_train.sensitivity.outputs import caveat, float_outputs
 from adq_train.sensitivity.partial import PartialTable, weights_digest
 from adq_train.sensitivity.split import measure_split
 from adq_train.training.checkpoint import CheckpointFolder, Rhythm
@@ -206,7 +208,8 @@ def profile(run: Context, model: nn.Module, layers: Sequence[LayerInfo]) -> Sens
     """Measures what quantizing each layer costs; layers that are done already are not repeated.
 
     Raises:
-        UserError: A sensitivity is not finite, or the kept table is of another model.
+        UserError: A sensitivity or an output of the float model is not finite, or the kept table
+            is of another model.
     """
     table = run.folder.load("sensitivity.json", SensitivityTable)
     finished = run.folder.path / "sensitivity.partial.json"
@@ -220,9 +223,13 @@ def profile(run: Context, model: nn.Module, layers: Sequence[LayerInfo]) -> Sens
         num_inputs = {x.name: x.num_inputs for x in layers}
         if done:
             log.info("profile: continuing after %d layers", len(done))
+        batches = list(run.data.calibration.epoch(0))
+        doubt = caveat(float_outputs(model, batches), [targets for _, targets in batches])
+        if doubt and not run.config["dry_run"]:  # whose model has seen two batches
+            log.warning("profile: %s; sensitivities of such a model mean little", doubt)
         conditions = Conditions(
             bit_widths,
-            list(run.data.calibration.epoch(0)),
+            batches,
             run.parts.make_weight_quantizer,
             run.parts.make_activation_quantizer,
             run.seed,
@@ -234,10 +241,13 @@ def profile(run: Context, model: nn.Module, layers: Sequence[LayerInfo]) -> Sens
         todo = [x for x in layers if x.name not in done]
         with Progress("profile", len(layers), len(done)) as progress:
             for row in measure_split(measure, metric.name, bit_widths, todo, ranks):
-                warn_negative(metric.name, row)
-                partial.append(replace(row, num_inputs=num_inputs[row.name]))
+                partial.append(settle(replace(row, num_inputs=num_inputs[row.name])))
                 progress.advance(row.name)
-        table = partial.table
+        table = replace(partial.table, caveat=doubt)
+        if evened := evened_out(table):
+            log.info("profile: %d layers were evened out within their standard error", evened)
+        if odd := oddities(table):
+            log.warning(odd)
         run.folder.save("sensitivity.json", table)
     if run.ranks.is_main:
         finished.unlink(missing_ok=True)

@@ -1,7 +1,12 @@
+from dataclasses import replace
+
 import pytest
 
 from adq_train.allocation.allocator import Allocator, allocate, objective, omega
 from adq_train.allocation.budget import Bits
+from adq_train.allocation.greedy import GreedyAllocator
+from adq_train.allocation.ilp import IlpAllocator
+from adq_train.allocation.uniform import UniformAllocator
 from adq_train.artifacts import LayerBits
 from adq_train.errors import UserError
 
@@ -94,3 +99,44 @@ def test_a_layer_that_was_not_measured(make_problem, make_table):
     problem = make_problem()
     with pytest.raises(UserError, match="says nothing about head"):
         omega(problem, make_table(problem.mixed[:1], ROWS[:1]))
+
+
+@pytest.mark.parametrize("allocator", [IlpAllocator(), GreedyAllocator()], ids=lambda x: x.name)
+def test_nothing_is_chosen_by_a_table_of_zeros(allocator, make_problem, make_table):
+    problem = make_problem(average_weight_bits=3)
+    zeros = make_table(problem.mixed, [(0, 0, 0)] * 2)
+    with pytest.raises(UserError, match=r"every Ω of made up is 0.*criterion=mse.*uniform"):
+        allocate(allocator, problem, zeros)
+    one = make_table(problem.mixed, [(0, 0, 0), (0.1, 0, 0)])
+    assert allocate(allocator, problem, one).bits()["head"].weight_bits > 2
+    assert allocate(UniformAllocator(), problem, zeros).objective == 0
+    only = replace(problem, candidates=(3,))
+    assert allocate(allocator, only, make_table(problem.mixed, [(0, 0, 0)] * 2)).objective == 0
+
+
+def test_what_limits_an_optimum_goes_with_it_where_it_was_chosen_by_the_table(
+    make_problem, make_table
+):
+    problem = make_problem(average_weight_bits=3)
+    sure = make_table(problem.layers, [(9, 0, 0), *ROWS])
+    errors = dict.fromkeys((2, 3, 4), 1.0)
+    # The pinned layer, which is sure, is not chosen for.
+    noisy = replace(
+        sure,
+        layers=(
+            sure.layers[0],
+            *(
+                replace(x, sensitivity={2: 0.5, 3: 0.4, 4: 0.3}, standard_error=errors)
+                for x in sure.layers[1:]
+            ),
+        ),
+    )
+    chance = replace(sure, caveat="the float model is at chance")
+    for table, expected in (
+        (sure, None),
+        (noisy, "which are within noise"),
+        (chance, "but the float model is at chance"),
+    ):
+        found = allocate(IlpAllocator(), problem, table)
+        assert (found.optimal, found.caveat) == (True, expected)
+        assert allocate(UniformAllocator(), problem, table).caveat is None

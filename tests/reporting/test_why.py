@@ -1,8 +1,12 @@
+from dataclasses import replace
+
+from helpers import ALLOCATION
+
 from adq_train.allocation.allocator import allocate
 from adq_train.allocation.budget import Budget, Problem
 from adq_train.allocation.fixed import FixedAllocator
 from adq_train.artifacts import LayerInfo, LayerSensitivity, SensitivityTable
-from adq_train.reporting.why import render
+from adq_train.reporting.why import render, solved
 
 LAYERS = (LayerInfo("stem", 8, 10, 1), LayerInfo("body", 80, 1000, 1), LayerInfo("fc", 8, 10, 1))
 
@@ -30,3 +34,13 @@ def test_what_was_not_measured_is_said():
     out = text({"body": [2, 3], "fc": 2})
     assert "summed Ω (made-up): not measured" in out
     assert " ? " in out
+
+
+def test_no_more_is_claimed_than_the_values_can_bear():
+    for optimal, caveat, expected in (
+        (True, None, "ilp, proven optimal"),
+        (False, None, "ilp"),
+        (True, "which are within noise", "ilp, optimal for these Ω, which are within noise"),
+        (False, "which are within noise", "ilp, by these Ω, which are within noise"),
+    ):
+        assert solved(replace(ALLOCATION, optimal=optimal, caveat=caveat)) == expected

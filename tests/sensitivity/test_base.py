@@ -1,10 +1,7 @@
-import logging
-
 import pytest
 import torch
 from torch import nn
 
-from adq_train.artifacts import LayerSensitivity
 from adq_train.errors import UserError
 from adq_train.quantization.adq import AdqWeightQuantizer
 from adq_train.quantization.lsq import LsqActivationQuantizer
@@ -12,7 +9,6 @@ from adq_train.sensitivity.base import (
     Conditions,
     layer_weights,
     logits_with,
-    warn_negative,
     weight_error,
 )
 
@@ -49,14 +45,3 @@ def test_a_weight_of_two_layers_is_replaced_in_both_as_it_is_quantized_in_both()
     x, other = torch.randn(3, 2), torch.randn(2, 2)
     with torch.no_grad():
         assert torch.allclose(logits_with(net, {"0": other}, x), x @ other.T @ other.T)
-
-
-def test_negative_values_are_told_by_layer(caplog):
-    with caplog.at_level(logging.WARNING, logger="adq_train"):
-        warn_negative("m", LayerSensitivity("a", 1, 1, {2: 0.0, 3: 0.5}, {2: 0.1, 3: 0.2}))
-        assert not caplog.records
-        warn_negative("m", LayerSensitivity("b", 1, 1, {2: -0.5, 3: 0.5}, {2: 0.1, 3: -2.0}))
-    assert [record.getMessage() for record in caplog.records] == [
-        "sensitivity: m of layer b is negative (-0.5 at 2 bits); kept as it is",
-        "sensitivity: m of the input of layer b is negative (-2 at 3 bits); kept as it is",
-    ]

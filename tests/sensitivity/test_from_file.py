@@ -11,7 +11,7 @@ from adq_train.sensitivity.from_file import FromFile
 
 LAYERS = (LayerInfo("a", 10, 100, 5), LayerInfo("b", 20, 200, 5))
 ROWS = (
-    LayerSensitivity("b", 20, 999, {2: 0.5, 3: 0.25, 4: 0.125}),
+    LayerSensitivity("b", 20, 200, {2: 0.5, 3: 0.25, 4: 0.125}, measured={3: 0.2, 4: 0.3}),
     LayerSensitivity("other", 1, 1, {2: 9.0}),
     LayerSensitivity("a", 10, 100, {2: 1.5, 3: 1.25, 4: 1.0}, {2: 0.1, 3: 0.2, 4: 0.3}),
 )
@@ -35,7 +35,7 @@ def test_rows_come_in_the_models_order_with_the_candidates_alone(read):
         "mse",
         [
             LayerSensitivity("a", 10, 100, {2: 1.5, 4: 1.0}, {2: 0.1, 4: 0.3}),
-            LayerSensitivity("b", 20, 200, {2: 0.5, 4: 0.125}),
+            LayerSensitivity("b", 20, 200, {2: 0.5, 4: 0.125}, measured={4: 0.3}),
         ],
     )
 
@@ -54,11 +54,16 @@ def test_rows_come_in_the_models_order_with_the_candidates_alone(read):
             "layer a has 11 weights there, 10 here",
         ),
         (
+            {"rows": (replace(ROWS[0], macs=999), ROWS[2])},
+            "layer b has 999 multiply-accumulates (macs) there, 200 here",
+        ),
+        ({"rows": (ROWS[0], replace(ROWS[2], num_inputs=6))}, "layer a has 6 inputs there, 5 here"),
+        (
             {"layers": [LayerInfo(f"new{i}", 1, 1, 1) for i in range(5)]},
             "no layer new0; it has no layer new1; it has no layer new2; and 2 more; measure it",
         ),
     ],
-    ids=["layer", "bits", "input", "weights", "many"],
+    ids=["layer", "bits", "input", "weights", "macs", "inputs", "many"],
 )
 def test_what_is_missing_is_named(read, change, message):
     with pytest.raises(UserError, match=r"sensitivity.path: .*does not cover this model") as error:
@@ -67,16 +72,56 @@ def test_what_is_missing_is_named(read, change, message):
     assert "bits.candidates=[" in str(error.value)
 
 
-def test_another_file_is_refused(read):
-    with pytest.raises(UserError, match=r"sensitivity.json is not a sensitivity table"):
-        read(text="{}")
+BY_HAND = """{"layers": [
+    {"name": "b", "sensitivity": {"2": 1, "4": 0}},
+    {"name": "a", "sensitivity": {"2": 0.5, "4": 0.25}, "num_weights": 10}
+]}"""
 
 
-def test_a_file_that_is_not_text_is_refused(tmp_path):
+def test_names_and_values_are_enough(read):
+    assert read(text=BY_HAND) == (
+        "from_file",
+        [
+            LayerSensitivity("a", 10, 100, {2: 0.5, 4: 0.25}),
+            LayerSensitivity("b", 20, 200, {2: 1.0, 4: 0.0}),
+        ],
+    )
+    with pytest.raises(UserError, match="layer a has 10 weights there, 11 here"):
+        read(text=BY_HAND, layers=(LayerInfo("a", 11, 100, 5), LAYERS[1]))
+
+
+def test_effects_that_must_be_apart_are_asked_for_ahead(tmp_path):
     path = tmp_path / "sensitivity.json"
-    path.write_bytes(b"\xff\xfe\x00")
-    with pytest.raises(UserError, match=r"sensitivity.path: cannot read"):
-        FromFile(str(path)).table()
+    path.write_text(BY_HAND)
+    FromFile(str(path)).check(LAYERS, (2, 4), apart=False)
+    with pytest.raises(UserError, match=r"bits.tied: false needs .*sensitivity.json \(from_file\)"):
+        FromFile(str(path)).check(LAYERS, (2, 4), apart=True)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{}", "is not a sensitivity table: it has no 'layers'"),
+        ('{"layers": [{"sensitivity": {}}]}', "it has no 'name'"),
+        ('{"layers": [{"name": "a"}]}', "layer a has no sensitivity"),
+        ('{"layers": [{"name": "a", "sensitivity": [1, 2]}]}', "layer a"),
+        ('{"layers": [{"name": "a", "sensitivity": {"two": 1}}]}', "layer a.*two"),
+        ('{"layers": [{"name": "a", "sensitivity": {"2": "1"}}]}', "layer a: '1' at 2 bits"),
+        ('{"layers": [{"name": "a", "sensitivity": {"2": true}}]}', "layer a: True at 2 bits"),
+        (f'{{"layers": [{{"name": "a", "sensitivity": {{"2": 1{"0" * 400}}}}}]}}', "layer a: 1000"),
+        ('{"layers": [{"name": "a", "sensitivity": {"2": NaN}}]}', "NaN is not a finite"),
+        ('{"layers": [{"name": "a", "sensitivity": {}, "macs": "9"}]}', "layer a has macs '9'"),
+        (BY_HAND.replace('"b"', '"a"'), "has layer a more than once"),
+        ("\ufeff[", "is not a sensitivity table"),
+        (b"\xff\xfe\x00", "cannot be read"),
+    ],
+    ids=range(13),
+)
+def test_what_is_no_table_is_told_before_anything_runs(tmp_path, text, message):
+    path = tmp_path / "sensitivity.json"
+    path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    with pytest.raises(ValueError, match=rf"^path: .*sensitivity.json.*{message}"):
+        FromFile(str(path))
 
 
 def test_a_missing_file_is_told_before_anything_runs(tmp_path):

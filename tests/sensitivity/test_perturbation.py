@@ -54,7 +54,7 @@ def quantized_by_hand(model, name, bits, images, tensors):
 
 
 @pytest.mark.parametrize("tensors", ["both", "weights", "activations"])
-@pytest.mark.parametrize("criterion", ["kl", "loss"])
+@pytest.mark.parametrize("criterion", ["kl", "loss", "mse"])
 def test_sensitivities_are_those_of_a_hand_made_copy(model, batches, criterion, tensors):
     images, targets = (torch.cat(parts) for parts in zip(*batches, strict=True))
     with torch.no_grad():
@@ -63,12 +63,16 @@ def test_sensitivities_are_those_of_a_hand_made_copy(model, batches, criterion, 
             for bits in BIT_WIDTHS:
                 after = quantized_by_hand(model, row.name, bits, images, tensors)(images)
                 if criterion == "kl":
-                    expected = F.kl_div(
-                        after.log_softmax(1), before.softmax(1), reduction="batchmean"
-                    )
+                    each = F.kl_div(after.log_softmax(1), before.softmax(1), reduction="none")
+                    each = each.sum(1)
+                elif criterion == "loss":
+                    loss = nn.CrossEntropyLoss(reduction="none")
+                    each = loss(after, targets) - loss(before, targets)
                 else:
-                    expected = F.cross_entropy(after, targets) - F.cross_entropy(before, targets)
-                assert row.sensitivity[bits] == pytest.approx(expected.item(), abs=1e-6)
+                    each = (after - before).square().sum(1) / before.var(0, correction=0).sum()
+                assert row.sensitivity[bits] == pytest.approx(float(each.mean()), abs=1e-6)
+                error = float(each.std()) / len(images) ** 0.5
+                assert row.standard_error[bits] == pytest.approx(error, abs=1e-6)
                 assert abs(row.sensitivity[bits]) > 1e-5
 
 
@@ -102,7 +106,7 @@ def test_the_name_tells_the_options():
 
 
 @pytest.mark.parametrize(
-    "options", [{"criterion": "mse"}, {"tensors": "inputs"}, {"kept_bytes": -1}], ids=str
+    "options", [{"criterion": "cosine"}, {"tensors": "inputs"}, {"kept_bytes": -1}], ids=str
 )
 def test_options_out_of_range_are_named(options):
     (name,) = options
@@ -149,3 +153,45 @@ def test_recalibrated_batch_norms_have_the_statistics_of_the_perturbed_network(
     plain = measure(model, batches, criterion="loss", tensors="weights")
     assert rows[1] == plain[1]
     assert rows[0] != plain[0]
+
+
+def test_one_image_has_no_standard_error(model):
+    rows = measure(model, [(torch.randn(1, 1, 6, 6), torch.tensor([0]))])
+    assert all(x.standard_error is None for x in rows)
+
+
+@pytest.mark.parametrize("criterion", ["kl", "loss"])
+def test_softmax_over_one_class_is_refused_and_squared_distance_offered(model, batches, criterion):
+    model[4] = nn.Linear(64, 1)
+    with pytest.raises(UserError, match=rf"criterion: {criterion} needs two .* set criterion=mse"):
+        measure(model, batches, criterion=criterion)
+
+
+@pytest.mark.parametrize("shape", [(1,), (), (1, 2, 2)], ids=str)
+def test_squared_distance_ranks_layers_of_one_output_by_what_they_do(batches, shape):
+    """Values (N, 1), (N,) and maps (N, 1, 2, 2): none of them is 0, and fewer bits cost more."""
+    torch.manual_seed(0)
+    size = torch.Size(shape).numel()
+    net = nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(64, size))
+    net.append(nn.Flatten(0) if shape == () else nn.Unflatten(1, shape))
+    conditions = Conditions(BIT_WIDTHS, batches, AdqWeightQuantizer, LsqActivationQuantizer)
+    layers = (LayerInfo("0", 36, 576, 36), LayerInfo("3", 64 * size, 64 * size, 64))
+    for row in Perturbation("mse").measure(net, layers, conditions):
+        assert 1 > row.sensitivity[2] > row.sensitivity[4] > 0
+
+
+@pytest.mark.parametrize("criterion", ["kl", "loss"])
+def test_differences_of_rounding_are_nothing(model, batches, criterion):
+    """Two outputs that are equal but for the order of their sums: a softmax of ½ whatever else."""
+    last = nn.Linear(64, 2)
+    last.weight.data[1] = last.weight.data[0]
+    last.bias.data[1] = last.bias.data[0]
+
+    class Twice(nn.Module):
+        def forward(self, x):
+            return torch.stack([x[:, 0], (x[:, 1] * 3) / 3], 1)
+
+    net = nn.Sequential(*model[:4], last, Twice())
+    batches = [(images, targets % 2) for images, targets in batches]
+    for row in measure(net, batches, criterion=criterion):
+        assert set(row.sensitivity.values()) == {0.0}

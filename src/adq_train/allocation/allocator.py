@@ -9,6 +9,7 @@ from dataclasses import asdict
 from adq_train.allocation.budget import Bits, Problem, figures
 from adq_train.artifacts import BitAllocation, LayerBits, SensitivityTable
 from adq_train.errors import UserError
+from adq_train.sensitivity.noise import within_noise
 
 
 class Allocator(ABC):
@@ -27,6 +28,8 @@ class Allocator(ABC):
             UserError: It cannot choose.
         """
 
+    needs_table = True  # or no more of a table than the layers' names
+
     def check(self, problem: Problem) -> None:
         """Refuses what :meth:`choose` would refuse, as far as that shows before any training.
 
@@ -38,6 +41,8 @@ class Allocator(ABC):
 
 class GivenAllocator(Allocator):
     """An allocator that looks at no sensitivity, so all that it would refuse shows at once."""
+
+    needs_table = False
 
     @abstractmethod
     def bits_for(self, problem: Problem) -> dict[str, Bits]:
@@ -87,11 +92,7 @@ def omega(problem: Problem, table: SensitivityTable) -> dict[str, dict[Bits, flo
                 f"sensitivity: {table.metric} says nothing about {layer.name}; measure it anew"
             )
         if row.activation_sensitivity is None and not problem.tied:
-            raise UserError(
-                f"bits.tied: false needs the effects of weights and of activations apart, and "
-                f"{table.metric} measures them together; set sensitivity.tensors=separate or "
-                "bits.tied=true"
-            )
+            raise UserError(not_apart(table.metric))
         missing = set(problem.widths(layer)) - set(row.sensitivity)
         if missing:
             raise UserError(
@@ -104,6 +105,45 @@ def omega(problem: Problem, table: SensitivityTable) -> dict[str, dict[Bits, flo
             for bits in problem.options(layer)
         }
     return values
+
+
+def require_costs(problem: Problem, table: SensitivityTable) -> None:
+    """Refuses a table by which nothing can be chosen, as nothing costs anything.
+
+    Raises:
+        UserError: Names the metric, and what to use instead.
+    """
+    values = omega(problem, table).values()
+    if any(len(x) > 1 for x in values) and not any(cost for x in values for cost in x.values()):
+        raise UserError(
+            f"sensitivity: every Ω of {table.metric} is 0, so no bits can be chosen by it; the "
+            "float model's outputs may be constant, or the metric blind to them: check the model, "
+            "take another criterion or metric (sensitivity.criterion=mse, sensitivity=mse), or "
+            "allocator=uniform, which needs none"
+        )
+
+
+def not_apart(metric: str) -> str:
+    """What to say where a metric does not serve bits that are chosen apart."""
+    return (
+        f"bits.tied: false needs the effects of weights and of activations apart, and {metric} "
+        "does not tell them apart; set sensitivity=perturbation sensitivity.tensors=separate, or "
+        "bits.tied=true"
+    )
+
+
+def caveat(problem: Problem, table: SensitivityTable) -> str | None:
+    """Why the best bits by a table may be no better than others, or None.
+
+    Args:
+        problem: Layers and their options.
+        table: Sensitivities of all options.
+    """
+    rows = {x.name: x for x in table.layers}
+    choices = [(rows[x.name], problem.widths(x)) for x in problem.mixed]
+    if within_noise(choices) and any(len(widths) > 1 for _, widths in choices):
+        return "which are within noise"
+    return f"but {table.caveat}" if table.caveat else None
 
 
 def objective(problem: Problem, table: SensitivityTable, bits: Mapping[str, Bits]) -> float | None:
@@ -130,9 +170,11 @@ def allocate(allocator: Allocator, problem: Problem, table: SensitivityTable) ->
         table: Sensitivities of at least the mixed layers.
 
     Raises:
-        UserError: No allocation meets the budget.
+        UserError: No allocation meets the budget, or the table says nothing to choose by.
     """
     problem.check()
+    if allocator.needs_table:
+        require_costs(problem, table)
     chosen, optimal = allocator.choose(problem, table)
     bits = {**chosen, **problem.pinned_bits()}
     broken = problem.broken(bits)
@@ -144,4 +186,5 @@ def allocate(allocator: Allocator, problem: Problem, table: SensitivityTable) ->
         **asdict(figures(problem.layers, bits, problem.pinned)),
         objective=objective(problem, table, bits),
         optimal=optimal,
+        caveat=caveat(problem, table) if allocator.needs_table else None,
     )

@@ -14,6 +14,7 @@ from rich.text import Text
 
 from adq_train.allocation.budget import packed_bytes
 from adq_train.artifacts import BitAllocation, LevelCounts, RunResult, SensitivityTable
+from adq_train.reporting.why import solved
 
 log = logging.getLogger(__name__)
 
@@ -153,10 +154,9 @@ def render(
         overflow="ignore",  # a path that is cut short cannot be copied
     )
     blank = Text()
-    solved = f"{allocation.allocator}{', proven optimal' if allocation.optimal else ''}"
     return Group(
         blank,
-        Text(f"Layers (Ω: {table.metric}; bits: {solved})", style="bold blue"),
+        Text(f"Layers (Ω: {table.metric}; bits: {solved(allocation)})", style="bold blue"),
         layers,
         *(Text(x) for x in unused_levels(levels)),
         blank,

@@ -26,10 +26,9 @@ def render(problem: Problem, table: SensitivityTable, allocation: BitAllocation)
         table: Sensitivities.
         allocation: What was chosen.
     """
-    proven = ", proven optimal" if allocation.optimal else ""
     total = "not measured" if allocation.objective is None else f"{allocation.objective:.6g}"
     lines = [
-        f"Bits by {allocation.allocator}{proven}; summed Ω ({table.metric}): {total}",
+        f"Bits by {solved(allocation)}; summed Ω ({table.metric}): {total}",
         *(
             f"budget.{name}: {getattr(allocation, name):.10g} of {limit:.10g}"
             for name, limit in allocation.budget.items()
@@ -42,6 +41,14 @@ def render(problem: Problem, table: SensitivityTable, allocation: BitAllocation)
         EXPLANATION,
     ]
     return "\n".join(lines)
+
+
+def solved(allocation: BitAllocation) -> str:
+    """Who chose the bits, and what is proven of them: nothing more than the Ω can bear."""
+    best = "optimal for these Ω" if allocation.optimal else "by these Ω"
+    if allocation.caveat:
+        return f"{allocation.allocator}, {best}, {allocation.caveat}"
+    return f"{allocation.allocator}{', proven optimal' if allocation.optimal else ''}"
 
 
 def _rows(changes: Sequence[Step]) -> list[tuple[str, ...]]:

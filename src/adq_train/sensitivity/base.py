@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-import logging
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from adq_train.allocation.allocator import not_apart
 from adq_train.artifacts import LayerInfo, LayerSensitivity
 from adq_train.data.base import Batch, derived_seed
 from adq_train.errors import UserError
 from adq_train.quantization.base import MakeActivationQuantizer, MakeWeightQuantizer
-
-log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -66,6 +65,42 @@ class SensitivityMetric(Protocol):
             UserError: A layer cannot be measured; it is named.
         """
         ...
+
+
+@runtime_checkable
+class ReadsAhead(Protocol):
+    """A metric that can tell before any training whether it has what it will need."""
+
+    def check(self, layers: Sequence[LayerInfo], bit_widths: Sequence[int], apart: bool) -> None:
+        """Refuses what would fail once the float model is trained.
+
+        Args:
+            layers: All quantizable layers.
+            bit_widths: The candidates.
+            apart: Whether the effects of weights and of inputs will be asked for apart.
+
+        Raises:
+            UserError: Says what is missing.
+        """
+        ...
+
+
+class WeightMetric(ABC):
+    """What the metrics have in common that look at weights alone."""
+
+    @property
+    @abstractmethod
+    def name(self) -> str:
+        """The metric's name in ``sensitivity.json``."""
+
+    def check(self, layers: Sequence[LayerInfo], bit_widths: Sequence[int], apart: bool) -> None:
+        """Refuses to tell the effects of weights and inputs apart; see :class:`ReadsAhead`.
+
+        Raises:
+            UserError: That is asked for.
+        """
+        if apart:
+            raise UserError(not_apart(self.name))
 
 
 @torch.no_grad()
@@ -123,14 +158,3 @@ def logits_with(model: nn.Module, weights: Mapping[str, Tensor], images: Tensor)
     named = {f"{name}.weight": weight for name, weight in weights.items()}
     logits: Tensor = functional_call(model, named, (images,))
     return logits
-
-
-def warn_negative(metric: str, row: LayerSensitivity) -> None:
-    """Says which sensitivities of a layer are negative; they are kept as they are."""
-    for what, values in row.by_tensors():
-        negative = ", ".join(f"{x:.3g} at {bits} bits" for bits, x in values.items() if x < 0)
-        if negative:
-            log.warning(
-                "sensitivity: %s of %s %s is negative (%s); kept as it is",
-                *(metric, what, row.name, negative),
-            )

@@ -15,7 +15,13 @@ from torch.nn import functional as F
 from adq_train.artifacts import LayerInfo, LayerSensitivity
 from adq_train.data.base import Batch
 from adq_train.reporting.progress import Progress
-from adq_train.sensitivity.base import Conditions, layer_weights, logits_with, weight_error
+from adq_train.sensitivity.base import (
+    Conditions,
+    WeightMetric,
+    layer_weights,
+    logits_with,
+    weight_error,
+)
 
 log = logging.getLogger(__name__)
 
@@ -63,7 +69,7 @@ def squared_gradients(
 
 
 @dataclass(frozen=True)
-class Fisher:
+class Fisher(WeightMetric):
     """Ω[l, b] = Σ_i F_ii (ΔW_i)², F_ii = mean over images of (∂ loss / ∂ W_i)² (method.md 3).
 
     Half of it would be the second-order rise of the loss, were F the Hessian; the factor ½ is the

@@ -1,14 +1,16 @@
-"""A sensitivity table that another run, or another tool, has measured."""
+"""A sensitivity table of another run, of another tool, or written by hand."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from torch import nn
 
-from adq_train.artifacts import LayerInfo, LayerSensitivity, SensitivityTable
+from adq_train.allocation.allocator import not_apart
+from adq_train.artifacts import VALUES, LayerInfo, LayerSensitivity, SensitivityTable
 from adq_train.errors import UserError
 from adq_train.sensitivity.base import Conditions
 
@@ -17,6 +19,9 @@ from adq_train.sensitivity.base import Conditions
 class FromFile:
     """Ω[l, b] as a ``sensitivity.json`` has it; what it has besides is left out.
 
+    Of each layer ``name`` and ``sensitivity`` are enough. Counts come from the model; those in the
+    file must agree with it.
+
     Attributes:
         path: The file.
     """
@@ -24,8 +29,10 @@ class FromFile:
     path: str
 
     def __post_init__(self) -> None:
-        if not Path(self.path).is_file():
-            raise ValueError(f"path: there is no file {self.path}; give a run's sensitivity.json")
+        try:
+            self.table()
+        except UserError as error:
+            raise ValueError(str(error).removeprefix("sensitivity.")) from error
 
     @property
     def name(self) -> str:
@@ -38,12 +45,41 @@ class FromFile:
         Raises:
             UserError: It cannot be read, or is something else.
         """
+        path = Path(self.path)
+        if not path.is_file():
+            raise UserError(
+                f"sensitivity.path: there is no file {path}; give a run's sensitivity.json"
+            )
         try:
-            return SensitivityTable.from_json(Path(self.path).read_text(encoding="utf-8"))
+            table = SensitivityTable.from_json(path.read_text(encoding="utf-8"), by_hand=True)
         except UserError as error:
-            raise UserError(f"sensitivity.path: {self.path} is {error}") from error
+            raise UserError(f"sensitivity.path: {path} is {error}") from error
         except (OSError, UnicodeDecodeError) as error:
-            raise UserError(f"sensitivity.path: cannot read {self.path} ({error})") from error
+            raise UserError(f"sensitivity.path: {path} cannot be read ({error})") from error
+        names = [x.name for x in table.layers]
+        twice = next((name for name in names if names.count(name) > 1), None)
+        if twice is not None:
+            raise UserError(f"sensitivity.path: {path} has layer {twice} more than once; keep one")
+        return table
+
+    def check(self, layers: Sequence[LayerInfo], bit_widths: Sequence[int], apart: bool) -> None:
+        """Compares the file with the model's layers; see :class:`~.base.ReadsAhead`.
+
+        Raises:
+            UserError: A layer or a bit-width is not in the file, or a layer is another one.
+        """
+        table = self.table()
+        rows = {row.name: row for row in table.layers}
+        problems = [problem for x in layers if (problem := _problem(x, rows, bit_widths))]
+        if problems:
+            more = f"; and {len(problems) - 3} more" if len(problems) > 3 else ""
+            raise UserError(
+                f"sensitivity.path: {self.path} does not cover this model: "
+                f"{'; '.join(problems[:3])}{more}; measure it anew with this model and "
+                f"bits.candidates={list(bit_widths)}"
+            )
+        if apart and any(rows[x.name].activation_sensitivity is None for x in layers):
+            raise UserError(not_apart(f"{self.path} ({table.metric})"))
 
     def measure(
         self, model: nn.Module, layers: Sequence[LayerInfo], conditions: Conditions
@@ -53,26 +89,16 @@ class FromFile:
         Raises:
             UserError: A layer or a bit-width is not in the file, or a layer is another one.
         """
-        bit_widths = conditions.bit_widths
+        self.check(layers, conditions.bit_widths, apart=False)
         rows = {row.name: row for row in self.table().layers}
-        problems = [problem for x in layers if (problem := _problem(x, rows, bit_widths))]
-        if problems:
-            more = f"; and {len(problems) - 3} more" if len(problems) > 3 else ""
-            raise UserError(
-                f"sensitivity.path: {self.path} does not cover this model: "
-                f"{'; '.join(problems[:3])}{more}; measure it anew with this model and "
-                f"bits.candidates={list(bit_widths)}"
-            )
         for info in layers:
             row = rows[info.name]
-            inputs = row.activation_sensitivity
-            yield LayerSensitivity(
-                info.name,
-                info.num_weights,
-                info.macs,
-                {bits: row.sensitivity[bits] for bits in bit_widths},
-                None if inputs is None else {bits: inputs[bits] for bits in bit_widths},
-            )
+            values: dict[str, Any] = {
+                key: {bits: found[bits] for bits in conditions.bit_widths if bits in found}
+                for key in VALUES
+                if (found := getattr(row, key)) is not None
+            }
+            yield replace(row, num_weights=info.num_weights, macs=info.macs, **values)
 
 
 def _problem(
@@ -82,8 +108,13 @@ def _problem(
     row = rows.get(info.name)
     if row is None:
         return f"it has no layer {info.name}"
-    if row.num_weights != info.num_weights:
-        return f"layer {info.name} has {row.num_weights} weights there, {info.num_weights} here"
+    for what, there, here in (
+        ("weights", row.num_weights, info.num_weights),
+        ("multiply-accumulates (macs)", row.macs, info.macs),
+        ("inputs", row.num_inputs, info.num_inputs),
+    ):
+        if there and there != here:
+            return f"layer {info.name} has {there} {what} there, {here} here"
     for what, values in row.by_tensors():
         missing = [str(bits) for bits in bit_widths if bits not in values]
         if missing:

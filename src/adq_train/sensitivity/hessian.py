@@ -12,11 +12,18 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from adq_train.allocation.patterns import listed
 from adq_train.artifacts import LayerInfo, LayerSensitivity
 from adq_train.data.base import Batch, derived_seed
 from adq_train.quantization.layers import QUANTIZED
 from adq_train.reporting.progress import Progress
-from adq_train.sensitivity.base import Conditions, layer_weights, logits_with, weight_error
+from adq_train.sensitivity.base import (
+    Conditions,
+    WeightMetric,
+    layer_weights,
+    logits_with,
+    weight_error,
+)
 
 log = logging.getLogger(__name__)
 
@@ -84,7 +91,7 @@ def curvatures(
 
 
 @dataclass(frozen=True)
-class Hessian:
+class Hessian(WeightMetric):
     """Ω[l, b] = (Tr H_l / n_l) · ‖ΔW_l‖², the average trace (HAWQ-V2, arXiv 1911.03852).
 
     H_l is the block of the Hessian of the mean cross-entropy over the calibration images, n_l the
@@ -95,7 +102,7 @@ class Hessian:
     value never depends on the others asked for; an interrupted measurement starts anew.
 
     A trace may be negative where the float model is not at a minimum. Then the sensitivity is
-    written as it is, negative, and a warning names the layer.
+    negative too. The standard error of Ω is that of the trace, over the random vectors.
 
     Attributes:
         relative_standard_error: Probing ends when no layer's standard error is a larger share of
@@ -125,20 +132,23 @@ class Hessian:
         """Measures all layers at once; see :class:`~.base.SensitivityMetric`."""
         model = copy.deepcopy(model).eval().requires_grad_(False)
         traces = self.traces(model, conditions.batches, conditions.seed)
+        low = [x.name for x in layers if traces[x.name].trace < -traces[x.name].standard_error]
+        if low:
+            log.warning(
+                "hessian: the trace is negative for %s: the float model is not at a minimum",
+                listed(low),
+            )
         for info in layers:
             estimate = traces[info.name]
-            if estimate.trace < 0:
-                log.warning(
-                    "hessian: the trace of layer %s is negative (%.3g ± %.2g): the float model is "
-                    "not at a minimum; its sensitivity is written as it is, negative",
-                    *(info.name, estimate.trace, estimate.standard_error),
-                )
-            values = {}
+            values, errors = {}, {}
             for bits in conditions.bit_widths:
                 error = weight_error(model, info.name, bits, conditions)
-                average = estimate.trace / info.num_weights
-                values[bits] = average * float(error.double().square().sum())
-            yield LayerSensitivity(info.name, info.num_weights, info.macs, values)
+                squares = float(error.double().square().sum())
+                values[bits] = estimate.trace / info.num_weights * squares
+                errors[bits] = estimate.standard_error / info.num_weights * squares
+            yield LayerSensitivity(
+                info.name, info.num_weights, info.macs, values, standard_error=errors
+            )
 
     def traces(
         self, model: nn.Module, batches: Sequence[Batch], seed: int

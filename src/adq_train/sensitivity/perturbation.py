@@ -10,12 +10,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from adq_train.allocation.allocator import not_apart
 from adq_train.artifacts import LayerBits, LayerInfo, LayerSensitivity
 from adq_train.data.base import Batch
+from adq_train.errors import UserError
 from adq_train.quantization.base import check_choice
 from adq_train.quantization.layers import QuantLayer, quantized
 from adq_train.quantization.prepare import collect_inputs, quantize_layer, replaced
 from adq_train.sensitivity.base import Conditions
+from adq_train.sensitivity.outputs import ROUNDING
 from adq_train.sensitivity.reuse import Runs, make_runs
 from adq_train.training.batch_norm import (
     averaged_statistics,
@@ -23,10 +26,26 @@ from adq_train.training.batch_norm import (
     kept_statistics,
 )
 
-CRITERIA = ("kl", "loss")
+CRITERIA = ("kl", "loss", "mse")
 TENSORS = ("both", "weights", "activations", "separate")
 
 Key = tuple[str, int]  # what is quantized, and at how many bits
+Found = tuple[float, float | None]  # a criterion's mean over the images, and its standard error
+
+
+@dataclass(frozen=True)
+class Reference:
+    """What the outputs of a perturbed network are compared with.
+
+    Attributes:
+        outputs: Of the float network, (N, num_classes) for each batch.
+        scale: What the criterion is divided by.
+        smallest: A criterion of no larger magnitude is the rounding of the outputs.
+    """
+
+    outputs: Sequence[Tensor]
+    scale: float
+    smallest: float
 
 
 @dataclass(frozen=True)
@@ -37,9 +56,14 @@ class Perturbation:
     kept. What lies before a layer is not computed again for it: its values stay in memory from
     layer to layer (see :class:`~.reuse.PartialRuns`). The numbers are the same without.
 
+    Ω is a mean over the images, so the images also tell its standard error. The criterion is taken
+    in float64, and what is no larger than the rounding of the outputs themselves counts as 0.
+
     Attributes:
         criterion: ``kl``: mean Kullback–Leibler divergence from the float to the perturbed class
-            probabilities, in nats; ``loss``: rise of the mean cross-entropy, which may be negative.
+            probabilities, in nats; ``loss``: rise of the mean cross-entropy, which may be negative;
+            ``mse``: mean squared distance of the outputs, relative to their variance, for outputs
+            that are no logits of two or more classes.
         tensors: What of the layer is quantized: ``weights``, ``activations`` (its input), ``both``
             at once, or ``separate``: each alone, for an allocator that chooses their bits apart.
         recalibrate_batch_norm: Whether the batch norms behind the layer get the statistics of the
@@ -65,6 +89,15 @@ class Perturbation:
         suffix = "-recalibrated" if self.recalibrate_batch_norm else ""
         return f"perturbation-{self.criterion}-{self.tensors}{suffix}"
 
+    def check(self, layers: Sequence[LayerInfo], bit_widths: Sequence[int], apart: bool) -> None:
+        """Refuses to tell apart what is quantized at once; see :class:`~.base.ReadsAhead`.
+
+        Raises:
+            UserError: Effects are asked for apart, and ``tensors`` is not ``separate``.
+        """
+        if apart and self.tensors != "separate":
+            raise UserError(not_apart(self.name))
+
     @torch.no_grad()
     def measure(
         self, model: nn.Module, layers: Sequence[LayerInfo], conditions: Conditions
@@ -73,12 +106,17 @@ class Perturbation:
         model = copy.deepcopy(model).eval()
         bit_widths, batches = conditions.bit_widths, conditions.batches
         images = [x for x, _ in batches]
-        reference: list[Tensor] = []
-        keep = model.register_forward_hook(
-            lambda *call: reference.append(F.log_softmax(call[2], 1))
-        )
+        outputs: list[Tensor] = []
+        keep = model.register_forward_hook(lambda *call: outputs.append(call[2]))
         inputs = collect_inputs(model, [x.name for x in layers], images, conditions.seed)
         keep.remove()
+        if self.criterion != "mse" and num_columns(outputs[0]) == 1:
+            raise UserError(
+                f"sensitivity.criterion: {self.criterion} needs two or more outputs for an image, "
+                "but the model has one, and softmax over one class is always 1; set criterion=mse "
+                "(squared distance of the outputs)"
+            )
+        reference = self._reference(outputs)
         runs = make_runs(model, images, self.kept_bytes)
         for info in layers:
             variants: dict[Key, dict[str, QuantLayer]] = {}
@@ -97,9 +135,20 @@ class Perturbation:
                         for name, layer in forms.items()
                     }
             differences = self._measure(model, info.name, variants, runs, batches, reference)
-            first, *second = ({b: differences[x, b] for b in bit_widths} for x in self._parts())
-            apart = second[0] if second else None
-            yield LayerSensitivity(info.name, info.num_weights, info.macs, first, apart)
+            (first, error), *second = (
+                by_bits({b: differences[tensors, b] for b in bit_widths})
+                for tensors in self._parts()
+            )
+            apart, apart_error = second[0] if second else (None, None)
+            yield LayerSensitivity(
+                info.name,
+                info.num_weights,
+                info.macs,
+                first,
+                apart,
+                standard_error=error,
+                activation_standard_error=apart_error,
+            )
 
     def _parts(self) -> tuple[str, ...]:
         """What is quantized, one after the other."""
@@ -112,13 +161,13 @@ class Perturbation:
         variants: dict[Key, dict[str, QuantLayer]],
         runs: Runs,
         batches: Sequence[Batch],
-        reference: Sequence[Tensor],
-    ) -> dict[Key, float]:
+        reference: Reference,
+    ) -> dict[Key, Found]:
         """The criterion for each variant of one layer."""
         if not self.recalibrate_batch_norm:
             return self._differences(model, name, variants, runs, batches, reference)
         norms = batch_norms_after(model, name, batches[0][0][:1])
-        found: dict[Key, float] = {}
+        found: dict[Key, Found] = {}
         for key, forms in variants.items():
             with kept_statistics(norms):
                 with replaced(model, forms), averaged_statistics(norms):
@@ -135,26 +184,77 @@ class Perturbation:
         variants: dict[Key, dict[str, QuantLayer]],
         runs: Runs,
         batches: Sequence[Batch],
-        reference: Sequence[Tensor],
-    ) -> dict[Key, float]:
-        """The criterion's mean over all images."""
-        totals = dict.fromkeys(variants, 0.0)
+        reference: Reference,
+    ) -> dict[Key, Found]:
+        """The criterion's mean over all images, and its standard error."""
+        each: dict[Key, list[Tensor]] = {key: [] for key in variants}
         for index, (_, targets) in enumerate(batches):
             run = runs.from_layer(name, index)
+            before = self._form(reference.outputs[index])
             for key, forms in variants.items():
                 with replaced(model, forms):
-                    after = F.log_softmax(run(), 1)
-                totals[key] += self._difference(reference[index], after, targets)
+                    after = self._form(run())
+                each[key].append(self._difference(before, after, targets))
             del run  # before the next batch's values come
-        count = sum(len(logits) for logits in reference)
-        return {key: total / count for key, total in totals.items()}
+        return {
+            key: summary(torch.cat(x) / reference.scale, reference.smallest)
+            for key, x in each.items()
+        }
 
-    def _difference(self, before: Tensor, after: Tensor, targets: Tensor) -> float:
-        """The criterion's sum over the images of one batch."""
-        if self.criterion == "kl":
-            return float((before.exp() * (before - after)).sum())
-        rise = F.nll_loss(after, targets, reduction="sum")
-        return float(rise - F.nll_loss(before, targets, reduction="sum"))
+    def _form(self, outputs: Tensor) -> Tensor:
+        """What the criterion compares, in float64: at few changed bits differences are tiny."""
+        outputs = outputs.double()
+        return outputs if self.criterion == "mse" else F.log_softmax(outputs, 1)
+
+    def _difference(self, before: Tensor, after: Tensor, targets: Tensor) -> Tensor:
+        """The criterion for each image of a batch (N,); sums over the places of a map."""
+        if self.criterion == "mse":
+            found = (after - before).square()
+        elif self.criterion == "kl":
+            found = before.exp() * (before - after)
+        else:
+            found = F.nll_loss(after, targets, reduction="none")
+            found = found - F.nll_loss(before, targets, reduction="none")
+        return found.reshape(len(found), -1).sum(1)
+
+    def _reference(self, outputs: Sequence[Tensor]) -> Reference:
+        """What the perturbed outputs are compared with.
+
+        An error of δ in the outputs makes a squared distance of ‖δ‖², a divergence of at most
+        ½ ‖δ‖², and a loss of about ‖δ‖.
+        """
+        images = torch.cat([x.reshape(len(x), -1) for x in outputs]).double()
+        rounding = ROUNDING * torch.finfo(outputs[0].dtype).eps
+        error = rounding * float(images.square().sum(1).mean()) ** 0.5
+        if self.criterion == "loss":
+            return Reference(outputs, 1.0, error)
+        variance = float((images - images.mean(0)).square().sum(1).mean())
+        # Outputs of one image, or that are all the same, have none.
+        scale = variance or 1.0 if self.criterion == "mse" else 1.0
+        return Reference(outputs, scale, error**2 / scale)
+
+
+def summary(values: Tensor, smallest: float) -> Found:
+    """The mean of values and its standard error, which a single value does not have.
+
+    Args:
+        values: (N,), one for each image.
+        smallest: A mean of no larger magnitude counts as 0.
+    """
+    mean = float(values.mean())
+    error = float(values.std() / len(values) ** 0.5) if len(values) > 1 else None
+    return (mean if abs(mean) > smallest else 0.0), error
+
+
+def by_bits(found: dict[int, Found]) -> tuple[dict[int, float], dict[int, float] | None]:
+    """Means and standard errors by bit-width."""
+    errors = {bits: error for bits, (_, error) in found.items() if error is not None}
+    return {bits: mean for bits, (mean, _) in found.items()}, errors or None
+
+
+def num_columns(outputs: Tensor) -> int:
+    """The classes or values for an image, or for each place of its map: C of (N, C, …)."""
+    return outputs.shape[1] if outputs.ndim > 1 else 1
 
 
 def only(tensors: str, layer: QuantLayer, original: nn.Module) -> QuantLayer:
