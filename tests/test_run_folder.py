@@ -367,19 +367,19 @@ def fail_in(path, stage, error):
 
 
 @pytest.mark.parametrize(
-    ("error", "reason"),
+    ("error", "state", "reason"),
     [
-        (UserError("data.root: no such folder"), "data.root: no such folder"),
-        (ValueError("boom"), "boom"),
-        (KeyboardInterrupt(), "KeyboardInterrupt"),
+        (UserError("data.root: no such folder"), "failed", "data.root: no such folder"),
+        (ValueError("boom"), "failed", "boom"),
+        (KeyboardInterrupt(), "stopped", "KeyboardInterrupt"),
     ],
 )
-def test_a_failure_is_noted_and_passed_on(tmp_path, error, reason):
+def test_a_failure_is_noted_and_passed_on(tmp_path, error, state, reason):
     with pytest.raises(type(error)):
         fail_in(tmp_path, "profile", error)
     found = status(tmp_path)
     assert found.pop("seconds")["profile"] >= 0
-    assert found == {"state": "failed", "stage": "profile", "error": reason}
+    assert found == {"state": state, "stage": "profile", "error": reason}
     check_lock_is_free(tmp_path)
     assert status(tmp_path)["state"] == "done"
 
