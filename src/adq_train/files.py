@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
+import stat
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -38,7 +39,24 @@ def written_whole(path: Path) -> Iterator[Path]:
 def write_text(path: Path, text: str) -> None:
     """Writes a text file whole or not at all."""
     with written_whole(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
+        # File names may hold bytes that are no UTF-8; they are shown as \\udcxx.
+        temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
+
+
+def oddity(path: Path, most_bytes: int) -> str | None:
+    """Why a stranger's file is not to be read; None for a regular one of at most so many bytes.
+
+    A pipe would never end, and a link could lead anywhere.
+
+    Raises:
+        FileNotFoundError: There is none.
+    """
+    status = path.lstat()
+    if not stat.S_ISREG(status.st_mode):
+        return "not a regular file"
+    if status.st_size > most_bytes:
+        return f"larger than {most_bytes:,} bytes"
+    return None
 
 
 def sync_folder(folder: Path) -> None:

@@ -3,6 +3,7 @@
 import csv
 import html.parser
 import json
+import os
 import re
 import subprocess
 import sys
@@ -143,7 +144,9 @@ def test_the_table_says_what_the_seeds_support(report):
     assert rows["ablation=a"][8] == "+1.03"
     assert rows["ablation=a"][9].startswith("gain: paired t-test, n = 3, p = ")
     assert rows[f"trainer.name={EVIL}"][1] == "1"
-    assert rows[f"trainer.name={EVIL}"][9] == "too few seeds (n = 1 and 3)"
+    assert rows[f"trainer.name={EVIL}"][9] == (
+        "too few seeds (n = 1 and 3); not at equal bits: -1.00 for weights, -1.00 for inputs"
+    )
 
 
 def test_a_loss_with_a_teacher_in_it_is_marked(tmp_path):
@@ -233,6 +236,33 @@ def test_nothing_is_written_where_nothing_is_finished(tmp_path):
     with pytest.raises(UserError, match="unfinished, stopped or still running in stage qat"):
         command.run([str(tmp_path)])
     assert [path.name for path in tmp_path.iterdir()] == ["a"]
+
+
+def test_a_cell_that_a_spreadsheet_would_take_for_a_formula_is_quoted(tmp_path):
+    formulas = ["=HYPERLINK(1)", "+1+1", "-1+1", "@SUM(1)"]
+    for seed, formula in enumerate(formulas):
+        data = {"data": {"name": formula, "fingerprint": None}, "command": [formula]}
+        make_run(tmp_path / formula, seed=seed, manifest=data)
+    command.run([str(tmp_path)])
+    lines = list(csv.DictReader((tmp_path / "report" / "runs.csv").open()))
+    assert sorted(x["data"] for x in lines) == sorted(f"'{x}" for x in formulas)
+    assert not [x for line in lines for x in line.values() if x and x[0] in "=+-@"]
+
+
+def test_no_link_in_a_strangers_folder_is_written_through(tmp_path):
+    make_run(tmp_path / "runs" / "a")
+    target = tmp_path / "precious"
+    target.mkdir()
+    (tmp_path / "runs" / "report").symlink_to(target)
+    with pytest.raises(UserError, match="report is a link; say where to write with --output"):
+        command.run([str(tmp_path / "runs")])
+    assert list(target.iterdir()) == []
+
+
+def test_a_name_that_is_not_utf8_is_shown(tmp_path):
+    make_run(tmp_path / os.fsdecode(b"caf\xe9"))
+    command.run([str(tmp_path)])
+    assert "caf\\udce9" in (tmp_path / "report" / "runs.csv").read_text(encoding="utf-8")
 
 
 def test_a_report_needs_no_torch(tmp_path):

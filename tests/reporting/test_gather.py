@@ -1,4 +1,5 @@
 import json
+import os
 
 import pytest
 from made_up import make_run
@@ -26,6 +27,53 @@ def test_runs_below_several_folders_are_found_once(tmp_path):
     make_run(tmp_path / "y" / "c")
     found = gather([tmp_path / "x", tmp_path / "y", tmp_path / "x" / "a"])
     assert [run.path.name for run in found] == ["a", "b", "c"]
+
+
+def test_linked_runs_are_runs_and_no_circle_is_walked(tmp_path):
+    make_run(tmp_path / "elsewhere" / "moved")
+    make_run(tmp_path / "sweep" / "a")
+    (tmp_path / "sweep" / "b").symlink_to(tmp_path / "elsewhere" / "moved")
+    (tmp_path / "sweep" / "gone").symlink_to(tmp_path / "nowhere")
+    (tmp_path / "sweep" / "circle").symlink_to(tmp_path / "sweep")
+    found = states(tmp_path / "sweep")
+    assert found["a"] == found["b"] == ("done", "")
+    assert found["gone"] == ("damaged", f"a link to {tmp_path}/nowhere, which is not there")
+    (tmp_path / "all").mkdir()
+    for name in ("a", "b"):
+        (tmp_path / "all" / name).symlink_to(tmp_path / "sweep" / name)
+    assert set(states(tmp_path / "all").values()) == {("done", "")}
+
+
+@pytest.mark.parametrize(
+    "name", ["config.yaml", "status.json", "manifest.json", "metrics.jsonl", "sensitivity.json",
+             "allocation.json", "result.json"],
+)  # fmt: skip
+def test_what_is_no_small_regular_file_of_json_is_damage(tmp_path, name, monkeypatch):
+    def pipe(path):
+        os.mkfifo(path)
+
+    def nested(path):
+        path.write_text("[" * 9_000)
+
+    def link(path):
+        path.symlink_to("/dev/zero")
+
+    def latin(path):
+        path.write_bytes(b'{"caf\xe9": 1}')
+
+    def large(path):
+        path.write_bytes(b" " * 10_001)
+
+    monkeypatch.setattr("adq_train.reporting.gather.MOST_BYTES", 10_000)
+    make_run(tmp_path / "fine")
+    for make in (pipe, nested, link, latin, large):
+        path = make_run(tmp_path / make.__name__) / name
+        path.unlink()
+        make(path)
+    found = states(tmp_path)
+    assert found.pop("fine") == ("done", "")
+    for kind, (_, note) in found.items():
+        assert note.startswith((name, "status.json is missing or damaged")), (kind, note)
 
 
 def test_float_models_and_reports_are_no_runs(tmp_path):

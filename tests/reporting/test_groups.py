@@ -1,9 +1,12 @@
+from dataclasses import replace
+
 import pytest
 from made_up import CONFIG, LSQ, make_run, make_sweep, merged
 
 from adq_train.errors import UserError
 from adq_train.reporting.gather import gather
 from adq_train.reporting.groups import sections
+from adq_train.reporting.tables import wording
 
 UNIFORM = {"allocator": {"_target_": "adq_train.allocation.uniform.UniformAllocator"}}
 
@@ -200,3 +203,37 @@ def test_other_versions_and_commits_are_remarked(tmp_path):
         "some were made with uncommitted changes",
         'made with different versions: {"torch": "2.6.0"}; {"torch": "2.7.0"}',
     )
+
+
+def test_a_file_that_two_seeds_share_is_a_choice(tmp_path):
+    for seed, digest in enumerate(("a" * 64, "a" * 64, "b" * 64)):
+        make_run(tmp_path / str(seed), seed=seed, manifest={"checkpoint_sha256": digest})
+    assert sorted(table(only(tmp_path)).values()) == [[0, 1], [2]]
+
+
+def test_a_float_model_from_a_file_is_not_one_that_was_trained(tmp_path):
+    make_run(tmp_path / "trained", seed=0)
+    make_run(tmp_path / "given", seed=1, manifest={"checkpoint_sha256": "a" * 64})
+    assert sorted(table(only(tmp_path)).values()) == [[0], [1]]
+
+
+def test_a_file_for_each_seed_is_one_row_and_said(tmp_path):
+    for seed in range(3):
+        make_run(tmp_path / str(seed), seed=seed, manifest={"checkpoint_sha256": f"{seed}" * 64})
+    section = only(tmp_path)
+    assert list(table(section).values()) == [[0, 1, 2]]
+    assert section.problems == ("each seed has a file of its own as pretrain.checkpoint",)
+
+
+def test_rows_of_one_budget_that_use_other_bits_are_not_called_equal(tmp_path):
+    for seed in range(3):
+        budget = {"budget": {"average_weight_bits": 2.81}}
+        full, less = {"overrides": ("ablation=none",)}, {"overrides": ("ablation=uniform_bits",)}
+        make_run(tmp_path / f"a{seed}", 90 + seed, seed=seed, bits=2.48, changes=budget, **full)
+        changes = {**budget, **UNIFORM}
+        make_run(tmp_path / f"b{seed}", 89, seed=seed, bits=2, changes=changes, **less)
+    section = only(tmp_path)
+    (difference,) = [x for x in section.differences if x is not None]
+    assert difference.more_bits == pytest.approx((-0.48, -0.48))
+    assert "not at equal bits: -0.48 for weights" in wording(difference, False)
+    assert "equal bits" not in wording(replace(difference, more_bits=(0.01, 0.0)), False)

@@ -42,6 +42,8 @@ def run(arguments: Sequence[str]) -> None:
     options = parser().parse_args(arguments)
     report = build(options.folders, options.reference)
     output: Path = options.output or options.folders[0] / "report"
+    if options.output is None and output.is_symlink():
+        raise UserError(f"{output} is a link; say where to write with --output DIR")
     write(report, output)
     if options.json:
         print(json.dumps({**machine.as_json(report), "output": str(output)}, allow_nan=False))

@@ -8,14 +8,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from omegaconf import OmegaConf
-
 from adq_train.artifacts import BitAllocation, RunResult, SensitivityTable
 from adq_train.errors import UserError
+from adq_train.files import oddity
 from adq_train.run_folder import identity, read_manifest, read_metrics, read_status
+from adq_train.yaml_files import read_yaml
 
 # What status.json may say; a run that was stopped or is running is unfinished here.
 STATES = ("done", "failed", "running", "stopped")
+# The largest file of a run that is read; a thousand epochs of a large network take a tenth.
+MOST_BYTES = 2**28
 # Folders of an output root that are no runs.
 SHARED = "shared"
 PAGE = "report.html"
@@ -84,13 +86,22 @@ def gather(folders: Iterable[Path]) -> list[Run]:
 
 
 def run_folders(folder: Path) -> Iterator[Path]:
-    """Folders of runs, and folders beside them that should have been some."""
-    for place, names, files in os.walk(folder):
+    """Folders of runs, and folders and links beside them that should have been some.
+
+    Links are followed, each folder once: a run may have been moved to another disk.
+    """
+    seen: set[Path] = set()
+    for place, names, files in os.walk(folder, followlinks=True):
         path = Path(place)
+        if path.resolve() in seen:  # a link to a folder that it is in
+            names.clear()
+            continue
+        seen.add(path.resolve())
         if "config.yaml" in files:
             names.clear()  # a run holds no other run
             yield path
             continue
+        dead = [x for x in files if (path / x).is_symlink() and not (path / x).exists()]
         names[:] = sorted(n for n in names if n != SHARED and not (path / n / PAGE).exists())
         # A kill in the first moment leaves a folder without a configuration beside the others.
         inside = {
@@ -98,36 +109,43 @@ def run_folders(folder: Path) -> Iterator[Path]:
         }
         if any((path / name / "config.yaml").exists() for name in names):
             yield from (path / name for name, holds in inside.items() if not holds)
+            yield from (path / name for name in sorted(dead))
 
 
 def read_run(path: Path) -> Run:
     """Reads one folder; whatever is wrong with it ends up in ``state`` and ``note``."""
     notes: list[str] = []
 
+    if path.is_symlink() and not path.exists():
+        note = f"a link to {path.readlink()}, which is not there"
+        return Run(path, "damaged", note, {}, {}, None, None, None, ())
+
     def part(name: str, read: Callable[[Path], V]) -> V | None:
         try:
+            if odd := oddity(path / name, MOST_BYTES):
+                raise UserError(odd)
             return read(path / name)
         except FileNotFoundError:
             notes.append(f"{name} is missing")
-        except (UserError, OSError, UnicodeDecodeError) as error:
+        except (UserError, OSError, ValueError, RecursionError) as error:
             notes.append(f"{name} is {' '.join(str(error).split())}")
         return None
 
     config = part("config.yaml", read_config)
     if config is None:
         return Run(path, "damaged", "; ".join(notes), {}, {}, None, None, None, ())
-    status = read_status(path)
+    status = part("status.json", lambda _: read_status(path))
     if not isinstance(status, dict) or status.get("state") not in STATES:
         note = "status.json is missing or damaged"
         return Run(path, "damaged", note, config, {}, None, None, None, ())
-    try:
-        manifest = read_manifest(path)
-        if not isinstance(manifest, dict):
-            raise UserError("not a JSON object")
-    except UserError:
+    manifest = part("manifest.json", lambda _: read_manifest(path))
+    if not isinstance(manifest, dict):
         manifest = {}
-        notes.append("manifest.json is missing or damaged")
-    records = tuple(part("metrics.jsonl", read_metrics) or ())
+        notes[:] = ["manifest.json is missing or damaged"]
+    if (path / "metrics.jsonl").exists():  # there is none without training
+        records = tuple(part("metrics.jsonl", read_metrics) or ())
+    else:
+        records = ()
     if status["state"] != "done":
         state = "failed" if status["state"] == "failed" else "unfinished"
         note = _progress(status, records, config)
@@ -148,13 +166,10 @@ def read_config(path: Path) -> dict[str, Any]:
     """A run's resolved configuration.
 
     Raises:
-        FileNotFoundError: There is none.
         UserError: It is not one of a run.
     """
-    if not path.exists():
-        raise FileNotFoundError(path)
     try:
-        config: Any = OmegaConf.to_container(OmegaConf.load(path))
+        config: Any = read_yaml(path)
         same = identity(config)
         for section in ("data", "model", "weight_quantizer", "activation_quantizer"):
             str(same[section]["_target_"])

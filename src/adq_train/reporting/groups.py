@@ -141,12 +141,12 @@ def settings_of(run: Run) -> dict[str, Any]:
     data = run.manifest.get("data")
     fingerprint = data.get("fingerprint") if isinstance(data, dict) else None
     flat = dict(_flatten(config))
-    files = run.manifest.get("files")
+    files, checkpoint = run.manifest.get("files"), run.manifest.get("checkpoint_sha256")
     return {
         **flat,
         **({k: str(v)[:12] for k, v in files.items()} if isinstance(files, dict) else {}),
         "data.fingerprint": str(fingerprint)[:12] if fingerprint else None,
-        "pretrain.checkpoint": str(run.manifest.get("checkpoint_sha256"))[:12],
+        "pretrain.checkpoint": str(checkpoint)[:12] if checkpoint else None,
     }
 
 
@@ -161,8 +161,11 @@ def _flatten(node: Any, path: str = "") -> Iterable[tuple[str, Any]]:
 def _rows(runs: Sequence[Run]) -> tuple[list[Row], str, list[str]]:
     """The rows of one section, what all its runs share, and its problems."""
     settings = [settings_of(run) for run in runs]
+    problems = []
     for name in ("pretrain.checkpoint", "init_from", *INPUT_FILES):
-        settings = _without_files_of_seeds(runs, settings, name)
+        settings, of_seeds = _without_files_of_seeds(runs, settings, name)
+        if of_seeds:
+            problems.append(f"each seed has a file of its own as {name}")
     known = {x["data.fingerprint"] for x in settings} - {None}
     for found in settings:
         if found["data.fingerprint"] is None and len(known) == 1:
@@ -175,7 +178,7 @@ def _rows(runs: Sequence[Run]) -> tuple[list[Row], str, list[str]]:
         shared[key] = found
     names, counts, common = names_of(groups, shared)
     every_seed = sorted({run.seed for run in runs})
-    rows, problems = [], []
+    rows = []
     for key, members in groups.items():
         done: dict[int, Run] = {}
         for run in members:
@@ -207,18 +210,27 @@ def _rows(runs: Sequence[Run]) -> tuple[list[Row], str, list[str]]:
 
 def _without_files_of_seeds(
     runs: Sequence[Run], settings: Sequence[dict[str, Any]], name: str
-) -> list[dict[str, Any]]:
-    """The settings without a file where there is one for each seed: the seed tells it already."""
+) -> tuple[list[dict[str, Any]], bool]:
+    """The settings without a file where there is one for each seed: the seed tells it already.
+
+    Returns:
+        The settings, and whether some runs really had a file for each seed. Where two seeds share
+        one and a third has another, or none, the file is a choice and stays.
+    """
     others = [{k: v for k, v in found.items() if k != name} for found in settings]
     keys = [json.dumps(found, sort_keys=True, default=str) for found in others]
-    found_for: dict[tuple[str, int], set[Any]] = {}
+    pairs: dict[str, set[tuple[int, str | None]]] = {}
     for run, key, found in zip(runs, keys, settings, strict=True):
-        found_for.setdefault((key, run.seed), set()).add(found.get(name))
-    several = {key for (key, _), values in found_for.items() if len(values) > 1}
-    return [
-        found if key in several else other
+        pairs.setdefault(key, set()).add((run.seed, found.get(name)))
+    seeds = {key: {seed for seed, _ in found} for key, found in pairs.items()}
+    files = {key: {file for _, file in found} for key, found in pairs.items()}
+    own = {key for key in pairs if len(pairs[key]) == len(seeds[key]) == len(files[key]) > 1}
+    own -= {key for key in own if None in files[key]}
+    fewer = [
+        other if key in own or len(files[key]) == 1 else found
         for key, found, other in zip(keys, settings, others, strict=True)
     ]
+    return fewer, bool(own)
 
 
 def _section(
@@ -256,12 +268,24 @@ def _difference(row: Row, reference: Row | None) -> Difference | None:
     if reference is None or reference is row:
         return None
     found = compare(row.by_seed(), reference.by_seed())
+    if found is None:
+        return None
+    found = replace(found, more_bits=_more_bits(row, reference))
     losses, others = row.losses(), reference.losses()
     common = losses.keys() & others.keys()
-    if found is None or not common or row.loss_settings() != reference.loss_settings():
+    if not common or row.loss_settings() != reference.loss_settings():
         return found
     lower = sum(losses[seed] < others[seed] for seed in common)
     return replace(found, lower_losses=(lower, len(common)))
+
+
+def _more_bits(row: Row, reference: Row) -> tuple[float, float]:
+    """What a row's bits are beyond its reference's: one budget may be used up by one of them."""
+    weights, inputs = (
+        row.summary(name).mean - reference.summary(name).mean  # type: ignore[union-attr]
+        for name in ("average_weight_bits", "average_activation_bits")
+    )
+    return weights, inputs
 
 
 def _references(rows: Sequence[Row], reference: str | None) -> list[Row | None]:

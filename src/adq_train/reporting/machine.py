@@ -40,8 +40,15 @@ def csv_text(report: Report) -> str:
         for run in row.members
     }
     for run in report.runs:
-        writer.writerow({**placed.get(run.path, {}), **_figures(run), **_origin(run)})
+        cells = {**placed.get(run.path, {}), **_figures(run), **_origin(run)}
+        writer.writerow({name: harmless(value) for name, value in cells.items()})
     return text.getvalue()
+
+
+def harmless(value: Any) -> Any:
+    """A cell that no spreadsheet takes for a formula: text that could be one is quoted."""
+    is_formula = isinstance(value, str) and value.startswith(("=", "+", "-", "@", "\t", "\r"))
+    return f"'{value}" if is_formula else value
 
 
 def _figures(run: Run) -> dict[str, Any]:

@@ -47,6 +47,7 @@ class Difference:
         p_holm: The same after Holm's correction over the rows of a table.
         verdict: ``gain``, ``loss``, ``not shown``, or why nothing can be said.
         lower_losses: In how many of how many common seeds the final training loss is lower.
+        more_bits: Average bits of weights and of inputs beyond the reference row's.
     """
 
     mean: float
@@ -56,6 +57,7 @@ class Difference:
     p_holm: float | None
     verdict: str
     lower_losses: tuple[int, int] | None = None
+    more_bits: tuple[float, float] | None = None
 
 
 def compare(row: Mapping[int, float], reference: Mapping[int, float]) -> Difference | None:

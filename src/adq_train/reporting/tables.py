@@ -14,6 +14,8 @@ from adq_train.reporting.statistics import FEWEST_SEEDS, LEVEL, Difference, Summ
 from adq_train.reporting.summary import kilobytes
 
 NONE = "–"
+# Average bits that differ by less are called equal.
+SAME_BITS = 0.05
 HEADINGS = (
     "run",
     "n",
@@ -82,14 +84,22 @@ def wording(difference: Difference | None, is_reference: bool) -> str:
         return NONE
     n = " and ".join(map(str, difference.n))
     if difference.p_value is None:
-        return f"{difference.verdict} (n = {n})"
+        return f"{difference.verdict} (n = {n}){_unequal(difference)}"
     words = (
         f"{difference.verdict}: {difference.test}, n = {n}, p = {difference.p_value:.2g}, "
         f"Holm {difference.p_holm:.2g}"
     )
     if difference.lower_losses:
         words += "; training loss lower in {} of {} seeds".format(*difference.lower_losses)
-    return words
+    return words + _unequal(difference)
+
+
+def _unequal(difference: Difference) -> str:
+    """Says that two rows do not have the same bits, where they have not."""
+    if difference.more_bits is None or max(map(abs, difference.more_bits)) < SAME_BITS:
+        return ""
+    weights, inputs = difference.more_bits
+    return f"; not at equal bits: {weights:+.2f} for weights, {inputs:+.2f} for inputs"
 
 
 def cells(section: Section, known: Sequence[published.Published]) -> list[list[str]]:
