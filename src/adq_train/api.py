@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import logging
 from collections.abc import Iterable, Mapping, Sequence
 
@@ -10,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from adq_train.allocation.achieved import achieved, require_achieved
 from adq_train.allocation.allocator import allocate
 from adq_train.allocation.budget import Budget, Problem
 from adq_train.allocation.ilp import IlpAllocator
@@ -18,9 +18,10 @@ from adq_train.artifacts import SensitivityTable, require_finite
 from adq_train.errors import UserError
 from adq_train.quantization.adq import AdqWeightQuantizer
 from adq_train.quantization.base import MakeActivationQuantizer, MakeWeightQuantizer
+from adq_train.quantization.copies import own_copy
 from adq_train.quantization.describe import describe_layers
 from adq_train.quantization.n2uq import N2uqActivationQuantizer
-from adq_train.quantization.prepare import Upkeep, collect_inputs, prepare
+from adq_train.quantization.prepare import Upkeep, collect_inputs, prepare, quantized_layers
 from adq_train.sensitivity.base import Conditions
 from adq_train.sensitivity.noise import settle
 from adq_train.sensitivity.outputs import caveat, float_outputs
@@ -64,14 +65,17 @@ def quantize(
         seed: For the sample of inputs, and for random initialisations.
 
     Raises:
-        UserError: No batches, an average that cannot be reached, a layer without a sensitivity,
-            Ω that is 0 throughout, or weights, inputs or outputs that are NaN or infinite; names
-            what is wrong and the remedy.
+        UserError: A model that does not map one tensor to logits, whose layers cannot be replaced,
+            or that is quantized; no batches, or of another form; an average that cannot be
+            reached, a layer without a sensitivity, Ω that is 0 throughout, or weights, inputs or
+            outputs that are NaN or infinite. It names what is wrong and the remedy.
     """
-    batches = [_pair(batch) for batch in calibration_batches]
-    if not batches:
-        raise UserError("calibration_batches: there are none; give at least one batch of inputs")
-    layers = describe_layers(model, batches[0][0][:1])
+    batches = _batches(calibration_batches)
+    if quantized_layers(model):
+        raise UserError("model: it is quantized already; give the float network")
+    model = own_copy(model)
+    image = batches[0][0][:1]
+    layers = describe_layers(model, image)
     problem = Problem(
         layers,
         pinned_bits(layers, first_last_bits, pinned or {}),
@@ -90,9 +94,9 @@ def quantize(
     require_finite(table)
     allocation = allocate(IlpAllocator(), problem, table)
     inputs = collect_inputs(model, [x.name for x in layers], [x for x, _ in batches], seed)
-    quantized = copy.deepcopy(model)
-    prepare(quantized, allocation, *quantizers, inputs, seed)
-    return quantized
+    prepare(model, allocation, *quantizers, inputs, seed)
+    require_achieved(allocation, achieved(model, image, problem.pinned))
+    return model
 
 
 def _default_metric(outputs: Tensor) -> Perturbation:
@@ -113,7 +117,18 @@ def follow(model: nn.Module, optimizer: Optimizer, step: int = 0) -> None:
         model: From :func:`quantize`.
         optimizer: Of its parameters; see :func:`adq_train.parameter_groups`.
         step: Optimizer steps that are done already, when training continues.
+
+    Raises:
+        UserError: The model is not quantized, or the optimizer belongs to another one.
     """
+    if not quantized_layers(model):
+        raise UserError("model: it has no quantized layers; give what quantize() returned")
+    trained = {id(x) for group in optimizer.param_groups for x in group["params"]}
+    if not trained & {id(x) for x in model.parameters()}:
+        raise UserError(
+            "optimizer: it trains none of the model's parameters; make it from "
+            "parameter_groups() of the quantized model"
+        )
     upkeep = Upkeep(model)
 
     def after(*_: object) -> None:
@@ -125,9 +140,39 @@ def follow(model: nn.Module, optimizer: Optimizer, step: int = 0) -> None:
     optimizer.register_step_post_hook(after)
 
 
-def _pair(batch: Tensor | tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+def _batches(given: Iterable[object]) -> list[tuple[Tensor, Tensor]]:
+    """Inputs and targets, without empty batches.
+
+    Raises:
+        UserError: Names the first batch that is neither inputs nor a pair.
+    """
+    if isinstance(given, Tensor | Mapping):
+        raise UserError(
+            f"calibration_batches: it is one {type(given).__name__}; give a list of batches, "
+            "[inputs]"
+        )
+    pairs = (_pair(number, batch) for number, batch in enumerate(given))
+    batches = [(inputs, targets) for inputs, targets in pairs if len(inputs)]
+    if not batches:
+        raise UserError("calibration_batches: there are none; give at least one batch of inputs")
+    return batches
+
+
+def _pair(number: int, batch: object) -> tuple[Tensor, Tensor]:
     """Inputs and targets; no targets where none are given, which only the loss would need."""
-    if isinstance(batch, Tensor):
-        return batch, torch.empty(0, dtype=torch.long, device=batch.device)
-    inputs, targets = batch
+    parts = list(batch) if isinstance(batch, tuple | list) else [batch]
+    inputs, *others = parts or [None]
+    if not isinstance(inputs, Tensor) or len(others) > 1 or not inputs.dim():
+        what = [type(x).__name__ for x in parts] if len(parts) > 1 else type(inputs).__name__
+        raise UserError(
+            f"calibration_batches: batch {number} is {what}; a batch is a tensor of inputs (N, …) "
+            "or a pair (inputs, targets); a model with several inputs can be wrapped in a module "
+            "with one"
+        )
+    targets = others[0] if others else torch.empty(0, dtype=torch.long, device=inputs.device)
+    if not isinstance(targets, Tensor) or (others and len(targets) != len(inputs)):
+        raise UserError(
+            f"calibration_batches: the targets of batch {number} are not a tensor with one entry "
+            f"for each of its {len(inputs)} inputs"
+        )
     return inputs, targets

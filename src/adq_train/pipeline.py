@@ -20,6 +20,7 @@ from adq_train.data.base import Loading
 from adq_train.errors import UserError
 from adq_train.files import sha256
 from adq_train.init_from import open_start, pin, prepare_from
+from adq_train.quantization.copies import unfuse
 from adq_train.quantization.describe import describe_layers
 from adq_train.reporting import report
 from adq_train.run_folder import (
@@ -129,6 +130,7 @@ def execute(
         )
     elif start and start.float_state:
         load_state(model, start.float_state)
+    unfuse(model)
     model.to(parts.device)
     ranks.equalize(model)
     torch.manual_seed(config["seed"])  # a trained teacher begins like a float model of its own run

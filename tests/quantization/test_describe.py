@@ -1,12 +1,17 @@
 import logging
+import re
+from functools import partial
 
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import parametrizations
 
 from adq_train.artifacts import LayerInfo
 from adq_train.errors import UserError
-from adq_train.quantization.describe import describe_layers, same_weight
+from adq_train.quantization.describe import describe_layers
+from adq_train.quantization.layers import quantized, same_weight
+from adq_train.quantization.prepare import collect_inputs, replaced
 
 
 class Reordered(nn.Module):
@@ -140,7 +145,9 @@ def test_the_model_is_left_as_it_was(fails):
     model[1].eval()  # a frozen batch norm
     state = {name: value.clone() for name, value in model.state_dict().items()}
     if fails:
-        with pytest.raises(RuntimeError):
+        with pytest.raises(
+            UserError, match=r"forward\(\) fails on an input of shape \(1, 7, 5, 5\)"
+        ):
             describe_layers(model, torch.zeros(1, 7, 5, 5))
     else:
         describe_layers(model, torch.randn(1, 1, 5, 5))
@@ -148,3 +155,171 @@ def test_the_model_is_left_as_it_was(fails):
     assert model.training
     assert not any(m._forward_hooks for m in model.modules())
     assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
+
+
+class Encoder(nn.Module):
+    """Torch's transformer encoder, which in evaluation would read its linear layers' weights."""
+
+    def __init__(self, masked=False):
+        super().__init__()
+        layer = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True)
+        self.encoder, self.masked = nn.TransformerEncoder(layer, 2), masked
+        self.head = nn.Linear(8, 3)
+
+    def forward(self, x):
+        ends = torch.arange(x.shape[1]).expand(x.shape[:2]) > 2
+        return self.head(self.encoder(x, src_key_padding_mask=ends if self.masked else None)[:, 0])
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_the_layers_of_a_fused_encoder_are_computed(masked):
+    model, x = Encoder(masked).eval(), torch.randn(4, 5, 8)
+    names = [f"encoder.layers.{i}.linear{k}" for i in (0, 1) for k in (1, 2)] + ["head"]
+    assert [layer.name for layer in describe_layers(model, x[:1])] == names
+    inputs = collect_inputs(model, names, [x], seed=0)
+    assert [len(inputs[name]) for name in names] == [160, 320, 160, 320, 32]
+    changed = quantized(model.encoder.layers[1].linear2, Zero(), nn.Identity())
+    with torch.no_grad(), replaced(model, {names[3]: changed}):
+        model.eval()(x)
+        assert changed.weight_quantizer.calls == 1
+
+
+class Zero(nn.Module):
+    calls = 0
+
+    def forward(self, weight):
+        self.calls += 1
+        return torch.zeros_like(weight)
+
+
+class Held(nn.Module):
+    """Calls or reads a layer in some way that surgery may not reach."""
+
+    def __init__(self, hold, use):
+        super().__init__()
+        self.first, self.layer, self.last = nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 2)
+        self.held, self.use = hold(self), use
+
+    def forward(self, x):
+        return self.last(self.use(self, self.first(x)))
+
+
+class Plain:
+    """An object that is no module."""
+
+    def __init__(self, layer):
+        self.layer = layer
+
+
+def held_call(model, x):
+    return model.held(x)
+
+
+ALIAS, UNREGISTERED = "layer layer is also called", r"weight of shape \(4, 4\) that is not among"
+OUT_OF_REACH = {
+    "a list": (lambda m: [nn.Linear(4, 4)], lambda m, x: m.held[0](x), UNREGISTERED),
+    "a dict": (lambda m: {0: nn.Linear(4, 4)}, lambda m, x: m.held[0](x), UNREGISTERED),
+    "an object": (lambda m: Plain(nn.Linear(4, 4)), lambda m, x: m.held.layer(x), UNREGISTERED),
+    "a function": (lambda m: lambda x: m.layer(x), held_call, UNREGISTERED),
+    "a weight": (
+        lambda m: [nn.Parameter(torch.ones(4, 4))], lambda m, x: x @ m.held[0], UNREGISTERED,
+    ),
+    "another name in a list": (lambda m: [m.layer], lambda m, x: m.held[0](x), ALIAS),
+    "both": (lambda m: [m.layer], lambda m, x: m.layer(m.held[0](x)), ALIAS),
+    "another name in an object": (lambda m: Plain(m.layer), lambda m, x: m.held.layer(x), ALIAS),
+    "a partial": (lambda m: partial(m.layer), held_call, ALIAS),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", OUT_OF_REACH)
+def test_a_layer_that_cannot_be_replaced_where_it_is_called_is_refused(kind):
+    hold, use, message = OUT_OF_REACH[kind]
+    with pytest.raises(UserError, match=message):
+        describe_layers(Held(hold, use), torch.zeros(1, 4))
+
+
+def functional(m, x):
+    return nn.functional.linear(x, m.layer.weight)
+
+
+READ_PAST = {
+    "instead": (lambda m: None, functional, "layer stays .*: its forward() is never called"),
+    "its method": (lambda m: m.layer.forward, held_call, "layer stays .*: its forward() is never"),
+    "besides": (lambda m: None, lambda m, x: m.layer(functional(m, x)), "an operation of the mod"),
+    "a view": (lambda m: None, lambda m, x: m.layer(x) @ m.layer.weight.data.T, "an operation"),
+    "made anew": (
+        lambda m: parametrizations.spectral_norm(m.layer),
+        lambda m, x: m.layer(functional(m, x)),
+        "an operation of the model stays",
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", READ_PAST)
+def test_a_weight_that_is_read_past_its_layer_is_named(kind, caplog):
+    hold, use, message = READ_PAST[kind]
+    describe_layers(Held(hold, use), torch.zeros(1, 4))
+    (warning,) = caplog.messages
+    assert re.search(message.replace("()", r"\(\)"), warning)
+
+
+def test_an_embedding_that_shares_a_weight_is_named(caplog):
+    class Tied(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.embed, self.mid = nn.Embedding(9, 4), nn.Linear(4, 4)
+            self.out = nn.Linear(4, 9, bias=False)
+            self.out.weight = self.embed.weight
+
+        def forward(self, x):
+            return self.out(self.mid(self.embed(x))).mean(1)
+
+    layers = describe_layers(Tied(), torch.zeros(1, 3, dtype=torch.long))
+    assert [x.name for x in layers] == ["mid", "out"]
+    (warning,) = caplog.messages
+    assert warning.startswith("embed stays in full precision: it uses the weight of out")
+
+
+def test_metadata_and_ordinary_use_are_not_reading_past(caplog):
+    def use(m, x):
+        return m.layer(input=x) * m.first.weight.shape[0]
+
+    for hold in (lambda m: None, lambda m: parametrizations.weight_norm(m.layer)):
+        assert len(describe_layers(Held(hold, use), torch.zeros(1, 4))) == 3
+    assert not caplog.messages
+
+
+def test_a_layer_whose_forward_was_replaced_stays_float(caplog):
+    def hold(m):
+        m.layer.forward = partial(nn.functional.linear, weight=m.layer.weight)
+
+    layers = describe_layers(Held(hold, lambda m, x: m.layer(x)), torch.zeros(1, 4))
+    assert [x.name for x in layers] == ["first", "last"]
+    assert caplog.messages[-1].endswith("its forward() is not that of its class")
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda x: (x,), "its output is a tuple, not a tensor of logits"),
+        (lambda x: {"logits": x}, "its output is a dict"),
+        (lambda x: x[:, 0], r"its output for 1 input\(s\) has shape \(1,\)"),
+        (lambda x: x.argmax(1, keepdim=True), "torch.int64, not logits"),
+        (lambda x: x.repeat(2, 1), r"has shape \(2, 2\)"),
+    ],
+)
+def test_outputs_that_are_not_logits_are_refused(make, message):
+    class Out(nn.Sequential):
+        def forward(self, x):
+            return make(super().forward(x))
+
+    with pytest.raises(UserError, match=message):
+        describe_layers(Out(nn.Linear(3, 4), nn.Linear(4, 2)), torch.zeros(1, 3))
+
+
+def test_what_has_no_layers_to_replace_yet_is_refused():
+    x = torch.zeros(1, 3)
+    with pytest.raises(UserError, match="0 has no weights yet; run the network once"):
+        describe_layers(nn.Sequential(nn.LazyLinear(4)), x)
+    with pytest.raises(UserError, match="ScriptModule cannot be replaced"):
+        describe_layers(torch.jit.script(nn.Sequential(nn.Linear(3, 4))), x)

@@ -14,8 +14,8 @@ from adq_train.quantization.prepare import (
     collect_inputs,
     prepare,
     quantized_layers,
-    quantized_weights,
     replaced,
+    weight_quantizers,
 )
 
 NAMES = ("0", "3.0", "5")
@@ -117,7 +117,7 @@ def test_layers_that_share_a_weight_share_its_quantizer():
         expected = LsqActivationQuantizer(3)
         expected.calibrate(inputs[name])
         assert torch.equal(layer.input_quantizer.levels(), expected.levels())
-    assert quantized_weights(quantized) == [(first.weight_quantizer, first.weight)]
+    assert weight_quantizers(quantized) == {first.weight_quantizer: first}
 
 
 def test_random_initialisation_depends_on_the_seed_and_the_layer():

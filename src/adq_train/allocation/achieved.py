@@ -12,13 +12,17 @@ from torch import Tensor, nn
 from adq_train.allocation.budget import Bits, Figures, figures
 from adq_train.artifacts import BitAllocation, LayerInfo
 from adq_train.errors import UserError
-from adq_train.quantization.describe import count_macs, run_with_hooks
+from adq_train.quantization.describe import count_macs
 from adq_train.quantization.prepare import quantized_layers
+from adq_train.quantization.watch import run_with_hooks
+from adq_train.quantization.weights import used_weight, weight_identity
 
 
 @torch.no_grad()
 def achieved(model: nn.Module, image: Tensor, pinned: Mapping[str, int]) -> Figures:
     """Figures from the elements, multiply-accumulates and quantizers of a prepared model.
+
+    Counted in evaluation mode without PyTorch's hooks, as it is evaluated.
 
     Args:
         model: Prepared; left as it was.
@@ -26,27 +30,35 @@ def achieved(model: nn.Module, image: Tensor, pinned: Mapping[str, int]) -> Figu
         pinned: The layers that stay outside the averages, by name.
 
     Raises:
-        UserError: A quantizer has more levels than its bits can tell apart.
+        UserError: A quantizer has more levels than its bits can tell apart, or a layer is not
+            computed by its own ``forward()``.
     """
     layers = quantized_layers(model)
     infos: dict[str, LayerInfo] = {}
     bits: dict[str, Bits] = {}
-    name_of: dict[Tensor, str] = {}
+    called: set[str] = set()
+    name_of: dict[object, str] = {}
 
     def record(name: str, layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        called.add(name)
         own = Bits(layers[name].weight_quantizer.bit_width, layers[name].input_quantizer.bit_width)
         # A weight that is used more than once, by one layer or by several, counts once.
-        name = name_of.setdefault(layers[name].weight, name)
+        name = name_of.setdefault(weight_identity(layers[name]), name)
         assert bits.setdefault(name, own) == own, f"{name}: layers with one weight differ in bits"
         old = infos.get(name, LayerInfo(name, 0, 0, 0))
         infos[name] = LayerInfo(
             name,
-            layers[name].weight.numel(),
+            used_weight(layers[name]).numel(),
             old.macs + count_macs(layer, inputs[0], output),
             old.num_inputs + inputs[0].numel(),
         )
 
     run_with_hooks(model, image, {name: partial(record, name) for name in layers})
+    for name in layers.keys() - called:
+        raise UserError(
+            f"model: the quantized layer {name} is not computed in evaluation mode: what holds it "
+            "reads its weight, or another layer stands in its place; let it be called"
+        )
     for name, layer in layers.items():
         for what, quantizer in (
             ("weights", layer.weight_quantizer),
@@ -73,6 +85,6 @@ def require_achieved(allocation: BitAllocation, counted: Figures) -> None:
     ]
     if differ:
         raise UserError(
-            f"allocation.json says {'; '.join(differ)}; delete the file to make it anew, and check "
-            "that the quantizers take the bit-width that they are given"
+            f"the allocation says {'; '.join(differ)}; check that the quantizers take the "
+            "bit-width that they are given, and delete allocation.json to make it anew"
         )

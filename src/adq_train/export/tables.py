@@ -14,6 +14,7 @@ from torch import Tensor
 from adq_train.errors import UserError
 from adq_train.quantization.base import ActivationQuantizer, WeightQuantizer
 from adq_train.quantization.layers import QuantLayer
+from adq_train.quantization.weights import used_weight
 
 
 @dataclass(frozen=True)
@@ -76,7 +77,8 @@ def tables_of(name: str, layer: QuantLayer) -> LayerTables:
     """
     try:
         return LayerTables(
-            weight_table(layer.weight_quantizer, layer.weight), staircase(layer.input_quantizer)
+            weight_table(layer.weight_quantizer, used_weight(layer)),
+            staircase(layer.input_quantizer),
         )
     except ValueError as error:
         raise UserError(f"layer {name} cannot be exported: {error}") from error

@@ -7,10 +7,12 @@ exponential moving average (EMA). The rest is this project's choice and configur
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from adq_train.quantization.base import WeightQuantizer, check_choice, check_finite
+from adq_train.quantization.base import WeightQuantizer, check_choice, check_finite, is_pruned
 from adq_train.quantization.functional import (
     CodebookSTE,
     assign,
@@ -210,6 +212,7 @@ class AdqWeightQuantizer(WeightQuantizer):
         bit_width: b, 2 … 8.
         initialization: ``quantile`` (the paper's), ``uniform``, ``kmeans`` or ``random``.
         level_set: ``no_zero``, ``full`` or ``symmetric`` (the paper's); see :func:`side_sizes`.
+            A layer that was pruned keeps its zeros: it gets ``full`` in the place of ``no_zero``.
         granularity: ``layer`` (the paper's), or ``channel``: weights are divided by the mean
             magnitude of their output channel before the shared codebook.
         adaptation: What the EMA tracks: the ``quantile`` that initialises each level, the
@@ -282,6 +285,8 @@ class AdqWeightQuantizer(WeightQuantizer):
             ValueError: A weight is NaN or infinite.
         """
         check_finite("weights", values)
+        if self.level_set == "no_zero" and is_pruned(values):
+            self.level_set = "full"
         self.scale = self._channel_scale(values)
         weights = self._scaled(values)
         if self.initialization == "uniform":
@@ -355,6 +360,11 @@ class AdqWeightQuantizer(WeightQuantizer):
         """Adds the gradient β (W - Ŵ) of the commitment term (β/2) ‖W - sg[Ŵ]‖²."""
         if self.commitment and weight.grad is not None:
             weight.grad.add_(weight - self(weight), alpha=self.commitment)
+
+    def _load_from_state_dict(self, *arguments: Any) -> None:
+        super()._load_from_state_dict(*arguments)
+        if self.level_set == "no_zero" and bool(self.pinned.any()):
+            self.level_set = "full"  # of a layer that was pruned when it was calibrated
 
     def _channel_scale(self, weight: Tensor) -> Tensor:
         """Mean magnitude per output channel, (C_out, 1, …); ones where a channel is all zero."""

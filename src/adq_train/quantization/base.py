@@ -137,6 +137,11 @@ def check_choice(name: str, value: str, allowed: tuple[str, ...]) -> None:
         raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {value!r}")
 
 
+def is_pruned(weights: Tensor) -> bool:
+    """Whether at least a thousandth of some weights is exactly zero, which is no accident."""
+    return bool((weights == 0).float().mean() >= 1e-3)
+
+
 def check_finite(what: str, values: Tensor) -> None:
     """Refuses NaN and infinite values.
 

@@ -3,15 +3,25 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
-from functools import partial
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.lazy import LazyModuleMixin
 
 from adq_train.artifacts import LayerInfo
 from adq_train.errors import UserError
-from adq_train.quantization.layers import QUANTIZED
+from adq_train.quantization.copies import own_copy
+from adq_train.quantization.layers import QuantLayer, quantized, quantized_kind
+from adq_train.quantization.prepare import swap
+from adq_train.quantization.watch import Call, Reads, first_input, intercepted, is_matrix
+from adq_train.quantization.weights import (
+    evaluating,
+    used_weight,
+    weight_identity,
+    weight_sources,
+)
 
 log = logging.getLogger(__name__)
 
@@ -30,81 +40,149 @@ def count_macs(layer: nn.Module, input: Tensor, output: Tensor) -> int:
 def describe_layers(model: nn.Module, image: Tensor) -> tuple[LayerInfo, ...]:
     """Runs one image and lists the quantizable layers in the order of their execution.
 
+    Surgery is tried on a copy, whose layers get quantizers that change nothing: what is then not
+    computed by them stays in full precision, and a warning names it.
+
     Args:
         model: A float network; left as it was.
         image: (1, C, H, W).
 
     Raises:
-        UserError: The network has no such layer, or is one itself.
+        UserError: The network has no such layer, or is one itself; it does not map the image to
+            logits; or it holds a layer where it cannot be replaced.
     """
-    if type(model) in QUANTIZED:
+    if quantized_kind(model):
         raise UserError(
             "model: it is a single layer, which cannot be replaced; wrap it in a module"
         )
-    found: dict[str, LayerInfo] = {}
-    name_of: dict[Tensor, str] = {}
-
-    def record(name: str, layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        weight = layer.weight
-        assert isinstance(weight, Tensor)
-        # A weight that is used more than once, by one layer or by several, counts once.
-        name = name_of.setdefault(weight, name)
-        earlier = found.get(name, LayerInfo(name, 0, 0, 0))
-        found[name] = LayerInfo(
-            name,
-            weight.numel(),
-            earlier.macs + count_macs(layer, inputs[0], output),
-            earlier.num_inputs + inputs[0].numel(),
+    if isinstance(model, torch.jit.ScriptModule):
+        raise UserError(
+            "model: the layers of a ScriptModule cannot be replaced; give the module that it was "
+            "made from"
         )
+    lazy = [name for name, m in model.named_modules() if isinstance(m, LazyModuleMixin)]
+    if lazy:
+        raise UserError(
+            f"model: {lazy[0]} has no weights yet; run the network once, and train it first"
+        )
+    trial = own_copy(model)
+    names = [name for name, module in trial.named_modules() if quantized_kind(module)]
+    layers: dict[str, nn.Module] = {
+        name: quantized(trial.get_submodule(name), nn.Identity(), nn.Identity())  # type: ignore[arg-type]
+        for name in names
+    }
+    before = swap(trial, layers)
+    found: dict[str, LayerInfo] = {}
+    name_of: dict[object, str] = {}
+    aliases: dict[str, None] = {}
+    reads = Reads(trial)
+    for name, layer in layers.items():
+        reads.owned(name, weight_sources(layer))
 
-    run_with_hooks(
-        model,
-        image,
-        {
-            name: partial(record, name)
-            for name, module in model.named_modules()
-            if type(module) in QUANTIZED
-        },
-    )
+    def record(name: str, forward: Call, *inputs: Any, **named: Any) -> Any:
+        layer = layers[name]
+        with reads.inside():
+            output = forward(*inputs, **named)
+            x, num_weights = first_input(inputs, named), used_weight(layer).numel()
+            macs = count_macs(layer, x, output)
+        # A weight that is used more than once, by one layer or by several, counts once.
+        name = name_of.setdefault(weight_identity(layer), name)
+        reads.owned(name, weight_sources(layer))
+        old = found.get(name, LayerInfo(name, 0, 0, 0))
+        found[name] = LayerInfo(name, num_weights, old.macs + macs, old.num_inputs + x.numel())
+        return output
+
+    def elsewhere(name: str, forward: Call, *inputs: Any, **named: Any) -> Any:
+        aliases[name] = None
+        return forward(*inputs, **named)
+
+    with evaluating(trial), intercepted(layers, record), intercepted(before, elsewhere), reads:
+        try:
+            output = trial(image)
+        except UserError:
+            raise
+        except Exception as error:  # its forward() may fail in any way
+            raise UserError(
+                f"model: its forward() fails on an input of shape {tuple(image.shape)} and type "
+                f"{image.dtype} ({type(error).__name__}: {error}); it must take one tensor (N, …)"
+            ) from error
+    check_logits(output, len(image))
+    if aliases:
+        raise UserError(
+            f"model: the layer {next(iter(aliases))} is also called from a place where it cannot "
+            "be replaced, such as a plain list, a dict or an object that is no module; call it "
+            "by its name, or hold it in an nn.ModuleList or nn.ModuleDict"
+        )
+    if reads.unregistered:
+        shape = tuple(reads.unregistered[0].shape)
+        raise UserError(
+            f"model: its forward() uses a weight of shape {shape} that is not among its "
+            "parameters(); hold modules in an nn.ModuleList or nn.ModuleDict, not in a plain list, "
+            "dict or function"
+        )
     if not found:
         raise UserError("model: it has no convolution or linear layer that could be quantized")
-    for name, module in model.named_modules():
-        # Scales and offsets, of whatever shape, have one axis that is longer than 1.
-        matrices = [
-            x for x in module.parameters(recurse=False) if x.numel() > max(x.shape, default=1)
-        ]
-        if not all(x in name_of for x in matrices):
-            why = f"weights of a {type(module).__name__} are not quantized"
-            if type(module) in QUANTIZED:
-                why = "its forward() is never called"
-            log.warning("%s stays in full precision: %s", name or "the model's own weight", why)
+    warn_full_precision(trial, name_of)
+    past = [weight_identity(layers[name]) for name in reads.past]
+    warn_used_elsewhere(trial, {name_of[x]: x for x in past if x in name_of})
     return tuple(found.values())
 
 
-def same_weight(model: nn.Module, name: str) -> list[str]:
-    """The layers that use the weight of the layer ``name``, itself first, one name for each."""
-    weight = model.get_submodule(name).weight
-    others = [
-        other
-        for other, module in model.named_modules()
-        if type(module) in QUANTIZED and module.weight is weight and other != name
-    ]
-    return [name, *others]
+def warn_full_precision(trial: nn.Module, name_of: Mapping[object, str]) -> None:
+    """Names every matrix of weights that is not the weight of a quantized layer.
+
+    Args:
+        trial: After surgery.
+        name_of: The layer of each quantized weight.
+    """
+    made_from = tuple(f"{name}.parametrizations." for name in name_of.values())
+    for name, module in trial.named_modules():
+        is_layer = isinstance(module, QuantLayer)
+        if (is_layer and weight_identity(module) in name_of) or name.startswith(made_from):
+            continue
+        if all(x in name_of for x in module.parameters(recurse=False) if is_matrix(x)):
+            continue
+        why = f"weights of a {type(module).__name__} are not quantized"
+        if is_layer:
+            why = "its forward() is never called"
+        elif "forward" in vars(module):
+            why = "its forward() is not that of its class"
+        log.warning("%s stays in full precision: %s", name or "the model's own weight", why)
 
 
-def run_with_hooks(
-    model: nn.Module, images: Tensor, hooks: Mapping[str, Callable[..., None]]
-) -> Tensor:
-    """Runs ``images`` in evaluation mode with forward hooks on some modules; undoes both."""
-    modes = {module: module.training for module in model.modules()}
-    modules = dict(model.named_modules())
-    handles = [modules[name].register_forward_hook(hook) for name, hook in hooks.items()]
-    model.eval()
-    try:
-        output: Tensor = model(images)
-        return output
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
-        for handle in handles:
-            handle.remove()
+def warn_used_elsewhere(trial: nn.Module, weights: Mapping[str, object]) -> None:
+    """Names quantized weights that are also used without calling their layers.
+
+    Args:
+        trial: After surgery.
+        weights: By layer.
+    """
+    for name, weight in weights.items():
+        holders = [
+            other
+            for other, module in trial.named_modules()
+            if not isinstance(module, QuantLayer)
+            and any(x is weight for x in module.parameters(recurse=False))
+        ]
+        log.warning(
+            "%s stays in full precision: it uses the weight of %s without calling that layer",
+            *(", ".join(holders) or "an operation of the model", name),
+        )
+
+
+def check_logits(output: object, count: int) -> None:
+    """Refuses outputs of a network that are not the logits of ``count`` inputs.
+
+    Raises:
+        UserError: Says what they are, and how to hand over the logits alone.
+    """
+    if not isinstance(output, Tensor):
+        raise UserError(
+            f"model: its output is a {type(output).__name__}, not a tensor of logits; wrap it in a "
+            "module whose forward() returns the logits alone"
+        )
+    if output.dim() < 2 or len(output) != count or not output.is_floating_point():
+        raise UserError(
+            f"model: its output for {count} input(s) has shape {tuple(output.shape)} and type "
+            f"{output.dtype}, not logits (N, classes, …); wrap it in a module that returns those"
+        )

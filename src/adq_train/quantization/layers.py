@@ -3,19 +3,31 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.utils.parametrize import type_before_parametrizations
 
 from adq_train.quantization.base import ActivationQuantizer, WeightQuantizer
+from adq_train.quantization.weights import weight_identity
+
+Operation = Callable[[Tensor, Tensor, Tensor | None], Tensor]
 
 
-def _convolve(layer: QuantConv1d | QuantConv2d | QuantConv3d, x: Tensor) -> Tensor:
-    """The float layer's own convolution, between quantized tensors."""
-    weight = layer.weight_quantizer(layer.weight)
-    output: Tensor = layer._conv_forward(layer.input_quantizer(x), weight, layer.bias)
-    return output
+def _between_quantized(layer: QuantLayer, operation: Operation, x: Tensor) -> Tensor:
+    """The float layer's own operation, with its input and its weight quantized.
+
+    A layer of another type than float32 computes in float32, where its levels keep all their bits.
+    """
+    weight, bias = layer.weight, layer.bias  # once: some weights are made anew when asked for
+    dtype = weight.dtype
+    if dtype == torch.float32:
+        return operation(layer.input_quantizer(x), layer.weight_quantizer(weight), bias)
+    x, weight = layer.input_quantizer(x.float()), layer.weight_quantizer(weight.float())
+    return operation(x, weight, None if bias is None else bias.float()).to(dtype)
 
 
 class QuantConv1d(nn.Conv1d):
@@ -26,7 +38,7 @@ class QuantConv1d(nn.Conv1d):
 
     def forward(self, input: Tensor) -> Tensor:
         """Maps (N, C_in, L) to (N, C_out, L_out)."""
-        return _convolve(self, input)
+        return _between_quantized(self, self._conv_forward, input)
 
 
 class QuantConv2d(nn.Conv2d):
@@ -37,7 +49,7 @@ class QuantConv2d(nn.Conv2d):
 
     def forward(self, input: Tensor) -> Tensor:
         """Maps (N, C_in, H, W) to (N, C_out, H_out, W_out)."""
-        return _convolve(self, input)
+        return _between_quantized(self, self._conv_forward, input)
 
 
 class QuantConv3d(nn.Conv3d):
@@ -48,7 +60,7 @@ class QuantConv3d(nn.Conv3d):
 
     def forward(self, input: Tensor) -> Tensor:
         """Maps (N, C_in, D, H, W) to (N, C_out, D_out, H_out, W_out)."""
-        return _convolve(self, input)
+        return _between_quantized(self, self._conv_forward, input)
 
 
 class QuantConvTranspose2d(nn.ConvTranspose2d):
@@ -64,16 +76,13 @@ class QuantConvTranspose2d(nn.ConvTranspose2d):
     def forward(self, input: Tensor, output_size: list[int] | None = None) -> Tensor:
         """Maps (N, C_in, H, W) to (N, C_out, H_out, W_out)."""
         geometry: Any = (self.stride, self.padding, self.kernel_size, 2, self.dilation)
-        return F.conv_transpose2d(
-            self.input_quantizer(input),
-            self.weight_quantizer(self.weight),
-            self.bias,
-            self.stride,
-            self.padding,  # type: ignore[arg-type]
-            self._output_padding(input, output_size, *geometry),
-            self.groups,
-            self.dilation,
-        )
+        padding = self._output_padding(input, output_size, *geometry)
+
+        def operation(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+            at: Any = (self.stride, self.padding, padding, self.groups, self.dilation)
+            return F.conv_transpose2d(x, weight, bias, *at)
+
+        return _between_quantized(self, operation, input)
 
 
 class QuantLinear(nn.Linear):
@@ -84,7 +93,7 @@ class QuantLinear(nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         """Maps (N, …, in_features) to (N, …, out_features)."""
-        return F.linear(self.input_quantizer(input), self.weight_quantizer(self.weight), self.bias)
+        return _between_quantized(self, F.linear, input)
 
 
 QuantLayer = QuantConv1d | QuantConv2d | QuantConv3d | QuantConvTranspose2d | QuantLinear
@@ -100,24 +109,49 @@ QUANTIZED: dict[type[nn.Module], type[QuantLayer]] = {
 }
 
 
+def quantized_kind(layer: nn.Module) -> type[QuantLayer] | None:
+    """The class that a float layer becomes, or None where it cannot be quantized.
+
+    A parametrized layer counts as what it was before; one whose ``forward`` was replaced does not.
+    """
+    kind = QUANTIZED.get(type_before_parametrizations(layer))
+    return None if "forward" in vars(layer) else kind
+
+
 def quantized(
     layer: nn.Module, weight_quantizer: WeightQuantizer, input_quantizer: ActivationQuantizer
 ) -> QuantLayer:
     """The quantized form of a float layer; it shares the layer's parameters.
 
     Args:
-        layer: Exactly one of the types in :data:`QUANTIZED`.
+        layer: Exactly one of the types in :data:`QUANTIZED`, parametrized or not.
         weight_quantizer: For its weight.
         input_quantizer: For its input.
 
     Raises:
         TypeError: Another kind of layer.
     """
-    kind = QUANTIZED.get(type(layer))
+    kind = quantized_kind(layer)
     if kind is None:
         raise TypeError(f"cannot quantize a {type(layer).__name__}")
+    generated = type(layer)
+    if generated not in QUANTIZED:
+        # The class of a parametrized layer has a property for each tensor that is made anew.
+        of_type = {k: v for k, v in vars(generated).items() if k not in vars(kind)}
+        kind = type(f"Parametrized{kind.__name__}", (kind,), of_type)
     # The same layer under another class: parameters and hooks are shared, their registers not.
-    new = kind.__new__(kind)
+    new: QuantLayer = kind.__new__(kind)
     new.__dict__.update({name: copy.copy(value) for name, value in vars(layer).items()})
     new.weight_quantizer, new.input_quantizer = weight_quantizer, input_quantizer
     return new
+
+
+def same_weight(model: nn.Module, name: str) -> list[str]:
+    """The layers that use the weight of the layer ``name``, itself first, one name for each."""
+    weight = weight_identity(model.get_submodule(name))
+    others = [
+        other
+        for other, module in model.named_modules()
+        if quantized_kind(module) and weight_identity(module) is weight and other != name
+    ]
+    return [name, *others]

@@ -10,8 +10,9 @@ from torch import Tensor, nn
 
 from adq_train.artifacts import LayerLevels
 from adq_train.quantization.base import Quantizer
-from adq_train.quantization.describe import run_with_hooks
 from adq_train.quantization.prepare import quantized_layers
+from adq_train.quantization.watch import run_with_hooks
+from adq_train.quantization.weights import used_weight
 
 
 @torch.no_grad()
@@ -37,9 +38,9 @@ def count_levels(model: nn.Module, batches: Iterable[Tensor]) -> tuple[LayerLeve
     return tuple(
         LayerLevels(
             name=name,
-            weight_levels=min(len(layer.weight_quantizer.levels()), layer.weight.numel()),
+            weight_levels=min(len(layer.weight_quantizer.levels()), used_weight(layer).numel()),
             weight_levels_used=_distinct(
-                layer.weight_quantizer, _codes(layer.weight_quantizer, layer.weight)
+                layer.weight_quantizer, _codes(layer.weight_quantizer, used_weight(layer))
             ),
             activation_levels=len(layer.input_quantizer.levels()),
             activation_levels_used=_distinct(layer.input_quantizer, used[name]),

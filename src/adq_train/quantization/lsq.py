@@ -140,7 +140,7 @@ class LsqActivationQuantizer(RangedActivationQuantizer):
     def forward(self, x: Tensor) -> Tensor:
         """Fake-quantized input of shape (N, …)."""
         x = at_least_float32(x)
-        features = x[0].numel() if x.dim() > 1 else x.numel()
+        features = x.shape[1:].numel() if x.dim() > 1 else x.numel()
         return lsq(x, positive(self.step), self.low, self.high, features)
 
     def quantize(self, x: Tensor) -> Tensor:

@@ -140,7 +140,7 @@ class N2uqActivationQuantizer(ActivationQuantizer):
     def forward(self, x: Tensor) -> Tensor:
         """Maps an input of shape (N, …) to ``step · (code - zero_point)``."""
         x = at_least_float32(x)
-        features = x[0].numel() if x.dim() > 1 else x.numel()
+        features = x.shape[1:].numel() if x.dim() > 1 else x.numel()
         factor = (features * len(self.log_widths)) ** -0.5
         start = scale_gradient(self.start, factor)
         widths = scale_gradient(self.log_widths, factor).exp()

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import is_parametrized
 
 from adq_train.artifacts import BitAllocation, LayerBits
 from adq_train.data.base import derived_seed
@@ -16,9 +18,19 @@ from adq_train.quantization.base import (
     MakeActivationQuantizer,
     MakeWeightQuantizer,
     WeightQuantizer,
+    is_pruned,
 )
-from adq_train.quantization.describe import run_with_hooks, same_weight
-from adq_train.quantization.layers import QuantLayer, quantized
+from adq_train.quantization.copies import unfuse
+from adq_train.quantization.layers import QuantLayer, quantized, quantized_kind, same_weight
+from adq_train.quantization.watch import run_with_hooks
+from adq_train.quantization.weights import (
+    kept_weight,
+    made_by_hooks,
+    used_weight,
+    with_kept_weight,
+)
+
+log = logging.getLogger(__name__)
 
 
 @torch.no_grad()
@@ -32,7 +44,7 @@ def collect_inputs(
     """Random samples of the inputs that some layers see.
 
     Args:
-        model: The float network.
+        model: The float network; it calls every layer afterwards, see :func:`~.copies.unfuse`.
         names: The layers' qualified names; those that share a weight with them are added.
         batches: Images (N, C, H, W), normalised.
         seed: Which values are drawn.
@@ -41,6 +53,7 @@ def collect_inputs(
     Returns:
         One flat float32 tensor per layer.
     """
+    unfuse(model)
     every = (x for name in names for x in same_weight(model, name))
     samples: dict[str, list[Tensor]] = {name: [] for name in every}
 
@@ -82,8 +95,7 @@ def quantize_layer(
     Raises:
         UserError: Weights or inputs are NaN or infinite; the layer is named.
     """
-    weight = model.get_submodule(bits.name).weight
-    assert isinstance(weight, Tensor)
+    weight = used_weight(model.get_submodule(bits.name))
     weight_quantizer = make_weight_quantizer(bits.weight_bits).to(weight.device)
     forms = {}
     try:
@@ -126,13 +138,32 @@ def prepare(
             model, bits, make_weight_quantizer, make_activation_quantizer, inputs, seed
         )
         swap(model, forms)
+        say_what_becomes_of_zeros(bits.name, forms[bits.name])
+
+
+@torch.no_grad()
+def say_what_becomes_of_zeros(name: str, layer: QuantLayer) -> None:
+    """Logs whether a layer that was pruned stays so."""
+    weight = used_weight(layer)
+    zeros = weight == 0
+    if is_pruned(weight):
+        share = f"{100 * float(zeros.float().mean()):.0f} % of its weights are exactly zero"
+        if layer.weight_quantizer(weight)[zeros].any():
+            log.warning(
+                "%s: %s and do not stay so: its quantizer has no level at zero; choose one that "
+                "has", name, share,
+            )  # fmt: skip
+        else:
+            log.info("%s: %s and have a level of their own", name, share)
 
 
 def swap(model: nn.Module, layers: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
     """Puts ``layers`` wherever the modules of these names stand, and returns those.
 
-    A module that stands in more than one place is replaced in all of them.
+    A module that stands in more than one place is replaced in all of them. What would compute
+    past the new ones is switched off, see :func:`~.copies.unfuse`.
     """
+    unfuse(model)
     before = {name: model.get_submodule(name) for name in layers}
     after = {id(old): layers[name] for name, old in before.items()}
     for name, module in list(model.named_modules(remove_duplicate=False)):
@@ -151,34 +182,65 @@ def replaced(model: nn.Module, layers: Mapping[str, nn.Module]) -> Iterator[None
         swap(model, before)
 
 
+def settle(model: nn.Module) -> None:
+    """Makes parameters of the weights that are made anew in every forward pass, in place.
+
+    Args:
+        model: Float or quantized; it computes the same afterwards, and no longer trains the same.
+    """
+    layers = {
+        name: with_kept_weight(module)
+        for name, module in model.named_modules()
+        if (isinstance(module, QuantLayer) or quantized_kind(module))
+        and (is_parametrized(module) or made_by_hooks(module))
+    }
+    swap(model, layers)
+
+
 class Upkeep:
     """What the quantizers of a prepared network ask for around each optimizer step.
 
     Args:
-        model: Its quantizers and weights are looked up once, here.
+        model: Its quantizers and layers are looked up once, here.
     """
 
     def __init__(self, model: nn.Module) -> None:
-        self._weights = quantized_weights(model)
+        self._weights = list(weight_quantizers(model).items())
         self._inputs = [layer.input_quantizer for layer in quantized_layers(model).values()]
 
     def before_step(self) -> None:
         """Lets quantizers add to the gradients."""
-        for quantizer, weight in self._weights:
-            quantizer.regularize(weight)
+        for quantizer, layer in self._weights:
+            regularize(quantizer, layer)
         for input_quantizer in self._inputs:
             input_quantizer.regularize()
 
+    @torch.no_grad()
     def after_step(self, step: int) -> None:
         """Lets codebooks follow the weights after optimizer step number ``step``, from 1."""
-        for quantizer, weight in self._weights:
-            quantizer.adapt(weight, step)
+        for quantizer, layer in self._weights:
+            quantizer.adapt(used_weight(layer), step)
 
 
-def quantized_weights(model: nn.Module) -> list[tuple[WeightQuantizer, Tensor]]:
-    """Every weight quantizer of a prepared network with its weight; a shared one once."""
-    layers = quantized_layers(model).values()
-    return list({layer.weight_quantizer: layer.weight for layer in layers}.items())
+def regularize(quantizer: WeightQuantizer, layer: QuantLayer) -> None:
+    """Lets a quantizer add to the gradient of a layer's weight, or of what that is made from."""
+    with torch.enable_grad():
+        weight = used_weight(layer)
+    if weight is kept_weight(layer):
+        quantizer.regularize(weight)
+    elif weight.requires_grad:
+        leaf = weight.detach().requires_grad_()
+        leaf.grad = torch.zeros_like(leaf)
+        quantizer.regularize(leaf)
+        weight.backward(leaf.grad)  # type: ignore[no-untyped-call]
+
+
+def weight_quantizers(model: nn.Module) -> dict[WeightQuantizer, QuantLayer]:
+    """The weight quantizers of a prepared network, each with one of the layers that share it."""
+    found: dict[WeightQuantizer, QuantLayer] = {}
+    for layer in quantized_layers(model).values():
+        found.setdefault(layer.weight_quantizer, layer)
+    return found
 
 
 def quantized_layers(model: nn.Module) -> dict[str, QuantLayer]:

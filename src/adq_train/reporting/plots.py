@@ -81,7 +81,9 @@ def draw_allocation(axes: Axes, allocation: BitAllocation) -> None:
 
 def draw_layer(axes: Axes, name: str, layer: QuantLayer) -> None:
     """A histogram of one layer's weights with its levels drawn on it."""
-    weight = layer.weight.detach().float()
+    from adq_train.quantization.weights import used_weight
+
+    weight = used_weight(layer).detach()
     scale = layer.weight_quantizer.output_scale(weight)
     weight = weight / scale.masked_fill(scale <= 0, 1.0)  # in the units of the levels
     counts, edges = np.histogram(weight.flatten().cpu().numpy(), bins=60)

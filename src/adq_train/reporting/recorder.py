@@ -12,6 +12,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 from adq_train.files import write_text
 from adq_train.quantization.prepare import quantized_layers
+from adq_train.quantization.weights import used_weight
 from adq_train.reporting import plots
 from adq_train.run_folder import read_metrics
 from adq_train.training.loop import EpochReport
@@ -87,7 +88,7 @@ class Recorder:
         due = report.epoch % -(-self.epochs // PICTURES) == 0 or report.epoch == self.epochs
         if layers and due:
             for name, layer in layers.items():
-                self.writer.add_histogram(f"weights/{name}", layer.weight, report.epoch)
+                self.writer.add_histogram(f"weights/{name}", used_weight(layer), report.epoch)
             self.writer.add_figure(
                 "weights_and_levels", plots.weights_and_levels(model), report.epoch
             )

@@ -16,6 +16,9 @@ from adq_train.artifacts import LayerInfo, LayerSensitivity
 from adq_train.data.base import Batch, derived_seed
 from adq_train.errors import UserError
 from adq_train.quantization.base import MakeActivationQuantizer, MakeWeightQuantizer
+from adq_train.quantization.copies import own_copy
+from adq_train.quantization.prepare import settle
+from adq_train.quantization.weights import kept_weight, used_weight
 
 
 @dataclass(frozen=True)
@@ -130,15 +133,29 @@ def weight_error(model: nn.Module, name: str, bit_width: int, conditions: Condit
 
 
 def layer_weight(model: nn.Module, name: str) -> Tensor:
-    """The weight of the layer ``name``."""
-    weight = model.get_submodule(name).weight
-    assert isinstance(weight, Tensor)
-    return weight
+    """The weight that the layer ``name`` uses, float32."""
+    return used_weight(model.get_submodule(name))
+
+
+def plain_copy(model: nn.Module) -> nn.Module:
+    """A copy to measure, in evaluation mode: every quantizable layer computes with its own weight.
+
+    A weight that was made anew in every forward pass is a parameter there, so that
+    :func:`logits_with` can replace it.
+    """
+    model = own_copy(model).eval()
+    settle(model)
+    return model
 
 
 def layer_weights(model: nn.Module, names: Iterable[str]) -> dict[str, Tensor]:
-    """Copies of the weights of some layers, by layer, for :func:`logits_with`."""
-    return {name: layer_weight(model, name).detach().clone() for name in names}
+    """Copies of the weights of some layers of a plain copy, by layer, for :func:`logits_with`."""
+    found = {}
+    for name in names:
+        weight = kept_weight(model.get_submodule(name))
+        assert weight is not None
+        found[name] = weight.detach().clone()
+    return found
 
 
 def logits_with(model: nn.Module, weights: Mapping[str, Tensor], images: Tensor) -> Tensor:
@@ -148,7 +165,7 @@ def logits_with(model: nn.Module, weights: Mapping[str, Tensor], images: Tensor)
     as it would be quantized in both; a layer that is called more than once has one weight.
 
     Args:
-        model: The network, with weights of its own, which are not used.
+        model: A plain copy, with weights of its own, which are not used.
         weights: By layer.
         images: (N, C, H, W).
 

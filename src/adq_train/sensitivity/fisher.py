@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -20,6 +19,7 @@ from adq_train.sensitivity.base import (
     WeightMetric,
     layer_weights,
     logits_with,
+    plain_copy,
     weight_error,
 )
 
@@ -96,7 +96,7 @@ class Fisher(WeightMetric):
         self, model: nn.Module, layers: Sequence[LayerInfo], conditions: Conditions
     ) -> Iterator[LayerSensitivity]:
         """Measures all layers at once; see :class:`~.base.SensitivityMetric`."""
-        model = copy.deepcopy(model).eval().requires_grad_(False)
+        model = plain_copy(model).requires_grad_(False)
         fisher = self.diagonal(model, [x.name for x in layers], conditions.batches)
         for info in layers:
             values = {}

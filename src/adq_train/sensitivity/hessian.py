@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -15,13 +14,14 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from adq_train.allocation.patterns import listed
 from adq_train.artifacts import LayerInfo, LayerSensitivity
 from adq_train.data.base import Batch, derived_seed
-from adq_train.quantization.layers import QUANTIZED
+from adq_train.quantization.layers import quantized_kind
 from adq_train.reporting.progress import Progress
 from adq_train.sensitivity.base import (
     Conditions,
     WeightMetric,
     layer_weights,
     logits_with,
+    plain_copy,
     weight_error,
 )
 
@@ -130,7 +130,7 @@ class Hessian(WeightMetric):
         self, model: nn.Module, layers: Sequence[LayerInfo], conditions: Conditions
     ) -> Iterator[LayerSensitivity]:
         """Measures all layers at once; see :class:`~.base.SensitivityMetric`."""
-        model = copy.deepcopy(model).eval().requires_grad_(False)
+        model = plain_copy(model).requires_grad_(False)
         traces = self.traces(model, conditions.batches, conditions.seed)
         low = [x.name for x in layers if traces[x.name].trace < -traces[x.name].standard_error]
         if low:
@@ -163,7 +163,7 @@ class Hessian(WeightMetric):
         Returns:
             By layer.
         """
-        names = [name for name, m in model.named_modules() if type(m) in QUANTIZED]
+        names = [name for name, m in model.named_modules() if quantized_kind(m)]
         weights = layer_weights(model, names)
         samples: list[list[float]] = []
         estimates: dict[str, TraceEstimate] = {}

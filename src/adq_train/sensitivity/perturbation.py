@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -17,7 +16,7 @@ from adq_train.errors import UserError
 from adq_train.quantization.base import check_choice
 from adq_train.quantization.layers import QuantLayer, quantized
 from adq_train.quantization.prepare import collect_inputs, quantize_layer, replaced
-from adq_train.sensitivity.base import Conditions
+from adq_train.sensitivity.base import Conditions, plain_copy
 from adq_train.sensitivity.outputs import ROUNDING
 from adq_train.sensitivity.reuse import Runs, make_runs
 from adq_train.training.batch_norm import (
@@ -103,7 +102,7 @@ class Perturbation:
         self, model: nn.Module, layers: Sequence[LayerInfo], conditions: Conditions
     ) -> Iterator[LayerSensitivity]:
         """Measures one layer after the other; see :class:`~.base.SensitivityMetric`."""
-        model = copy.deepcopy(model).eval()
+        model = plain_copy(model)
         bit_widths, batches = conditions.bit_widths, conditions.batches
         images = [x for x, _ in batches]
         outputs: list[Tensor] = []

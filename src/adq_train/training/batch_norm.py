@@ -11,7 +11,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from adq_train.data.base import Batches
 from adq_train.errors import UserError
-from adq_train.quantization.describe import run_with_hooks
+from adq_train.quantization.watch import run_with_hooks
 
 
 def batch_norms(model: nn.Module) -> dict[str, _BatchNorm]:

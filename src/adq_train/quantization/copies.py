@@ -1,0 +1,81 @@
+"""Copies of a network that can be taken apart: nothing in them computes past its own layers."""
+
+from __future__ import annotations
+
+import copy
+import logging
+
+from torch import Tensor, nn
+from torch._dynamo.eval_frame import OptimizedModule
+from torch.nn.parallel import DataParallel, DistributedDataParallel
+
+from adq_train.errors import UserError
+
+log = logging.getLogger(__name__)
+
+
+def copied(model: nn.Module) -> nn.Module:
+    """A deep copy.
+
+    Raises:
+        UserError: A part of the model cannot be copied.
+    """
+    # Weights that hooks have made carry the graph of the last step, which cannot be copied.
+    made = {
+        id(value): value.detach().clone()
+        for module in model.modules()
+        for value in vars(module).values()
+        if isinstance(value, Tensor) and not value.is_leaf
+    }
+    try:
+        return copy.deepcopy(model, made)
+    except Exception as error:  # a part of the model may fail in any way
+        raise UserError(
+            f"model: it cannot be copied ({type(error).__name__}: {error}); take out of it what "
+            "copy.deepcopy() cannot copy"
+        ) from error
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The network within what ``torch.compile`` and data parallelism put around it.
+
+    A compiled network would go on with the layers that it was compiled with.
+    """
+    inner = {
+        OptimizedModule: "_orig_mod",
+        DataParallel: "module",
+        DistributedDataParallel: "module",
+    }
+    for kind, attribute in inner.items():
+        if isinstance(model, kind):
+            log.info("the %s is taken off; wrap what comes back again", kind.__name__)
+            return unwrapped(getattr(model, attribute))
+    return model
+
+
+def own_copy(model: nn.Module) -> nn.Module:
+    """A deep copy without wrappers, inside it as well, and without torch's fused encoders.
+
+    Raises:
+        UserError: The model cannot be copied.
+    """
+    model = copied(unwrapped(model))
+    for module in list(model.modules()):
+        for name, child in module._modules.items():
+            if child is not None and unwrapped(child) is not child:
+                setattr(module, name, unwrapped(child))
+    unfuse(model)
+    return model
+
+
+def unfuse(model: nn.Module) -> None:
+    """Lets torch's transformer encoders call their children, in place.
+
+    In evaluation mode without gradients they would read the weights of their linear layers
+    instead, whatever these have become, and hand on tensors of a nested layout.
+    """
+    for module in model.modules():
+        if isinstance(module, nn.TransformerEncoderLayer):
+            module.activation_relu_or_gelu = 0  # read by the choice of the fused path alone
+        elif isinstance(module, nn.TransformerEncoder):
+            module.use_nested_tensor = False
