@@ -1,5 +1,6 @@
 """Quantizing from Python, with networks that nobody here has written for it."""
 
+import copy
 import re
 import runpy
 from pathlib import Path
@@ -7,11 +8,13 @@ from pathlib import Path
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import prune
 
 import adq_train
 from adq_train.errors import UserError
 from adq_train.quantization.adq import AdqWeightQuantizer
 from adq_train.quantization.lsq import LsqActivationQuantizer, LsqWeightQuantizer
+from adq_train.quantization.n2uq import N2uqWeightQuantizer
 from adq_train.quantization.prepare import quantized_layers
 from adq_train.sensitivity.perturbation import Perturbation
 
@@ -207,3 +210,108 @@ def test_outputs_that_say_nothing_are_told(caplog):
     model[4].bias.data[1] = torch.nan
     with pytest.raises(UserError, match=r"float outputs are NaN .* for 16 of 16 .*of 4 \(Linear\)"):
         adq_train.quantize(model, batches)
+
+
+def small(*last, dtype=torch.float32):
+    """Four linear layers from 8 values to 3 logits."""
+    return nn.Sequential(
+        nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 3), *last
+    ).to(dtype)  # fmt: skip
+
+
+def test_networks_of_other_types_are_quantized_and_trained():
+    model, x = small(), torch.randn(16, 8)
+    expected = adq_train.quantize(model, [x], average_bits=3).eval()(x)
+    for dtype, close in ((torch.float64, 1e-4), (torch.bfloat16, 0.1), (torch.float16, 0.02)):
+        other = adq_train.quantize(copy.deepcopy(model).to(dtype), [x.to(dtype)], average_bits=3)
+        optimizer = torch.optim.SGD(adq_train.parameter_groups(other, lr=0.1, weight_decay=0.0))
+        adq_train.follow(other, optimizer)
+        logits = other(x.to(dtype))
+        assert logits.dtype == dtype
+        torch.testing.assert_close(logits.float(), expected, atol=close, rtol=close)
+        levels = other[2].weight_quantizer.levels().clone()
+        logits.float().square().mean().backward()
+        optimizer.step()
+        assert not torch.equal(other[2].weight_quantizer.levels(), levels)
+
+
+def test_wrappers_are_taken_off():
+    model, x = small(), torch.randn(16, 8)
+    expected = adq_train.quantize(model, [x], average_bits=3).eval()(x)
+    compiled = torch.compile(model, backend="eager")
+    compiled(x)  # as after any use
+    inside = nn.Sequential(torch.compile(nn.DataParallel(model), backend="eager"))
+    for wrapped in (compiled, nn.DataParallel(model), inside):
+        quantized = adq_train.quantize(wrapped, [x], average_bits=3)
+        assert torch.equal(quantized.eval()(x), expected)
+        assert not any("_orig_mod" in name for name in quantized.state_dict())
+
+
+def test_batches_of_any_size():
+    x = torch.randn(16, 8)
+    quantized = adq_train.quantize(small(), [x[:0], [x], (x, torch.zeros(16))], average_bits=3)
+    assert quantized(x[:0]).shape == (0, 3)
+
+
+def test_a_masked_class_is_told_what_to_use_instead():
+    class Masked(nn.Sequential):
+        def forward(self, x):
+            return super().forward(x) + torch.tensor([0, 0, -torch.inf])
+
+    with pytest.raises(UserError, match="mask a class with -1e4 instead of -inf"):
+        adq_train.quantize(Masked(*small()), [torch.randn(16, 8)], average_bits=3)
+
+
+@pytest.mark.parametrize(
+    ("batches", "message"),
+    [
+        (torch.zeros(4, 8), "it is one Tensor; give a list of batches"),
+        ([torch.zeros(0, 8)], "there are none"),
+        ([(torch.zeros(4, 8),) * 3], r"batch 0 is \['Tensor', 'Tensor', 'Tensor'\]"),
+        ([torch.zeros(4, 8), {"x": torch.zeros(4, 8)}], "batch 1 is dict"),
+        ([torch.zeros(4, 8).numpy()], "batch 0 is ndarray"),
+        ([torch.zeros(())], "batch 0 is Tensor; a batch is a tensor of inputs"),
+        ([(torch.zeros(4, 8), torch.zeros(3))], "one entry for each of its 4 inputs"),
+        ([torch.zeros(8)], r"fails on an input of shape \(1,\)"),
+    ],
+    ids=lambda x: str(x)[:20],
+)
+def test_batches_of_another_form_are_refused(batches, message):
+    with pytest.raises(UserError, match=message):
+        adq_train.quantize(small(), batches, average_bits=3)
+
+
+def test_what_is_not_quantized_cannot_be_followed_nor_quantized_twice():
+    quantized = adq_train.quantize(small(), [torch.randn(16, 8)], average_bits=3)
+    optimizer = torch.optim.SGD(small().parameters(), lr=0.1)
+    with pytest.raises(UserError, match="trains none of the model's parameters"):
+        adq_train.follow(quantized, optimizer)
+    with pytest.raises(UserError, match="no quantized layers"):
+        adq_train.follow(small(), optimizer)
+    with pytest.raises(UserError, match="quantized already"):
+        adq_train.quantize(quantized, [torch.randn(16, 8)])
+
+
+def test_pruned_weights_stay_zero_in_training(caplog):
+    model, x = small(), torch.randn(16, 8)
+    prune.l1_unstructured(model[2], "weight", 0.5)
+    model(x).sum().backward()  # the made weight has a graph now
+    with caplog.at_level("INFO"):
+        quantized = adq_train.quantize(model, [x], average_bits=3)
+    assert caplog.messages == [
+        "2: 50 % of its weights are exactly zero and have a level of their own"
+    ]
+    optimizer = torch.optim.SGD(adq_train.parameter_groups(quantized, lr=0.1, weight_decay=0.0))
+    adq_train.follow(quantized, optimizer)
+    for _ in range(5):
+        quantized(x).square().mean().backward()
+        optimizer.step()
+    layer = quantized[2]
+    quantized(x)
+    assert (layer.weight_quantizer(layer.weight)[layer.weight_mask == 0] == 0).all()
+    assert layer.weight_quantizer(layer.weight).count_nonzero() > 64
+    other = adq_train.quantize(small(), [x], average_bits=3)[0].weight_quantizer
+    assert other.level_set == "no_zero"
+    with caplog.at_level("WARNING"):
+        adq_train.quantize(model, [x], average_bits=3, make_weight_quantizer=N2uqWeightQuantizer)
+    assert "2: 50 % of its weights are exactly zero and do not stay so" in caplog.messages[-1]

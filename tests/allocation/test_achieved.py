@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import nn
 
+import adq_train
 from adq_train.allocation.achieved import achieved, require_achieved
 from adq_train.allocation.allocator import allocate
 from adq_train.allocation.budget import Budget, Problem
@@ -82,3 +83,21 @@ def test_a_quantizer_with_too_many_levels_is_refused(prepared):
     quantized_layers(model)["shared"].weight_quantizer.bit_width = 2
     with pytest.raises(UserError, match="shared: the quantizer of its weights has 8 levels"):
         achieved(model, image, problem.pinned)
+
+
+def test_a_layer_that_is_not_computed_in_evaluation_is_named():
+    class Encoder(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.encoder = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
+            self.head = nn.Linear(8, 3)
+
+        def forward(self, x):
+            return self.head(self.encoder(x).mean(1))
+
+    model, x = Encoder(), torch.randn(1, 4, 8)
+    quantized = adq_train.quantize(model, [x], average_bits=3)
+    achieved(quantized, x, {})
+    quantized.encoder.activation_relu_or_gelu = 1  # torch's fused path, in evaluation alone
+    with pytest.raises(UserError, match=r"layer encoder\.linear[12] is not computed in evaluation"):
+        achieved(quantized, x, {})

@@ -13,7 +13,7 @@ from adq_train.quantization.adq import AdqWeightQuantizer
 from adq_train.quantization.copies import copied
 from adq_train.quantization.layers import QuantLinear, quantized
 from adq_train.quantization.lsq import LsqActivationQuantizer
-from adq_train.quantization.prepare import Upkeep, settle
+from adq_train.quantization.prepare import Upkeep, keep_weights
 from adq_train.quantization.weights import kept_weight, used_weight
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*weight_norm.*:FutureWarning")
@@ -110,7 +110,7 @@ def test_settled_layers_compute_the_same_with_parameters(form):
     model = nn.Sequential(centred(FORMS[form](nn.Linear(6, 8)), "bias"), nn.ReLU()).eval()
     x = torch.randn(3, 6)
     settled = copied(model)
-    settle(settled)
+    keep_weights(settled)
     assert type(settled[0]) is nn.Linear
     assert isinstance(settled[0].weight, nn.Parameter)
     assert not settled[0]._forward_pre_hooks

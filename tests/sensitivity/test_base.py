@@ -1,6 +1,7 @@
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import parametrizations
 
 from adq_train.errors import UserError
 from adq_train.quantization.adq import AdqWeightQuantizer
@@ -9,6 +10,7 @@ from adq_train.sensitivity.base import (
     Conditions,
     layer_weights,
     logits_with,
+    plain_copy,
     weight_error,
 )
 
@@ -45,3 +47,13 @@ def test_a_weight_of_two_layers_is_replaced_in_both_as_it_is_quantized_in_both()
     x, other = torch.randn(3, 2), torch.randn(2, 2)
     with torch.no_grad():
         assert torch.allclose(logits_with(net, {"0": other}, x), x @ other.T @ other.T)
+
+
+def test_a_plain_copy_has_parameters_that_can_be_replaced():
+    made = nn.Sequential(parametrizations.weight_norm(nn.Linear(4, 5)), nn.Linear(5, 3))
+    x, weight = torch.randn(2, 4), torch.randn(5, 4)
+    plain = plain_copy(made)
+    assert torch.equal(plain(x), made(x))
+    assert torch.equal(layer_weights(plain, ["0"])["0"], made[0].weight)
+    expected = made[1](nn.functional.linear(x, weight, made[0].bias))
+    torch.testing.assert_close(logits_with(plain, {"0": weight}, x), expected)

@@ -15,7 +15,7 @@ from adq_train.export.architecture import build_network
 from adq_train.export.layers import packed_layer
 from adq_train.export.tables import LayerTables, tables_of
 from adq_train.export.trained import FinishedRun, trained_network
-from adq_train.quantization.prepare import quantized_layers, settle, swap
+from adq_train.quantization.prepare import keep_weights, quantized_layers, swap
 
 QUANTIZED = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose2d)
 
@@ -105,7 +105,7 @@ def assemble(model: TableModel, dense: bool = True) -> nn.Module:
     network = build_network(
         model.model, model.expects.num_classes, model.expects.image_shape[0]
     ).requires_grad_(False)
-    settle(network)
+    keep_weights(network)
     modules = dict(network.named_modules())
     unknown = [name for name in (*model.layers, *model.folded) if name not in modules]
     if unknown:

@@ -15,7 +15,7 @@ from adq_train.data.base import ImageData, InputFormat
 from adq_train.errors import UserError
 from adq_train.export.architecture import build_network, limited_to
 from adq_train.export.datasets import data_section, load_data
-from adq_train.quantization.prepare import prepare, settle
+from adq_train.quantization.prepare import keep_weights, prepare
 from adq_train.run_folder import read_manifest, read_status
 from adq_train.stages import qat_key
 from adq_train.training.checkpoint import CheckpointFolder
@@ -138,5 +138,5 @@ def trained_network(run: FinishedRun, name: str | None = None) -> nn.Module:
         raise UserError(
             f"{checkpoints.folder / name}.pt does not fit the configuration: {error}"
         ) from error
-    settle(network)
+    keep_weights(network)
     return network.eval()

@@ -181,8 +181,8 @@ def check_logits(output: object, count: int) -> None:
             f"model: its output is a {type(output).__name__}, not a tensor of logits; wrap it in a "
             "module whose forward() returns the logits alone"
         )
-    if output.dim() < 2 or len(output) != count or not output.is_floating_point():
+    if not output.dim() or len(output) != count or not output.is_floating_point():
         raise UserError(
             f"model: its output for {count} input(s) has shape {tuple(output.shape)} and type "
-            f"{output.dtype}, not logits (N, classes, …); wrap it in a module that returns those"
+            f"{output.dtype}, not logits (N, …); wrap it in a module that returns those"
         )

@@ -182,7 +182,7 @@ def replaced(model: nn.Module, layers: Mapping[str, nn.Module]) -> Iterator[None
         swap(model, before)
 
 
-def settle(model: nn.Module) -> None:
+def keep_weights(model: nn.Module) -> None:
     """Makes parameters of the weights that are made anew in every forward pass, in place.
 
     Args:

@@ -17,7 +17,7 @@ from adq_train.data.base import Batch, derived_seed
 from adq_train.errors import UserError
 from adq_train.quantization.base import MakeActivationQuantizer, MakeWeightQuantizer
 from adq_train.quantization.copies import own_copy
-from adq_train.quantization.prepare import settle
+from adq_train.quantization.prepare import keep_weights
 from adq_train.quantization.weights import kept_weight, used_weight
 
 
@@ -144,7 +144,7 @@ def plain_copy(model: nn.Module) -> nn.Module:
     :func:`logits_with` can replace it.
     """
     model = own_copy(model).eval()
-    settle(model)
+    keep_weights(model)
     return model
 
 

@@ -43,7 +43,7 @@ def float_outputs(model: nn.Module, batches: Sequence[Batch]) -> list[Tensor]:
                 f"model: its float outputs are NaN or infinite for {count} of "
                 f"{sum(map(len, outputs))} calibration images, from "
                 f"{origin(model, images, lambda: model(images))} on; check its weights, or train "
-                "it with a smaller learning rate"
+                "it with a smaller learning rate; mask a class with -1e4 instead of -inf"
             )
         return outputs
     finally:
