@@ -7,9 +7,14 @@ import pytest
 import torch
 import yaml
 from helpers import QUICK
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
+from adq_train import manifest
+from adq_train.errors import UserError
 from adq_train.export.trained import open_run, trained_network
+from adq_train.files import sha256
+from adq_train.quantization import kernels
+from adq_train.stamps import stamped
 from adq_train.training.evaluate import evaluate
 
 CONTRACT = {
@@ -40,13 +45,15 @@ def test_a_run_leaves_what_the_contract_says(finished, tmp_path):
     assert {path.name for path in tmp_path.iterdir()} == {"run", "outputs"}
 
     manifest = read(run / "manifest.json")
-    assert {"command", "git", "versions", "device", "seed", "data"} <= set(manifest)
+    assert {"command", "git", "versions", "device", "seed", "data", "kernels"} <= set(manifest)
+    assert re.fullmatch("[0-9a-f]{64}", manifest["float_models"]["pretrain"]["sha256"])
+    assert manifest["kernels"] == kernels.in_use()
     assert re.fullmatch("[0-9a-f]{64}", manifest["data"]["fingerprint"])
     status = read(run / "status.json")
     assert (status["state"], status["stage"], status["error"]) == ("done", None, None)
 
     table = read(run / "sensitivity.json")
-    assert {"metric", "bit_widths", "layers"} <= set(table)
+    assert set(table) == {"metric", "bit_widths", "layers", "stamp"}
     assert table["bit_widths"] == [2, 3, 4]
     assert {"name", "num_weights", "macs", "sensitivity"} <= set(table["layers"][0])
     assert set(table["layers"][0]["sensitivity"]) == {"2", "3", "4"}
@@ -55,6 +62,7 @@ def test_a_run_leaves_what_the_contract_says(finished, tmp_path):
     assert set(allocation) == {
         "allocator", "budget", "layers", "average_weight_bits", "average_weight_bits_all_layers",
         "average_activation_bits", "model_size_bytes", "bops", "objective", "optimal",
+        "stamp",
     }  # fmt: skip
     assert set(allocation["layers"][0]) == {"name", "weight_bits", "activation_bits"}
     assert allocation["layers"][0]["weight_bits"] == allocation["layers"][-1]["weight_bits"] == 8
@@ -62,7 +70,7 @@ def test_a_run_leaves_what_the_contract_says(finished, tmp_path):
     result = read(run / "result.json")
     assert set(result) == {
         "fp_top1_percent", "ptq_top1_percent", "qat_top1_percent", "qat_top5_percent",
-        "num_test_images", "seconds",
+        "num_test_images", "seconds", "stamp",
     }  # fmt: skip
     assert result["num_test_images"] == 64
     assert set(result["seconds"]) == {
@@ -216,14 +224,182 @@ def test_a_deleted_allocation_is_made_anew_and_trained(cli, finished):
     assert "profile:" not in outcome.err
 
 
-def test_a_damaged_artifact_is_named(cli, finished):
+def edit(path, change):
+    """Changes a JSON file as a person would."""
+    content = read(path)
+    change(content)
+    path.write_text(json.dumps(content))
+
+
+def edit_and_stamp(path, change):
+    """Changes a JSON file so that its stamp fits again."""
+    content = read(path)
+    stamp = content.pop("stamp")
+    change(content)
+    path.write_text(stamped(json.dumps(content), stamp["depends_on"]))
+
+
+def four_bits(content):
+    for layer in content["layers"][1:-1]:
+        layer.update(weight_bits=4, activation_bits=4)
+
+
+def set_in_layer(index, **values):
+    return lambda content: content["layers"][index].update(values)
+
+
+BAD = {
+    "sensitivity.json": {
+        "layers changed after": set_in_layer(1, sensitivity={"2": 0.0, "3": 0.0, "4": 0.0}),
+        "metric changed after": lambda x: x.update(metric="mine"),
+        "num_weights is -3": set_in_layer(1, num_weights=-3),
+        "macs is missing": lambda x: x["layers"][2].pop("macs"),
+        r"sensitivity\.2 is 'much'": set_in_layer(0, sensitivity={"2": "much"}),
+        "more than one entry for conv1": lambda x: x["layers"].append(x["layers"][0]),
+    },
+    "allocation.json": {
+        "layers changed after": four_bits,
+        "average_weight_bits changed after": lambda x: x.update(average_weight_bits=7.5),
+        "weight_bits is 1; it must be 2 … 8": set_in_layer(2, weight_bits=1),
+        "activation_bits is 99; it must be 2 … 8": set_in_layer(2, activation_bits=99),
+        "more than one entry for fc": lambda x: x["layers"].append(x["layers"][-1]),
+        "model_size_bytes is -1": lambda x: x.update(model_size_bytes=-1),
+        "optimal is 1, not true or false": lambda x: x.update(optimal=1),
+        "bops is missing": lambda x: x.pop("bops"),
+    },
+    "levels.json": {"layers changed after": set_in_layer(1, weight_levels_used=3)},
+    "result.json": {
+        "qat_top1_percent changed after": lambda x: x.update(qat_top1_percent=99.5),
+        "qat_top1_percent is 101; it must be 0 … 100": lambda x: x.update(qat_top1_percent=101),
+        r"seconds\.qat is 'long'": lambda x: x["seconds"].update(qat="long"),
+    },
+}
+
+
+def test_edited_artifacts_of_a_run_that_is_done_or_not(cli, finished):
     _, run = finished
-    (run / "sensitivity.json").write_text('{"metric": NaN}')
+    for name, changes in BAD.items():
+        whole = (run / name).read_text()
+        for message, change in changes.items():
+            edit(run / name, change)
+            told = [cli(*QUICK, "run_dir=run").err]
+            if name in ("sensitivity.json", "allocation.json"):  # what adq-export reads
+                with pytest.raises(UserError) as refused:
+                    open_run(run)
+                told.append(str(refused.value))
+            for text in told:
+                assert re.search(rf"run/{name} is .*{message}.*; delete it to make it anew", text)
+                assert len(text.strip().splitlines()) == 1
+            (run / name).write_text(whole)
+
+
+def test_artifacts_without_a_stamp_or_of_another_origin(cli, finished):
+    """Also where the stamp was made to fit the content."""
+    _, run = finished
     (run / "status.json").unlink()
+    for name, section in (("sensitivity.json", "sensitivity"), ("allocation.json", "allocator")):
+        whole = (run / name).read_text()
+        for change, message in (
+            (lambda x: x.pop("stamp"), "it has no stamp"),
+            (lambda x: x["stamp"].update(depends_on="ab"), "it was made by another run"),
+            (lambda x: x.update(stamp="mine"), "stamp is not one"),
+        ):
+            edit(run / name, change)
+            outcome = cli(*QUICK, "run_dir=run")
+            assert outcome.code == 1
+            assert re.search(
+                rf"run/{name} .*{message}.*delete it .*{section}=from_file", outcome.err
+            )
+            (run / name).write_text(whole)
+
+    whole = (run / "allocation.json").read_text()
+    for change, message in (
+        (four_bits, r"its bits exceed budget\.average_weight_bits: 4 of"),
+        (lambda x: x.update(bops=5), r"bops is 5, but its bits come to \d+"),
+        (set_in_layer(0, weight_bits=4), "conv1 has 4/8 bits, but is pinned to 8"),
+    ):
+        edit_and_stamp(run / "allocation.json", change)
+        outcome = cli(*QUICK, "run_dir=run")
+        assert outcome.code == 1
+        assert re.search(rf"run/allocation\.json: .*{message}", outcome.err)
+        (run / "allocation.json").write_text(whole)
+
+
+@pytest.mark.usefixtures("no_pictures")
+def test_what_is_missing_of_a_run_that_is_done_is_made_anew(cli, finished):
+    _, run = finished
+    names = ("sensitivity.json", "levels.json", "result.json")
+    before = {name: read(run / name) for name in names}
+    (run / "sensitivity.json").write_text('{"metric": NaN}')
     outcome = cli(*QUICK, "run_dir=run")
     assert outcome.code == 1
     assert "run/sensitivity.json is not a sensitivity table" in outcome.err
     assert "delete it to make it anew" in outcome.err
+    for name in names:
+        (run / name).unlink()
+    outcome = cli(*QUICK, "run_dir=run")
+    assert outcome.code == 0, outcome.err
+    assert "was done, but sensitivity.json, levels.json, result.json is missing" in outcome.err
+    for name in names:
+        after = read(run / name)
+        if name == "result.json":
+            del after["seconds"], before[name]["seconds"], after["stamp"], before[name]["stamp"]
+        assert after == before[name], name
+
+
+def test_a_shared_float_model_is_verified(cli, finished, tmp_path):
+    _, run = finished
+    (shared,) = (tmp_path / "outputs" / "shared").iterdir()
+    weights, depends_on = shared / "model.safetensors", shared / "depends_on.json"
+    whole, noted = weights.read_bytes(), depends_on.read_text()
+    flipped = bytearray(whole)
+    flipped[-100] ^= 1
+    other = {**json.loads(noted), "seed": 5}
+    (run / "status.json").unlink()
+    for name in ("run", "second"):
+        for content, inputs, message in (
+            (flipped, noted, "its SHA-256 is not the one in depends_on.json"),
+            (whole, json.dumps(other), "depends_on.json beside it is of another folder"),
+            (whole, "[]", "depends_on.json beside it cannot be read"),
+        ):
+            weights.write_bytes(content)
+            depends_on.write_text(inputs)
+            outcome = cli(*QUICK, f"run_dir={name}")
+            assert outcome.code == 1
+            assert f"{weights.relative_to(tmp_path)} is damaged or another run's" in outcome.err
+            assert message in outcome.err
+    # One that fits the folder, but is not what the run began with.
+    state = load_file(weights)
+    state["fc.bias"][0] += 1
+    save_file(state, weights)
+    content = json.loads(noted)
+    content["stamp"]["model.safetensors"] = sha256(weights)
+    depends_on.write_text(json.dumps(content))
+    outcome = cli(*QUICK, "run_dir=run")
+    assert outcome.code == 1
+    assert "pretrain: the float model is not the one that the run in run began with" in outcome.err
+    # The remedy: from its last checkpoint the same model is there at once.
+    weights.unlink()
+    outcome = cli(*QUICK, "run_dir=run")
+    assert outcome.code == 0, outcome.err
+    assert weights.read_bytes() == whole
+
+
+@pytest.mark.usefixtures("no_pictures")
+def test_a_run_goes_on_with_its_float_model_under_other_conditions(cli, finished, monkeypatch):
+    """And a new one under these trains its own, so that no order of runs changes a result."""
+    _, run = finished
+    (run / "status.json").unlink()
+    here = manifest.environment()
+    for module in ("shared", "manifest"):
+        monkeypatch.setattr(f"adq_train.{module}.environment", lambda _: {**here, "cpu_threads": 7})
+    outcome = cli(*QUICK, "run_dir=run")
+    assert outcome.code == 0, outcome.err
+    assert f"cpu_threads: {here['cpu_threads']} → 7" in outcome.err
+    assert "pretrain: float model from" in outcome.err
+    outcome = cli(*QUICK, "run_dir=new")
+    assert outcome.code == 0, outcome.err
+    assert "pretrain: 1 epochs" in outcome.err
 
 
 @pytest.mark.usefixtures("no_pictures")

@@ -1,3 +1,4 @@
+import errno
 import json
 import logging
 import os
@@ -7,29 +8,32 @@ import signal
 import subprocess
 import sys
 import threading
-from pathlib import Path
 
 import pytest
 import torch
 import yaml
 
-from adq_train import run_folder
+from adq_train import files, manifest, run_folder
 from adq_train.artifacts import RunResult
 from adq_train.errors import UserError
-from adq_train.run_folder import (
-    RunFolder,
-    check_same_run,
-    differences,
-    digest,
-    exclusive,
-    git_state,
-    identity,
-    input_files,
-    read_manifest,
-    read_status,
-)
+from adq_train.locks import exclusive
+from adq_train.manifest import differences, git_state, read_manifest
+from adq_train.run_folder import RunFolder, check_same_run, identity, input_files, read_status
+from adq_train.stamps import digest
 
-DEV_FULL = pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+
+@pytest.fixture
+def full_disk(monkeypatch):
+    """Makes every write to files whole fail from the moment that it is called."""
+
+    def fill():
+        def fail(_):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+        monkeypatch.setattr(files.os, "fsync", fail)
+
+    yield fill
+    monkeypatch.undo()
 
 
 def config(**changes):
@@ -181,11 +185,12 @@ def test_a_folder_with_something_else_is_refused_and_left_alone(tmp_path):
 
 
 def test_a_kill_during_the_first_write_does_not_spoil_the_folder(tmp_path):
-    (tmp_path / ".config.yaml.tmp").write_text("seed: 0\nda")
+    left = tmp_path / ".config.yaml.0123abcd.tmp"
+    left.write_text("seed: 0\nda")
     with RunFolder(tmp_path, config()):
         pass
     assert status(tmp_path)["state"] == "done"
-    assert not (tmp_path / ".config.yaml.tmp").exists()
+    assert not left.exists()
 
 
 def test_a_file_is_refused(tmp_path):
@@ -218,11 +223,11 @@ def test_a_folder_without_permission(tmp_path):
         pass
 
 
-@DEV_FULL
-def test_a_full_disk_at_the_start_leaves_no_lock(tmp_path):
-    (tmp_path / ".config.yaml.tmp").symlink_to("/dev/full")
+def test_a_full_disk_at_the_start_leaves_no_lock(tmp_path, full_disk, monkeypatch):
+    full_disk()
     with pytest.raises(UserError, match="No space left"), RunFolder(tmp_path, config()):
         pass
+    monkeypatch.undo()
     check_lock_is_free(tmp_path)
 
 
@@ -236,16 +241,16 @@ def test_a_new_folder_that_cannot_be_filled_is_removed(tmp_path, monkeypatch):
     assert not (tmp_path / "run").exists()
 
 
-@DEV_FULL
-def test_a_full_disk_at_the_end_leaves_no_lock_and_no_log_handler(tmp_path):
+def test_a_full_disk_at_the_end_leaves_no_lock_and_no_log_handler(tmp_path, full_disk, monkeypatch):
     handlers = list(logging.getLogger("adq_train").handlers)
 
     def run():
         with RunFolder(tmp_path / "run", config()):
-            (tmp_path / "run" / ".status.json.tmp").symlink_to("/dev/full")
+            full_disk()
 
     with pytest.raises(UserError, match="No space left"):
         run()
+    monkeypatch.undo()
     assert logging.getLogger("adq_train").handlers == handlers
     check_lock_is_free(tmp_path / "run")
 
@@ -255,7 +260,8 @@ def test_a_full_disk_at_the_end_leaves_no_lock_and_no_log_handler(tmp_path):
 HOLDER = """
 import sys
 from pathlib import Path
-from adq_train.run_folder import {name}
+from adq_train.locks import exclusive
+from adq_train.run_folder import RunFolder
 with {call}:
     print("locked", flush=True)
     sys.stdin.read()
@@ -265,8 +271,8 @@ with {call}:
 class Holder:
     """Another process that holds a folder until it is told to stop, or killed."""
 
-    def __init__(self, name, call):
-        code = HOLDER.format(name=name, call=call)
+    def __init__(self, call):
+        code = HOLDER.format(call=call)
         self.process = subprocess.Popen(
             [sys.executable, "-c", code],
             stdin=subprocess.PIPE,
@@ -290,7 +296,7 @@ class Holder:
 
 def test_one_process_at_a_time_and_a_killed_one_leaves_no_lock(tmp_path):
     path = tmp_path / "run"
-    with Holder("RunFolder", f"RunFolder(Path({str(path)!r}), {config()!r})") as other:
+    with Holder(f"RunFolder(Path({str(path)!r}), {config()!r})") as other:
         message = f"another process is writing to {path}"
         with pytest.raises(UserError, match=message), RunFolder(path, config()):
             pass
@@ -326,7 +332,7 @@ def test_exclusive_makes_the_folder_and_waits_for_the_one_that_holds_it(tmp_path
     handler = Waits()
     logging.getLogger("adq_train").addHandler(handler)
     try:
-        with Holder("exclusive", f"exclusive(Path({str(path)!r}))") as other:
+        with Holder(f"exclusive(Path({str(path)!r}))") as other:
             thread = threading.Thread(target=enter)
             thread.start()
             assert waiting.wait(60)
@@ -384,15 +390,15 @@ def test_a_failure_is_noted_and_passed_on(tmp_path, error, state, reason):
     assert status(tmp_path)["state"] == "done"
 
 
-@DEV_FULL
-def test_a_full_disk_does_not_hide_the_first_error(tmp_path):
+def test_a_full_disk_does_not_hide_the_first_error(tmp_path, full_disk, monkeypatch):
     def run():
         with RunFolder(tmp_path / "run", config()):
-            (tmp_path / "run" / ".status.json.tmp").symlink_to("/dev/full")
+            full_disk()
             raise ZeroDivisionError
 
     with pytest.raises(ZeroDivisionError):
         run()
+    monkeypatch.undo()
     check_lock_is_free(tmp_path / "run")
 
 
@@ -436,12 +442,22 @@ def test_the_log_of_a_failure_has_its_traceback(tmp_path, messages):
     assert "in fail_in" in text
 
 
-@pytest.mark.parametrize("content", [None, "", "{", b"\xff"])
-def test_a_status_that_cannot_be_read_is_none(tmp_path, content):
-    if content is not None:
-        data = content if isinstance(content, bytes) else content.encode()
-        (tmp_path / "status.json").write_bytes(data)
+def test_no_status_is_none_and_a_damaged_one_is_named(tmp_path):
     assert read_status(tmp_path) is None
+    for content, field in (
+        (b"", "Expecting value"),
+        (b"\xff", "codec"),
+        (b"[]", r"it is \[\]"),
+        (b"[" * 100_000, "recursion"),
+        (b"{}", "state is missing"),
+        (b'{"state": 1}', "state is 1, not a text"),
+        (b'{"state": "done", "seconds": 3}', "seconds is 3, not an object"),
+        (b'{"state": "done", "seconds": {"qat": "x"}}', r"seconds\.qat is 'x', not a number"),
+        (b'{"state": "done", "seconds": {"qat": -1}}', r"seconds\.qat is -1; .* at least 0"),
+    ):
+        (tmp_path / "status.json").write_bytes(content)
+        with pytest.raises(UserError, match=rf"status\.json cannot be read \(.*{field}.*delete it"):
+            read_status(tmp_path)
 
 
 # ── Artifacts and the manifest
@@ -482,14 +498,14 @@ def test_the_manifest_says_what_ran_where(tmp_path):
     assert manifest["versions"]["torch"] == torch.__version__
     assert manifest["versions"]["python"] == platform.python_version()
     assert FACTS.items() <= manifest.items()
-    assert {"git", "platform", "cpu_threads"} <= manifest.keys()
+    assert {"git", "platform", "cpu_threads", "hardware", "kernels"} <= manifest.keys()
 
 
 def test_the_manifest_of_the_first_start_stays(tmp_path):
     with RunFolder(tmp_path, config()) as folder:
         folder.write_manifest(FACTS)
         before = (tmp_path / "manifest.json").read_text()
-        folder.write_manifest({**FACTS, "device": "cuda"})
+        folder.write_manifest({**FACTS, "command": ["another"]})
     assert (tmp_path / "manifest.json").read_text() == before
 
 
@@ -508,17 +524,52 @@ def test_inputs_that_changed_since_the_first_start(tmp_path, key, value):
             folder.write_manifest({**FACTS, key: value})
 
 
-def test_another_commit_is_noted_once_and_the_first_one_stays(tmp_path, monkeypatch, messages):
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"git": {"commit": "f" * 40, "dirty": False}},
+        {"cpu_threads": 77},
+        {"kernels": {"kernels": "another"}},
+        {"hardware": "another"},
+        {"versions": {"torch": "9"}},
+    ],
+    ids=lambda x: next(iter(x)),
+)
+def test_other_conditions_are_told_and_noted_once(tmp_path, monkeypatch, messages, change):
     with RunFolder(tmp_path, config()) as folder:
         folder.write_manifest(FACTS)
         first = read_manifest(tmp_path)
-        later = {**run_folder.environment(), "git": {"commit": "f" * 40, "dirty": False}}
-        monkeypatch.setattr(run_folder, "environment", lambda: later)
+        here = manifest.environment()
+        monkeypatch.setattr(manifest, "environment", lambda _: {**here, **change})
         for _ in range(2):
             folder.write_manifest(FACTS)
-    continued = [{"git": later["git"], "versions": later["versions"]}]
-    assert read_manifest(tmp_path) == {**first, "continued": continued}
-    assert messages.text.count("continues with another commit") == 1
+    (noted,) = read_manifest(tmp_path)["continued"]
+    assert change.items() <= noted.items()
+    assert {**read_manifest(tmp_path), "continued": None} == {**first, "continued": None}
+    (told,) = [x for x in messages.messages if "continues under other conditions" in x]
+    assert next(iter(change)) in told
+
+
+def test_conditions_that_the_run_chooses_are_compared_too(tmp_path, messages):
+    with RunFolder(tmp_path, config()) as folder:
+        facts = {**FACTS, "processes": 1, "compile": "none", "channels_last": False}
+        folder.write_manifest(facts)
+        folder.write_manifest({**facts, "processes": 2, "compile": "model", "channels_last": True})
+    assert "compile: none → model" in messages.text
+    assert "channels_last: False → True" in messages.text
+    assert "processes: 1 → 2" in messages.text
+
+
+def test_another_float_model_is_refused(tmp_path):
+    with RunFolder(tmp_path, config()) as folder:
+        folder.write_manifest(FACTS)
+        folder.goes_on_with("pretrain", "ab", "1" * 64, "pretrain-000000000000")
+        folder.goes_on_with("teacher", "ab", "2" * 64)
+        folder.goes_on_with("pretrain", "ab", "1" * 64)
+        assert folder.float_model("pretrain") == "pretrain-000000000000"
+        for stage in ("pretrain", "teacher"):
+            with pytest.raises(UserError, match=f"{stage}: the float model is not the one that"):
+                folder.goes_on_with(stage, "ab", "3" * 64)
 
 
 def test_the_files_of_a_configuration(tmp_path):
@@ -531,9 +582,20 @@ def test_the_files_of_a_configuration(tmp_path):
 
 def test_a_damaged_manifest_is_named(tmp_path):
     with RunFolder(tmp_path, config()) as folder:
-        (tmp_path / "manifest.json").write_text("{")
-        with pytest.raises(UserError, match=r"manifest\.json cannot be read"):
-            folder.write_manifest(FACTS)
+        for content, field in (
+            ("{", "Expecting"),
+            ("[]", r"it is \[\]"),
+            ('{"seed": "x"}', "seed is 'x', not a whole number"),
+            ('{"data": 3}', "data is 3, not an object"),
+            ('{"data": {"fingerprint": null}}', r"data\.fingerprint is None, not a text"),
+            ('{"model": {"num_float_values": -1}}', r"model\.num_float_values is -1"),
+            ('{"command": "adq-train"}', "command is 'adq-train', not a list"),
+            ('{"continued": [1]}', "continued is not a list of objects"),
+            ('{"float_models": {"pretrain": "ab"}}', r"float_models\.pretrain is 'ab'"),
+        ):
+            (tmp_path / "manifest.json").write_text(content)
+            with pytest.raises(UserError, match=rf"manifest\.json cannot be read \(.*{field}"):
+                folder.write_manifest(FACTS)
     (tmp_path / "manifest.json").unlink()
     with pytest.raises(UserError, match=r"manifest\.json cannot be read"):
         read_manifest(tmp_path)
@@ -556,7 +618,7 @@ def checkout(tmp_path, monkeypatch):
     git("init", "--quiet")
     git("add", "module.py")
     git("commit", "--quiet", "--message", "x")
-    monkeypatch.setattr(run_folder, "__file__", str(tmp_path / "module.py"))
+    monkeypatch.setattr(manifest, "__file__", str(tmp_path / "module.py"))
     return tmp_path, git("rev-parse", "HEAD")
 
 
@@ -570,7 +632,7 @@ def test_git_state_of_a_clean_and_of_a_changed_checkout(checkout):
 def test_no_git_state_of_a_copy_inside_another_checkout(checkout, monkeypatch):
     folder, _ = checkout
     (folder / "installed.py").write_text("")
-    monkeypatch.setattr(run_folder, "__file__", str(folder / "installed.py"))
+    monkeypatch.setattr(manifest, "__file__", str(folder / "installed.py"))
     assert git_state() is None
 
 

@@ -4,23 +4,19 @@ from __future__ import annotations
 
 import json
 import math
-import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Annotated, Any
 
+from adq_train.decoding import Within, decode
 from adq_train.errors import UserError
+from adq_train.stamps import content_problem
 
-# Fields of a layer in sensitivity.json, besides its name.
-COUNTS = ("num_weights", "macs", "num_inputs")
-VALUES = (
-    "sensitivity",
-    "activation_sensitivity",
-    "standard_error",
-    "activation_standard_error",
-    "measured",
-    "activation_measured",
-)
+Count = Annotated[int, Within(0)]
+AtLeastOne = Annotated[int, Within(1)]
+BitWidth = Annotated[int, Within(2, 8)]
+Percent = Annotated[float, Within(0, 100)]
+NotNegative = Annotated[float, Within(0)]
 
 
 @dataclass(frozen=True)
@@ -62,11 +58,11 @@ class LayerSensitivity:
     """
 
     name: str
-    num_weights: int
-    macs: int
+    num_weights: Count
+    macs: Count
     sensitivity: dict[int, float]
     activation_sensitivity: dict[int, float] | None = None
-    num_inputs: int | None = None
+    num_inputs: AtLeastOne | None = None
     standard_error: dict[int, float] | None = None
     activation_standard_error: dict[int, float] | None = None
     measured: dict[int, float] | None = None
@@ -92,7 +88,7 @@ class SensitivityTable:
     """
 
     metric: str
-    bit_widths: tuple[int, ...]
+    bit_widths: tuple[BitWidth, ...]
     layers: tuple[LayerSensitivity, ...]
     caveat: str | None = None
 
@@ -108,42 +104,14 @@ class SensitivityTable:
         Args:
             text: The content of a file.
             by_hand: Whether the layers' names and values are enough. Then the metric is called
-                ``from_file`` and counts are 0 where the text does not say them.
+                ``from_file`` and counts are 0 where the text does not say them, and a stamp that
+                the content does not fit is no fault.
 
         Raises:
-            UserError: The text is something else.
+            UserError: The text is something else, or was edited; the field is named.
         """
-        content = _parse(text, "a sensitivity table")
-        if by_hand:
-            content = {"metric": "from_file", "bit_widths": [], **content}
-        try:
-            return cls(
-                metric=str(content["metric"]),
-                bit_widths=tuple(int(b) for b in content["bit_widths"]),
-                layers=tuple(_row(layer, by_hand) for layer in content["layers"]),
-                caveat=str(content["caveat"]) if "caveat" in content else None,
-            )
-        except KeyError as error:
-            raise UserError(f"not a sensitivity table: it has no {error.args[0]!r}") from error
-        except (TypeError, ValueError, AttributeError) as error:
-            raise UserError(f"not a sensitivity table: {error}") from error
-
-
-def _row(content: Mapping[str, Any], by_hand: bool) -> LayerSensitivity:
-    """A layer of ``sensitivity.json``; what is wrong is said with its name."""
-    name = str(content["name"])
-    counts = {"num_weights": 0, "macs": 0} if by_hand else {}
-    counts |= {key: content[key] for key in COUNTS if key in content}
-    odd = [f"{key} {value!r}" for key, value in counts.items() if type(value) is not int]
-    lacking = {"num_weights", "macs", "sensitivity"} - {*counts, *content}
-    if odd or lacking:
-        wrong = f"has no {min(lacking)}" if lacking else f"has {odd[0]}, not a whole number"
-        raise ValueError(f"layer {name} {wrong}")
-    try:
-        values = {key: _by_bits(content[key]) for key in VALUES if key in content}
-    except (ValueError, AttributeError) as error:
-        raise ValueError(f"layer {name}: {error}") from error
-    return LayerSensitivity(name, **counts, **values)  # type: ignore[arg-type]
+        table: SensitivityTable = _read(cls, text, "a sensitivity table", by_hand)
+        return table
 
 
 @dataclass(frozen=True)
@@ -151,8 +119,15 @@ class LayerBits:
     """The bits of one layer's weights and of its input."""
 
     name: str
-    weight_bits: int
-    activation_bits: int
+    weight_bits: BitWidth
+    activation_bits: BitWidth
+
+
+@dataclass(frozen=True)
+class _Layers:
+    """The part of a bit allocation that a person may write."""
+
+    layers: tuple[LayerBits, ...]
 
 
 @dataclass(frozen=True)
@@ -176,13 +151,13 @@ class BitAllocation:
     """
 
     allocator: str
-    budget: dict[str, float]
+    budget: dict[str, NotNegative]
     layers: tuple[LayerBits, ...]
-    average_weight_bits: float
-    average_weight_bits_all_layers: float
-    average_activation_bits: float
-    model_size_bytes: int
-    bops: int
+    average_weight_bits: NotNegative
+    average_weight_bits_all_layers: NotNegative
+    average_activation_bits: NotNegative
+    model_size_bytes: Count
+    bops: Count
     objective: float | None
     optimal: bool
     caveat: str | None = None
@@ -199,12 +174,8 @@ class BitAllocation:
         Raises:
             UserError: The text is something else.
         """
-        content = _parse(text, "a bit allocation")
-        layers = layer_bits(text)
-        try:
-            return cls(**{**content, "layers": layers})
-        except TypeError as error:
-            raise UserError(f"not a bit allocation: {error!r}") from error
+        allocation: BitAllocation = _read(cls, text, "a bit allocation")
+        return allocation
 
     def bits(self) -> dict[str, LayerBits]:
         """The layers by name."""
@@ -215,21 +186,10 @@ def layer_bits(text: str) -> tuple[LayerBits, ...]:
     """The layers of an ``allocation.json``, whatever else it holds.
 
     Raises:
-        UserError: The text is something else.
+        UserError: The text is something else; the field is named.
     """
-    content = _parse(text, "a bit allocation")
-    try:
-        layers = tuple(
-            LayerBits(str(x["name"]), x["weight_bits"], x["activation_bits"])
-            for x in content["layers"]
-        )
-    except (KeyError, TypeError) as error:
-        raise UserError(f"not a bit allocation: {error!r}") from error
-    for x in layers:
-        for bits in (x.weight_bits, x.activation_bits):
-            if type(bits) is not int:
-                raise UserError(f"not a bit allocation: {x.name} has {bits!r} bits")
-    return layers
+    found: _Layers = _read(_Layers, text, "a bit allocation", by_hand=True)
+    return found.layers
 
 
 @dataclass(frozen=True)
@@ -245,10 +205,10 @@ class LayerLevels:
     """
 
     name: str
-    weight_levels: int
-    weight_levels_used: int
-    activation_levels: int
-    activation_levels_used: int
+    weight_levels: Count
+    weight_levels_used: Count
+    activation_levels: Count
+    activation_levels_used: Count
 
 
 @dataclass(frozen=True)
@@ -268,11 +228,8 @@ class LevelCounts:
         Raises:
             UserError: The text is something else.
         """
-        content = _parse(text, "a count of levels")
-        try:
-            return cls(tuple(LayerLevels(**x) for x in content["layers"]))
-        except (KeyError, TypeError) as error:
-            raise UserError(f"not a count of levels: {error!r}") from error
+        counts: LevelCounts = _read(cls, text, "a count of levels")
+        return counts
 
 
 @dataclass(frozen=True)
@@ -288,12 +245,12 @@ class RunResult:
         seconds: Time of each stage, summed over interruptions.
     """
 
-    fp_top1_percent: float
-    ptq_top1_percent: float
-    qat_top1_percent: float
-    qat_top5_percent: float
-    num_test_images: int
-    seconds: dict[str, float]
+    fp_top1_percent: Percent
+    ptq_top1_percent: Percent
+    qat_top1_percent: Percent
+    qat_top5_percent: Percent
+    num_test_images: AtLeastOne
+    seconds: dict[str, NotNegative]
 
     def to_json(self) -> str:
         """The content of ``result.json``."""
@@ -306,10 +263,8 @@ class RunResult:
         Raises:
             UserError: The text is something else.
         """
-        try:
-            return cls(**_parse(text, "a run result"))
-        except TypeError as error:
-            raise UserError(f"not a run result: {error}") from error
+        result: RunResult = _read(cls, text, "a run result")
+        return result
 
 
 def _dump(content: Mapping[str, Any]) -> str:
@@ -320,11 +275,37 @@ def _known(content: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in content.items() if value is not None}
 
 
-def _by_bits(values: Mapping[str, Any]) -> dict[int, float]:
-    for bits, value in values.items():
-        if type(value) not in (int, float) or not abs(value) <= sys.float_info.max:
-            raise ValueError(f"{value!r} at {bits} bits is not a number that float64 holds")
-    return {int(bits): float(value) for bits, value in values.items()}
+def _by_hand(content: dict[str, Any]) -> dict[str, Any]:
+    """A table with what a person need not write."""
+    layers = content.get("layers")
+    if isinstance(layers, list):
+        counts = {"num_weights": 0, "macs": 0}
+        layers = [{**counts, **x} if isinstance(x, dict) else x for x in layers]
+        content = {**content, "layers": layers}
+    return {"metric": "from_file", "bit_widths": [], **content}
+
+
+def _read(kind: Any, text: str, what: str, by_hand: bool = False) -> Any:
+    """An artifact from its JSON, with every layer once.
+
+    Raises:
+        UserError: Names the field that is wrong.
+    """
+    content = _parse(text, what)
+    if by_hand and kind is SensitivityTable:
+        content = _by_hand(content)
+    try:
+        value = decode(kind, content)
+    except ValueError as error:
+        raise UserError(f"not {what}: {error}") from error
+    names = [x.name for x in getattr(value, "layers", ())]
+    twice = next((name for name in names if names.count(name) > 1), None)
+    if twice is not None:
+        raise UserError(f"not {what}: layers has more than one entry for {twice}; keep one")
+    problem = None if by_hand else content_problem(content)
+    if problem:
+        raise UserError(f"not {what} that can be relied on: {problem}")
+    return value
 
 
 def _parse(text: str, what: str) -> dict[str, Any]:
@@ -335,9 +316,17 @@ def _parse(text: str, what: str) -> dict[str, Any]:
             raise ValueError(f"{number} is not a finite number")
         return float(number)
 
+    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        names = [name for name, _ in pairs]
+        if len(set(names)) < len(names):
+            raise ValueError(f"{next(x for x in names if names.count(x) > 1)!r} is there twice")
+        return dict(pairs)
+
     try:
-        content = json.loads(text, parse_float=finite, parse_constant=finite)
-    except ValueError as error:
+        content = json.loads(
+            text, parse_float=finite, parse_constant=finite, object_pairs_hook=once
+        )
+    except (ValueError, RecursionError) as error:
         raise UserError(f"not {what}: {error}") from error
     if not isinstance(content, dict):
         raise UserError(f"not {what}: expected a JSON object")

@@ -3,27 +3,37 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import hashlib
 import os
+import re
+import secrets
 import stat
 from collections.abc import Iterator
 from pathlib import Path
 
 from adq_train.errors import UserError
 
+# Nobody can foresee the middle, so nobody can lay a link in its way.
+TEMPORARY = re.compile(r"\.(.+)\.[0-9a-f]{8}\.tmp")
+
 
 @contextlib.contextmanager
 def written_whole(path: Path) -> Iterator[Path]:
     """Gives a temporary path beside ``path``; it takes its name once the block succeeds.
 
+    Where ``path`` is a link, the link is replaced, not followed.
+
     Raises:
         UserError: The disk is full or the folder cannot be written; ``path`` is as it was.
     """
-    temporary = path.with_name(f".{path.name}.tmp")
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+    mine: int | None = None
     try:
-        with contextlib.suppress(FileNotFoundError):
-            if temporary.stat().st_nlink > 1:  # a kill left it as the second name of a good file
-                temporary.unlink()
+        clear_leftovers(path.parent, path.name)
+        mine = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o666)
+        with contextlib.suppress(OSError):  # a file system without locks
+            fcntl.flock(mine, fcntl.LOCK_EX)  # tells it from what a killed run left
         yield temporary
         with temporary.open("rb+") as file:
             os.fsync(file.fileno())
@@ -34,6 +44,8 @@ def written_whole(path: Path) -> Iterator[Path]:
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink()
+        if mine is not None:
+            os.close(mine)
 
 
 def write_text(path: Path, text: str) -> None:
@@ -59,6 +71,35 @@ def oddity(path: Path, most_bytes: int) -> str | None:
     return None
 
 
+def clear_leftovers(folder: Path, name: str | None = None) -> None:
+    """Removes the temporary files that killed runs left in a folder.
+
+    Args:
+        folder: Its subfolders are left alone.
+        name: Only of the file with this name; None: of all.
+    """
+    with contextlib.suppress(OSError), os.scandir(folder) as entries:
+        for entry in entries:
+            found = TEMPORARY.fullmatch(entry.name)
+            if found and name in (None, found[1]) and not _is_written(Path(entry.path)):
+                Path(entry.path).unlink()
+
+
+def _is_written(temporary: Path) -> bool:
+    """Whether a process is still writing a temporary file, or that cannot be told."""
+    try:
+        descriptor = os.open(temporary, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+    except OSError:
+        return not temporary.is_symlink()
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return True
+    finally:
+        os.close(descriptor)
+    return False
+
+
 def sync_folder(folder: Path) -> None:
     """Makes renames in a folder survive a power cut."""
     descriptor = os.open(folder, os.O_RDONLY)
@@ -75,3 +116,14 @@ def sha256(path: Path) -> str:
         while block := file.read(1 << 20):
             digest.update(block)
     return digest.hexdigest()
+
+
+def outward_link(folder: Path) -> Path | None:
+    """A link in a folder, or below, that leads out of it; None where there is none."""
+    inside = folder.resolve()
+    for place, folders, files in os.walk(folder):
+        for name in (*folders, *files):
+            path = Path(place, name)
+            if path.is_symlink() and not path.resolve().is_relative_to(inside):
+                return path
+    return None

@@ -17,9 +17,9 @@ from adq_train.data.base import ImageData
 from adq_train.errors import UserError
 from adq_train.export.trained import FinishedRun, open_run, trained_network
 from adq_train.files import sha256
+from adq_train.manifest import differences
 from adq_train.quantization.layers import same_weight
 from adq_train.quantization.prepare import collect_inputs, prepare
-from adq_train.run_folder import differences
 from adq_train.stages import Context, float_key
 from adq_train.training.checkpoint import CheckpointFolder
 from adq_train.training.evaluate import evaluate

@@ -3,23 +3,30 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
-import hashlib
 import json
 import logging
-import os
-import platform
-import subprocess
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from omegaconf import OmegaConf
 
-from adq_train import __version__
+from adq_train.artifacts import (
+    BitAllocation,
+    LevelCounts,
+    NotNegative,
+    RunResult,
+    SensitivityTable,
+)
+from adq_train.decoding import decode
 from adq_train.errors import UserError
-from adq_train.files import write_text
+from adq_train.files import TEMPORARY, clear_leftovers, outward_link, write_text
+from adq_train.kept import ARTIFACTS, Artifact, depends_on, origin, read, read_bits, take
+from adq_train.locks import LOCK, FolderLock
+from adq_train.manifest import differences, note_float_model, read_manifest, write_manifest
+from adq_train.stamps import digest, stamped
 from adq_train.yaml_files import read_yaml
 
 if TYPE_CHECKING:  # adq-report reads runs without torch
@@ -47,18 +54,8 @@ NOT_PART_OF_A_RUN = (
 # Settings that name a file besides ``pretrain.checkpoint``: what it holds is part of a run.
 INPUT_FILES = ("distillation.checkpoint", "allocator.path", "sensitivity.path")
 
-# A file of its own: network file systems lock no folders.
-LOCK = ".lock"
 
-
-class _Artifact(Protocol):
-    def to_json(self) -> str: ...
-
-    @classmethod
-    def from_json(cls, text: str) -> Any: ...
-
-
-A = TypeVar("A", bound=_Artifact)
+A = TypeVar("A", bound=Artifact)
 
 
 def identity(config: dict[str, Any]) -> dict[str, Any]:
@@ -76,20 +73,6 @@ def input_files(config: dict[str, Any]) -> dict[str, Path]:
     named = {name: name.split(".") for name in INPUT_FILES}
     values = {name: config[section].get(key) for name, (section, key) in named.items()}
     return {name: Path(x) for name, x in values.items() if x and Path(x).is_file()}
-
-
-def digest(content: Any) -> str:
-    """Hexadecimal SHA-256 of anything that JSON can hold."""
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
-
-
-def differences(old: Any, new: Any, path: str = "") -> Iterator[str]:
-    """The settings that differ between two configurations, as ``name: old → new``."""
-    if isinstance(old, dict) and isinstance(new, dict):
-        for key in sorted(old.keys() | new.keys()):
-            yield from differences(old.get(key), new.get(key), f"{path}.{key}".strip("."))
-    elif digest(old) != digest(new):  # as checkpoints compare: 0 is not 0.0
-        yield f"{path}: {old} → {new}"
 
 
 class RunFolder:
@@ -116,6 +99,7 @@ class RunFolder:
         self.path = path
         self.config = config
         self.ranks = ranks
+        self.origin = digest(identity(config))
         self.stage_name = "setup"
         self.seconds: dict[str, float] = {}
         if ranks.is_main:
@@ -129,12 +113,11 @@ class RunFolder:
     def _open(self) -> None:
         """Takes the lock and writes what a run begins with."""
         existed = self.path.exists()
+        self._lock = FolderLock(self.path)
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            self._lock = _open_lock(self.path)
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            self._lock.take()
         except BlockingIOError as error:
-            os.close(self._lock)
             raise UserError(
                 f"run_dir: another process is writing to {self.path}; wait for it, or choose "
                 "another run_dir"
@@ -146,11 +129,14 @@ class RunFolder:
             ) from error
         try:
             check_same_run(self.path, self.config)
+            require_no_way_out(self.path)
+            for folder in (self.path, self.path / "checkpoints", self.path / "plots"):
+                clear_leftovers(folder)
             write_text(self.path / "config.yaml", OmegaConf.to_yaml(self.config))
-            self.seconds = (read_status(self.path) or {}).get("seconds", {})
+            self.seconds = (read_status(self.path) or {}).get("seconds") or {}
             self._write_status("running")
         except BaseException:
-            os.close(self._lock)
+            self._lock.release()
             if not existed:
                 with contextlib.suppress(OSError):
                     (self.path / LOCK).unlink()
@@ -178,7 +164,7 @@ class RunFolder:
             logging.getLogger("adq_train").removeHandler(self.log_file)
             with contextlib.suppress(OSError):  # as above
                 self.log_file.close()
-            os.close(self._lock)
+            self._lock.release()
 
     @contextlib.contextmanager
     def stage(self, name: str) -> Iterator[None]:
@@ -192,90 +178,173 @@ class RunFolder:
             self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - began
         self._write_status("running")
 
-    def save(self, name: str, artifact: _Artifact) -> None:
-        """Writes a stage's value as JSON, whole or not at all."""
-        if self.ranks.is_main:
-            write_text(self.path / name, artifact.to_json())
+    def save(self, name: str, artifact: Artifact, of: Artifact | None = None) -> None:
+        """Writes a stage's value as JSON, whole or not at all, with a stamp.
 
-    def load(self, name: str, kind: type[A]) -> A | None:
-        """The value that an earlier run left, or None.
+        Args:
+            name: Of the file.
+            artifact: The value.
+            of: The value that it was made from, besides :attr:`origin`.
+        """
+        if self.ranks.is_main:
+            self._lock.require()
+            source = depends_on(self.origin, of)
+            write_text(self.path / name, stamped(artifact.to_json(), source))
+
+    def load(self, name: str, kind: type[A], of: Artifact | None = None) -> A | None:
+        """The value that an earlier start left, or None.
+
+        Args:
+            name: Of the file.
+            kind: Of the value.
+            of: The value that it must have been made from.
 
         Raises:
-            UserError: The file is damaged; it is named.
+            UserError: The file is damaged, was edited or is another run's; it is named.
         """
         path = self.path / name
         content = self.ranks.share(lambda: path.read_bytes() if path.exists() else None)
         if content is None:
             return None
-        try:
-            value: A = kind.from_json(content.decode())
-        except (UserError, UnicodeDecodeError) as error:
-            raise UserError(f"{path} is {error}; delete it to make it anew") from error
-        return value
+        return take(path, content, kind, depends_on(self.origin, of))
 
     def write_manifest(self, facts: dict[str, Any]) -> None:
-        """Writes ``manifest.json``, or checks that the inputs are still those of the first start.
-
-        Where commit or versions are not, they are noted and a warning says so.
+        """Notes what the run begins with; see :func:`~.manifest.write_manifest`.
 
         Raises:
             UserError: The data set, the float checkpoint or another file has changed since.
         """
-        if not self.ranks.is_main:
-            return
-        path, now = self.path / "manifest.json", environment()
-        if not path.exists():
-            write_text(path, json.dumps({**now, **facts}, indent=2) + "\n")
-            return
-        before = read_manifest(self.path)
-        for key in ("data", "checkpoint_sha256", "files"):
-            if key in before and before[key] != facts.get(key):
-                raise UserError(
-                    f"{key}: not what the run in {self.path} began with; choose another run_dir "
-                    "to start anew"
-                )
-        if before.get("processes", 1) != facts.get("processes", 1):
-            log.warning(
-                "the run began with %d processes and continues with %d: it will not have the same "
-                "bits as one without an interruption",
-                before.get("processes", 1),
-                facts["processes"],
-            )
-        starts = [before, *before.get("continued", [])]
-        code = {key: now[key] for key in ("git", "versions")}
-        if any(starts[-1].get(key) != value for key, value in code.items()):
-            log.warning("the run continues with another commit or other versions than before")
-            again = {**before, "continued": [*starts[1:], code]}
-            write_text(path, json.dumps(again, indent=2) + "\n")
+        if self.ranks.is_main:
+            write_manifest(self.path, facts)
+
+    def goes_on_with(
+        self, stage: str, fingerprint: str, weights: str, shared: str | None = None
+    ) -> None:
+        """Notes a float model; that of ``pretrain`` is what all later values are made from.
+
+        Args:
+            stage: ``pretrain`` or ``teacher``.
+            fingerprint: Of the data set.
+            weights: Digest of the model's parameters and buffers.
+            shared: Name of the shared folder that it is from.
+
+        Raises:
+            UserError: The run began with another one.
+        """
+        if stage == "pretrain":
+            self.origin = origin(identity(self.config), fingerprint, weights)
+        if self.ranks.is_main:
+            note_float_model(self.path, stage, weights, shared)
+
+    def float_model(self, stage: str) -> str | None:
+        """Name of the shared folder that an earlier start had its float model from, or None."""
+
+        def noted() -> str | None:
+            if not (self.path / "manifest.json").exists():
+                return None
+            models = read_manifest(self.path).get("float_models") or {}
+            name: str | None = models.get(stage, {}).get("shared")
+            return name
+
+        return self.ranks.share(noted)
 
     def _write_status(self, state: str, error: str | None = None) -> None:
         if not self.ranks.is_main:
             return
+        self._lock.require()
         stage = None if state == "done" else self.stage_name
         content = {"state": state, "stage": stage, "error": error, "seconds": self.seconds}
         write_text(self.path / "status.json", json.dumps(content, indent=2) + "\n")
 
 
+@dataclass(frozen=True)
+class _Status:
+    state: str
+    stage: str | None = None
+    error: str | None = None
+    seconds: dict[str, NotNegative] | None = None
+
+
 def read_status(path: Path) -> dict[str, Any] | None:
-    """The content of ``status.json``, or None where there is none."""
-    try:
-        status: dict[str, Any] = json.loads((path / "status.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
-    return status
-
-
-def read_manifest(path: Path) -> dict[str, Any]:
-    """The content of ``manifest.json``.
+    """The content of ``status.json``, or None where there is none.
 
     Raises:
-        UserError: It is missing or damaged.
+        UserError: It is damaged; the field is named.
     """
+    file = path / "status.json"
     try:
-        manifest: dict[str, Any] = json.loads((path / "manifest.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path / 'manifest.json'} cannot be read ({error})") from error
-    return manifest
+        status: Any = json.loads(file.read_text(encoding="utf-8"))
+        decode(_Status, status)
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(
+            f"{file} cannot be read ({error}); delete it, and the run's command finds out what is "
+            "done"
+        ) from error
+    found: dict[str, Any] = status
+    return found
+
+
+def is_done(path: Path) -> bool:
+    """Whether all stages of a run are done; says which file is missing where one is.
+
+    Raises:
+        UserError: ``status.json`` is damaged.
+    """
+    if (read_status(path) or {}).get("state") != "done":
+        return False
+    missing = [x for x in (*ARTIFACTS, "manifest.json") if not (path / x).exists()]
+    if missing:
+        log.info("the run in %s was done, but %s is missing", path, ", ".join(missing))
+    return not missing
+
+
+def origin_of(path: Path, config: dict[str, Any]) -> str | None:
+    """What the values in a folder must have been made from; None for a run without stamps.
+
+    Raises:
+        UserError: The manifest is missing or damaged.
+    """
+    manifest = read_manifest(path)
+    noted = (manifest.get("float_models") or {}).get("pretrain")
+    if noted is None:
+        return None
+    return origin(identity(config), manifest["data"]["fingerprint"], noted["sha256"])
+
+
+def read_values(
+    path: Path, config: dict[str, Any]
+) -> tuple[SensitivityTable, BitAllocation, LevelCounts, RunResult]:
+    """What the stages of a finished run have handed over.
+
+    Args:
+        path: The run's folder.
+        config: Its resolved configuration.
+
+    Raises:
+        UserError: A file is missing, damaged, was edited or is another run's; it is named.
+    """
+    source = origin_of(path, config)
+    table, allocation = read_bits(path, config, source)
+    made_from = source and depends_on(source, allocation)
+    levels = read(path / "levels.json", LevelCounts, made_from)
+    result = read(path / "result.json", RunResult, made_from)
+    return table, allocation, levels, result
+
+
+def require_no_way_out(path: Path) -> None:
+    """Refuses a folder with a link that would lead a write out of it.
+
+    Raises:
+        UserError: Names the link.
+    """
+    link = outward_link(path)
+    if link is not None:
+        raise UserError(
+            f"run_dir: {link} is a link that leads out of the run's folder, where a run does not "
+            "write; delete it, or choose another run_dir"
+        )
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
@@ -303,7 +372,8 @@ def check_same_run(path: Path, config: dict[str, Any]) -> None:
         raise UserError(f"run_dir: {path} is a file; choose another run_dir")
     if not (path / "config.yaml").exists():
         # A kill during the very first write leaves no more than these.
-        if path.exists() and {x.name for x in path.iterdir()} - {".config.yaml.tmp", LOCK}:
+        names = [x.name for x in path.iterdir()] if path.exists() else []
+        if any(x != LOCK and not TEMPORARY.fullmatch(x) for x in names):
             raise UserError(
                 f"run_dir: {path} is not empty and holds no run; choose another run_dir"
             )
@@ -323,64 +393,3 @@ def check_same_run(path: Path, config: dict[str, Any]) -> None:
             f"run_dir: {path} holds a run with other settings ({'; '.join(changed[:3])}{more}); "
             "choose another run_dir, or delete that one"
         )
-
-
-def environment() -> dict[str, Any]:
-    """Source and versions, for ``manifest.json``."""
-    import torch
-    import torchvision
-
-    return {
-        "git": git_state(),
-        "versions": {
-            "adq_train": __version__,
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "torchvision": torchvision.__version__,
-        },
-        "platform": platform.platform(),
-        "cpu_threads": torch.get_num_threads(),
-    }
-
-
-def git_state() -> dict[str, Any] | None:
-    """Commit and dirtiness of the checkout that this code runs from; None outside of one."""
-
-    def git(*arguments: str) -> str:
-        here = Path(__file__).resolve().parent
-        command = ["git", "-C", str(here), *arguments]
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-
-    try:
-        git("ls-files", "--error-unmatch", __file__)  # an installed copy inside another checkout
-        return {"commit": git("rev-parse", "HEAD"), "dirty": bool(git("status", "--porcelain"))}
-    except (OSError, subprocess.CalledProcessError):
-        return None
-
-
-def _open_lock(folder: Path) -> int:
-    """Opens the file that whoever writes to a folder has locked."""
-    return os.open(folder / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
-
-
-@contextlib.contextmanager
-def exclusive(folder: Path) -> Iterator[None]:
-    """Makes a folder that several runs share and holds it alone, waiting for others first.
-
-    Raises:
-        UserError: It cannot be made.
-    """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        descriptor = _open_lock(folder)
-    except OSError as error:
-        raise UserError(f"cannot write to {folder} ({error.strerror})") from error
-    try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            log.info("waiting for another run that is working in %s", folder)
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(descriptor)

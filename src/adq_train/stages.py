@@ -11,8 +11,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_model
 from torch import nn
 
 from adq_train.allocation.allocator import allocate
@@ -27,18 +25,22 @@ from adq_train.artifacts import (
 )
 from adq_train.data.base import ImageData
 from adq_train.errors import UserError
-from adq_train.files import sha256, write_text, written_whole
+from adq_train.files import sha256, write_text
+from adq_train.kept import require_figures, require_layers
+from adq_train.locks import exclusive
 from adq_train.quantization.levels import count_levels
 from adq_train.quantization.prepare import collect_inputs, prepare
 from adq_train.reporting import why
 from adq_train.reporting.progress import Progress
 from adq_train.reporting.recorder import Recorder
-from adq_train.run_folder import RunFolder, digest, exclusive, identity, read_metrics
+from adq_train.run_folder import RunFolder, identity, read_metrics
 from adq_train.sensitivity.base import Conditions
 from adq_train.sensitivity.noise import evened_out, oddities, settle
 from adq_train.sensitivity.outputs import caveat, float_outputs
 from adq_train.sensitivity.partial import PartialTable, weights_digest
 from adq_train.sensitivity.split import measure_split
+from adq_train.shared import SharedModel, float_inputs
+from adq_train.stamps import digest
 from adq_train.training.checkpoint import CheckpointFolder, Rhythm
 from adq_train.training.distillation import Teacher
 from adq_train.training.distributed import ALONE, Ranks
@@ -50,20 +52,6 @@ from adq_train.validate import Parts
 from adq_train.weights import load_state
 
 log = logging.getLogger(__name__)
-
-# The settings of the trainer that float training depends on too.
-SHARED_BY_FLOAT_TRAINING = (
-    "batch_size",
-    "label_smoothing",
-    "gradient_clip_norm",
-    "accumulate_batches",
-    "precision",
-    "mixup_alpha",
-    "cutmix_alpha",
-    "weight_average_decay",
-    "batch_norm_reestimation",
-    "skip_nonfinite_steps",
-)
 
 
 @dataclass(frozen=True)
@@ -93,6 +81,7 @@ def pretrain(run: Context, model: nn.Module) -> None:
     given = run.config["init_from"] or (settings["checkpoint"] and settings["head"] == "keep")
     if given or not settings["epochs"]:
         log.info("pretrain: float weights as given")
+        _goes_on_with(run, "pretrain", model)
         return
     shared = _train_float(
         run, model, run.config["model"], settings["epochs"], "pretrain", settings["checkpoint"]
@@ -147,54 +136,37 @@ def _train_float(
     Raises:
         UserError: The kept model is damaged.
     """
-    depends_on = {
-        "seed": run.config["seed"],
-        "pretrain": {
-            **_without(run.config["pretrain"], "head", "checkpoint_key"),
-            "checkpoint": sha256(Path(checkpoint)) if checkpoint else None,
-            "epochs": epochs,
-        },
-        "model": source,
-        "scheduler": run.config["scheduler"],
-        # Float training has a rate and a decay of its own, in the section pretrain.
-        "optimizer": _without(run.config["optimizer"], "lr", "weight_decay"),
-        "data": _without(run.config["data"], "root", "num_workers"),
-        "fingerprint": run.data.fingerprint,
-        **{name: run.config["trainer"][name] for name in SHARED_BY_FLOAT_TRAINING},
-    }
-    key = digest(depends_on)
-    shared = Path(run.config["output_root"], "shared", f"pretrain-{key[:12]}")
-    weights = shared / "model.safetensors"
+    device, processes = str(run.parts.device), run.ranks.world_size
+    inputs = float_inputs(run.config, source, epochs, run.data.fingerprint, device, processes)
+    if checkpoint:
+        inputs["pretrain"]["checkpoint"] = sha256(Path(checkpoint))
+    root = Path(run.config["output_root"], "shared")
+    noted = run.folder.float_model(stage)
+    # One process looks whether the model of an earlier start is still there.
+    folder = run.ranks.share(lambda: str(SharedModel(root, inputs, noted).folder))
+    shared = SharedModel(root, inputs, Path(folder).name)
     main = run.ranks.is_main
-    with exclusive(shared) if main else contextlib.nullcontext():
-        if not run.ranks.share(weights.exists):
+    with exclusive(shared.folder) if main else contextlib.nullcontext():
+        if not run.ranks.share(shared.weights.exists):
             if main:
-                write_text(shared / "depends_on.json", json.dumps(depends_on, indent=2) + "\n")
-            _fit(run, model, shared, key, stage, epochs)
+                shared.begin()
+            _fit(run, model, shared.folder, shared.key, stage, epochs)
             if main:
-                with written_whole(weights) as temporary:
-                    try:
-                        save_model(model, str(temporary))
-                    except SafetensorError as error:
-                        raise UserError(f"cannot write {weights}: {error}") from error
+                shared.save(model)
         else:
-            log.info("%s: float model from %s", stage, shared)
+            log.info("%s: float model from %s", stage, shared.folder)
         if main:
-            try:
-                load_state(model, load_file(weights))
-            except (SafetensorError, RuntimeError, OSError) as error:
-                raise UserError(
-                    f"{weights} is damaged ({error}); delete it to train anew"
-                ) from error
+            shared.load(model)
     run.ranks.equalize(model)
     watched = evaluate(model, run.data.validation, run.ranks)
     log.info("%s: validation top-1 %.2f %%", stage, watched.top1_percent)
-    return shared
+    _goes_on_with(run, stage, model, shared.folder.name)
+    return shared.folder
 
 
-def _without(node: dict[str, Any], *names: str) -> dict[str, Any]:
-    """A configuration node without some of its settings."""
-    return {key: value for key, value in node.items() if key not in names}
+def _goes_on_with(run: Context, stage: str, model: nn.Module, shared: str | None = None) -> None:
+    """Notes the float model, or checks that it is the one that the run began with."""
+    run.folder.goes_on_with(stage, run.data.fingerprint, weights_digest(model), shared)
 
 
 def _copy_metrics(source: Path, target: Path) -> None:
@@ -215,7 +187,7 @@ def profile(run: Context, model: nn.Module, layers: Sequence[LayerInfo]) -> Sens
     finished = run.folder.path / "sensitivity.partial.json"
     if table is None:
         metric, bit_widths = run.parts.sensitivity, run.config["bits"]["candidates"]
-        key = digest([identity(run.config), run.data.fingerprint, weights_digest(model)])
+        key = run.folder.origin
         ranks = run.ranks
         partial = PartialTable(finished, key, metric.name, tuple(bit_widths), ranks)
         done = {row.name for row in partial.table.layers}
@@ -251,7 +223,8 @@ def profile(run: Context, model: nn.Module, layers: Sequence[LayerInfo]) -> Sens
         run.folder.save("sensitivity.json", table)
     if run.ranks.is_main:
         finished.unlink(missing_ok=True)
-    _require_layers("sensitivity.json", run, [x.name for x in table.layers], layers)
+    names = [x.name for x in table.layers]
+    require_layers(run.folder.path / "sensitivity.json", names, layers)
     return table
 
 
@@ -261,29 +234,19 @@ def allocate_bits(run: Context, problem: Problem, table: SensitivityTable) -> Bi
     Raises:
         UserError: The budget cannot be met, or the kept allocation is of another model.
     """
-    allocation = run.folder.load("allocation.json", BitAllocation)
+    file = run.folder.path / "allocation.json"
+    allocation = run.folder.load(file.name, BitAllocation, of=table)
     if allocation is None:
         allocation = allocate(run.parts.allocator, problem, table)
-        run.folder.save("allocation.json", allocation)
-    _require_layers("allocation.json", run, [x.name for x in allocation.layers], problem.layers)
+        run.folder.save(file.name, allocation, of=table)
+    require_layers(file, [x.name for x in allocation.layers], problem.layers)
+    require_figures(file, allocation, problem)
     if run.ranks.is_main:
         write_text(run.folder.path / "allocation.txt", why.render(problem, table, allocation))
     log.info(
         "allocate: %s, average %.2f bits", allocation.allocator, allocation.average_weight_bits
     )
     return allocation
-
-
-def _require_layers(
-    file: str, run: Context, names: Sequence[str], layers: Sequence[LayerInfo]
-) -> None:
-    """Refuses a kept value whose layers are not the model's."""
-    odd = sorted({x.name for x in layers} ^ set(names))
-    if odd:
-        raise UserError(
-            f"{run.folder.path / file} and the model differ in the layers {', '.join(odd[:3])}; "
-            "delete the file to make it anew"
-        )
 
 
 def prepare_and_calibrate(run: Context, model: nn.Module, allocation: BitAllocation) -> nn.Module:
@@ -309,9 +272,15 @@ def prepare_and_calibrate(run: Context, model: nn.Module, allocation: BitAllocat
     return quantized
 
 
-def qat_key(config: dict[str, Any], allocation: BitAllocation) -> str:
-    """What QAT depends on; its checkpoints carry it."""
-    return digest([identity(config), allocation.to_json()])
+def qat_key(config: dict[str, Any], allocation: BitAllocation, origin: str | None) -> str:
+    """What QAT depends on; its checkpoints carry it.
+
+    Args:
+        config: The resolved configuration.
+        allocation: The bits.
+        origin: The run's; None for one of a version that had none.
+    """
+    return digest([identity(config), allocation.to_json(), *([origin] if origin else [])])
 
 
 def train_quantized(
@@ -325,7 +294,7 @@ def train_quantized(
         allocation: Its bits.
         teacher: For distillation.
     """
-    key = qat_key(run.config, allocation)
+    key = qat_key(run.config, allocation, run.folder.origin)
     if not run.config["trainer"]["epochs"]:
         if run.ranks.is_main:  # for adq-export and adq-eval
             state = {"key": key, "epoch": 0, "model": model.state_dict()}
@@ -433,16 +402,20 @@ def evaluate_models(
     )
 
 
-def keep_levels(run: Context, quantized: nn.Module) -> LevelCounts:
+def keep_levels(run: Context, quantized: nn.Module, allocation: BitAllocation) -> LevelCounts:
     """Counts the levels that the trained network uses, on the calibration images."""
     images = (images for images, _ in run.data.calibration.epoch(0))
     levels = LevelCounts(count_levels(quantized, images))
-    run.folder.save("levels.json", levels)
+    run.folder.save("levels.json", levels, of=allocation)
     return levels
 
 
 def keep_result(
-    run: Context, before: Evaluation, calibrated: Evaluation, after: Evaluation
+    run: Context,
+    allocation: BitAllocation,
+    before: Evaluation,
+    calibrated: Evaluation,
+    after: Evaluation,
 ) -> RunResult:
     """Writes the figures of the run, once the time of every stage is known."""
     result = RunResult(
@@ -453,5 +426,5 @@ def keep_result(
         num_test_images=after.num_images,
         seconds=dict(run.folder.seconds),
     )
-    run.folder.save("result.json", result)
+    run.folder.save("result.json", result, of=allocation)
     return result

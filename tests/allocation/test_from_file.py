@@ -69,13 +69,17 @@ def test_what_does_not_fit_shows_before_any_training(make_problem, written, bits
 
 @pytest.mark.parametrize(("pair", "what"), [((1, 2), "1 weight"), ((2, 9), "9 activation")])
 def test_bits_out_of_range(written, pair, what):
-    with pytest.raises(ValueError, match=f"path: .*gives body {what} bits; 2 … 8"):
+    with pytest.raises(
+        ValueError, match=rf"path: .*\(body\)\.{what[2:]}_bits is {what[0]}; it must be 2 … 8"
+    ):
         FileAllocator(written(body=pair))
 
 
 @pytest.mark.parametrize("bits", [2.5, "2", True, None])
 def test_bits_that_are_no_whole_number(written, bits):
-    with pytest.raises(ValueError, match=f"not a bit allocation: body has {bits!r} bits"):
+    with pytest.raises(
+        ValueError, match=rf"not a bit allocation: .*\(body\)\.activation_bits is {bits!r}, not a"
+    ):
         FileAllocator(written(body=(2, bits)))
 
 

@@ -163,7 +163,7 @@ def test_a_packed_file_that_differs_is_not_kept(finished_run, program, tmp_path,
 def test_unfinished_and_other_folders_are_refused(finished_run, tmp_path):
     with pytest.raises(UserError, match="not the folder of a run"):
         open_run(tmp_path)
-    for name in ("config.yaml", "allocation.json", "manifest.json"):
+    for name in ("config.yaml", "sensitivity.json", "allocation.json", "manifest.json"):
         (tmp_path / name).write_bytes((finished_run / name).read_bytes())
     with pytest.raises(UserError, match="not finished"):
         open_run(tmp_path)

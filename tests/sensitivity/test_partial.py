@@ -39,6 +39,13 @@ def test_a_damaged_file_is_told_and_not_used(path, text, caplog):
     assert "cannot be read" in caplog.text
 
 
+def test_edited_rows_are_told_and_not_used(path, caplog):
+    PartialTable(path, "key", "m", (2, 4)).append(ROWS[1])
+    path.write_text(path.read_text().replace("0.25", "0.75"))
+    assert PartialTable(path, "key", "m", (2, 4)).table.layers == ()
+    assert "layers changed after it was written" in caplog.text
+
+
 def test_rows_of_another_model_are_told_and_not_used(path, caplog):
     PartialTable(path, "key", "m", (2, 4)).append(ROWS[0])
     with caplog.at_level(logging.WARNING, logger="adq_train"):
@@ -46,7 +53,7 @@ def test_rows_of_another_model_are_told_and_not_used(path, caplog):
     assert other.table.layers == ()
     assert "belongs to another model" in caplog.text
     other.append(ROWS[1])
-    assert json.loads(path.read_text())["key"] == "another"
+    assert json.loads(path.read_text())["stamp"]["depends_on"] == "another"
     assert PartialTable(path, "another", "m", (2, 4)).table.layers == ROWS[1:]
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from adq_train.allocation.allocator import GivenAllocator
 from adq_train.allocation.budget import Bits, Problem
-from adq_train.allocation.fixed import LARGEST, SMALLEST, require_within
+from adq_train.allocation.fixed import require_within
 from adq_train.allocation.patterns import listed
 from adq_train.artifacts import layer_bits
 from adq_train.errors import UserError
@@ -46,17 +46,6 @@ class FileAllocator(GivenAllocator):
             layers = layer_bits(text)
         except UserError as error:
             raise UserError(f"{self.path} is {error}") from error
-        names = [x.name for x in layers]
-        twice = [name for name in dict.fromkeys(names) if names.count(name) > 1]
-        if twice:
-            raise UserError(f"{self.path} has more than one entry for {listed(twice)}; keep one")
-        for x in layers:
-            for what, bits in (("weight", x.weight_bits), ("activation", x.activation_bits)):
-                if not SMALLEST <= bits <= LARGEST:
-                    raise UserError(
-                        f"{self.path} gives {x.name} {bits} {what} bits; {SMALLEST} … {LARGEST} "
-                        "are possible"
-                    )
         return {x.name: Bits(x.weight_bits, x.activation_bits) for x in layers}
 
     def bits_for(self, problem: Problem) -> dict[str, Bits]:

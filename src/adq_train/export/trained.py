@@ -15,8 +15,10 @@ from adq_train.data.base import ImageData, InputFormat
 from adq_train.errors import UserError
 from adq_train.export.architecture import build_network, limited_to
 from adq_train.export.datasets import data_section, load_data
+from adq_train.kept import read_bits
+from adq_train.manifest import read_manifest
 from adq_train.quantization.prepare import keep_weights, prepare
-from adq_train.run_folder import read_manifest, read_status
+from adq_train.run_folder import origin_of, read_status
 from adq_train.stages import qat_key
 from adq_train.training.checkpoint import CheckpointFolder
 from adq_train.validate import build, trust_problems, trusted_prefixes
@@ -79,7 +81,6 @@ def open_run(path: Path, trusted_packages: Sequence[str] = ()) -> FinishedRun:
         )
     try:
         config: Any = read_yaml(path / "config.yaml")
-        allocation = BitAllocation.from_json((path / "allocation.json").read_text("utf-8"))
         config["trusted_packages"] = list(trusted_packages)
         problems = list(trust_problems(config))
         if config["trainer"]["select"] not in ("last", "best"):
@@ -90,6 +91,7 @@ def open_run(path: Path, trusted_packages: Sequence[str] = ()) -> FinishedRun:
         raise UserError(f"the run in {path} is damaged ({error})") from error
     if problems:
         raise UserError(f"{path / 'config.yaml'}: {'; '.join(problems)}")
+    _, allocation = read_bits(path, config, origin_of(path, config))
     return FinishedRun(path, config, read_manifest(path), allocation, trusted_prefixes(config))
 
 
@@ -106,7 +108,9 @@ def trained_network(run: FinishedRun, name: str | None = None) -> nn.Module:
     config, expects = run.config, run.input_format()
     name = name or config["trainer"]["select"]
     checkpoints = CheckpointFolder(run.path / "checkpoints")
-    state = checkpoints.load(qat_key(config, run.allocation), names=(name,))
+    state = checkpoints.load(
+        qat_key(config, run.allocation, origin_of(run.path, config)), names=(name,)
+    )
     if state is None:
         raise UserError(
             f"{checkpoints.folder / name}.pt is missing, damaged or of another run; without it "

@@ -11,7 +11,8 @@ from typing import Any, TypeVar
 from adq_train.artifacts import BitAllocation, RunResult, SensitivityTable
 from adq_train.errors import UserError
 from adq_train.files import oddity
-from adq_train.run_folder import identity, read_manifest, read_metrics, read_status
+from adq_train.manifest import read_manifest
+from adq_train.run_folder import identity, read_metrics, read_status, read_values
 from adq_train.yaml_files import read_yaml
 
 # What status.json may say; a run that was stopped or is running is unfinished here.
@@ -154,6 +155,11 @@ def read_run(path: Path) -> Run:
     lacking = len(notes)
     result = part("result.json", read_result)
     allocation = part("allocation.json", read_allocation)
+    if len(notes) == lacking and manifest.get("float_models"):  # older runs have no stamps
+        try:
+            read_values(path, config)
+        except UserError as error:
+            notes.append(" ".join(str(error).split()))
     if len(notes) > lacking:
         note = "; ".join(notes[lacking:])
         return Run(path, "damaged", note, config, manifest, None, None, None, records)

@@ -13,11 +13,13 @@ from torch import nn
 from torch.utils.tensorboard import SummaryWriter
 from torch.utils.tensorboard.summary import hparams
 
-from adq_train.artifacts import BitAllocation, LayerInfo, LevelCounts, RunResult, SensitivityTable
+from adq_train.artifacts import BitAllocation, LayerInfo, RunResult, SensitivityTable
 from adq_train.errors import UserError
 from adq_train.files import written_whole
+from adq_train.manifest import read_manifest
 from adq_train.reporting import plots, summary
-from adq_train.run_folder import RunFolder, read_manifest, read_metrics
+from adq_train.run_folder import RunFolder, read_metrics, read_values
+from adq_train.yaml_files import read_yaml
 
 
 def num_float_values(model: nn.Module, layers: Sequence[LayerInfo]) -> int:
@@ -111,27 +113,13 @@ def show(path: Path) -> None:
         path: The run's folder.
 
     Raises:
-        UserError: An artifact is missing.
+        UserError: An artifact is missing, damaged or another run's.
     """
-    kinds: dict[str, Any] = {
-        "sensitivity.json": SensitivityTable,
-        "allocation.json": BitAllocation,
-        "levels.json": LevelCounts,
-        "result.json": RunResult,
-    }
-    loaded: list[Any] = []
-    for name, kind in kinds.items():
-        file, remedy = path / name, "delete the folder to run it anew"
-        if not file.exists():
-            raise UserError(f"{file} is missing; {remedy}")
-        try:
-            loaded.append(kind.from_json(file.read_text(encoding="utf-8")))
-        except (UserError, UnicodeDecodeError, OSError) as error:
-            raise UserError(f"{file} is damaged ({error}); {remedy}") from error
+    config: Any = read_yaml(path / "config.yaml")
+    table, allocation, levels, result = read_values(path, config)
     manifest = read_manifest(path)
-    model = manifest.get("model")
-    values = model.get("num_float_values") if isinstance(model, dict) else None
-    if type(values) is not int:
-        raise UserError(f"{path / 'manifest.json'}: model.num_float_values is missing; {remedy}")
-    begun = "init_from" in manifest.get("files", {})
-    summary.show(summary.render(loaded[0], loaded[1], loaded[2], loaded[3], values, path, begun))
+    if manifest.get("model") is None:
+        raise UserError(f"{path / 'manifest.json'}: model is missing; delete the file and go on")
+    values = manifest["model"]["num_float_values"]
+    begun = "init_from" in (manifest.get("files") or {})
+    summary.show(summary.render(table, allocation, levels, result, values, path, begun))

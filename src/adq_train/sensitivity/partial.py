@@ -13,6 +13,7 @@ from torch import nn
 from adq_train.artifacts import LayerSensitivity, SensitivityTable
 from adq_train.errors import UserError
 from adq_train.files import write_text
+from adq_train.stamps import origin_problem, stamped
 from adq_train.training.distributed import ALONE, Ranks
 
 log = logging.getLogger(__name__)
@@ -46,8 +47,7 @@ class PartialTable:
         self.table = SensitivityTable(self.table.metric, self.table.bit_widths, rows)
         if not self.ranks.is_main:
             return
-        content = {"key": self.key, **json.loads(self.table.to_json())}
-        write_text(self.path, json.dumps(content, indent=2) + "\n")
+        write_text(self.path, stamped(self.table.to_json(), self.key))
 
     def _read(self) -> tuple[LayerSensitivity, ...]:
         """The rows that an earlier run left, if they can be used here."""
@@ -61,7 +61,7 @@ class PartialTable:
         except (UnicodeDecodeError, UserError) as error:
             log.warning("%s cannot be read (%s); not used", self.path, error)
             return ()
-        if json.loads(text).get("key") != self.key:
+        if origin_problem(json.loads(text), self.key):
             log.warning("%s belongs to another model or other settings; not used", self.path)
             return ()
         return table.layers
