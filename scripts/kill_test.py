@@ -124,7 +124,7 @@ def digest(folder: Path) -> str:
         _update(found, {k: v for k, v in json.loads(line).items() if k not in TIMES})
     for name in ("sensitivity.json", "allocation.json", "levels.json", "result.json"):
         content = json.loads((folder / "run" / name).read_text())
-        _update(found, {k: v for k, v in content.items() if k not in TIMES})
+        _update(found, {k: v for k, v in content.items() if k not in (*TIMES, "stamp")})
     return found.hexdigest()
 
 

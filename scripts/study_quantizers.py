@@ -36,7 +36,8 @@ from adq_train.errors import UserError
 from adq_train.files import write_text
 from adq_train.quantization.describe import describe_layers
 from adq_train.quantization.prepare import collect_inputs, quantize_layer, replaced
-from adq_train.run_folder import RunFolder, digest, identity
+from adq_train.run_folder import RunFolder, identity
+from adq_train.stamps import digest
 from adq_train.schema import register
 from adq_train.stages import Context, pretrain
 from adq_train.training.evaluate import evaluate

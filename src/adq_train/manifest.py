@@ -134,6 +134,8 @@ def note_float_model(path: Path, stage: str, weights: str, shared: str | None) -
     Raises:
         UserError: The run began with another one.
     """
+    if not (path / "manifest.json").exists():  # a study that keeps none
+        return
     manifest = read_manifest(path)
     noted = manifest.get("float_models") or {}
     if stage not in noted:
