@@ -37,9 +37,9 @@ from adq_train.files import write_text
 from adq_train.quantization.describe import describe_layers
 from adq_train.quantization.prepare import collect_inputs, quantize_layer, replaced
 from adq_train.run_folder import RunFolder, identity
-from adq_train.stamps import digest
 from adq_train.schema import register
 from adq_train.stages import Context, pretrain
+from adq_train.stamps import digest
 from adq_train.training.evaluate import evaluate
 from adq_train.training.loop import parameter_groups, train_epoch
 from adq_train.training.step import TrainingStep

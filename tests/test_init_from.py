@@ -43,7 +43,7 @@ def test_without_training_it_is_the_network_of_the_source(more):
     assert after["fp_top1_percent"] == before["fp_top1_percent"]
     assert after["ptq_top1_percent"] == before["qat_top1_percent"]
     assert after["qat_top1_percent"] == before["qat_top1_percent"]
-    assert read("same", "sensitivity.json") == read("run", "sensitivity.json")
+    assert read("same", "sensitivity.json")["layers"] == read("run", "sensitivity.json")["layers"]
     assert "calibrated anew" not in outcome.err
     assert "before QAT" in outcome.out
     assert "after calibration" not in outcome.out
