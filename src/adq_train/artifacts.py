@@ -19,6 +19,17 @@ Percent = Annotated[float, Within(0, 100)]
 NotNegative = Annotated[float, Within(0)]
 
 
+# A layer's values by bit-width in sensitivity.json.
+VALUES = (
+    "sensitivity",
+    "activation_sensitivity",
+    "standard_error",
+    "activation_standard_error",
+    "measured",
+    "activation_measured",
+)
+
+
 @dataclass(frozen=True)
 class LayerInfo:
     """One quantizable layer of the float model.
