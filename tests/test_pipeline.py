@@ -53,13 +53,13 @@ def test_a_run_leaves_what_the_contract_says(finished, tmp_path):
     assert (status["state"], status["stage"], status["error"]) == ("done", None, None)
 
     table = read(run / "sensitivity.json")
-    assert set(table) == {"metric", "bit_widths", "layers", "stamp"}
+    assert {"metric", "bit_widths", "layers", "stamp"} <= set(table)
     assert table["bit_widths"] == [2, 3, 4]
     assert {"name", "num_weights", "macs", "sensitivity"} <= set(table["layers"][0])
     assert set(table["layers"][0]["sensitivity"]) == {"2", "3", "4"}
 
     allocation = read(run / "allocation.json")
-    assert set(allocation) == {
+    assert set(allocation) - {"caveat"} == {
         "allocator", "budget", "layers", "average_weight_bits", "average_weight_bits_all_layers",
         "average_activation_bits", "model_size_bytes", "bops", "objective", "optimal",
         "stamp",

@@ -187,7 +187,7 @@ def profile(run: Context, model: nn.Module, layers: Sequence[LayerInfo]) -> Sens
     finished = run.folder.path / "sensitivity.partial.json"
     if table is None:
         metric, bit_widths = run.parts.sensitivity, run.config["bits"]["candidates"]
-        key = run.folder.origin
+        key = digest([run.folder.origin, weights_digest(model)])
         ranks = run.ranks
         partial = PartialTable(finished, key, metric.name, tuple(bit_widths), ranks)
         done = {row.name for row in partial.table.layers}

@@ -56,10 +56,6 @@ class FromFile:
             raise UserError(f"sensitivity.path: {path} is {error}") from error
         except (OSError, UnicodeDecodeError) as error:
             raise UserError(f"sensitivity.path: {path} cannot be read ({error})") from error
-        names = [x.name for x in table.layers]
-        twice = next((name for name in names if names.count(name) > 1), None)
-        if twice is not None:
-            raise UserError(f"sensitivity.path: {path} has layer {twice} more than once; keep one")
         return table
 
     def check(self, layers: Sequence[LayerInfo], bit_widths: Sequence[int], apart: bool) -> None:
