@@ -502,3 +502,9 @@ def test_files_written_by_hand_need_names_and_values_alone(cli, tmp_path):
     outcome = cli(*QUICK, *table, "allocator=from_file", "allocator.path=bits.json", "run_dir=run")
     assert outcome.code == 0, outcome.err
     assert read(tmp_path / "run" / "allocation.json")["layers"] == bits
+
+
+def test_a_dry_run_does_not_ask_whether_two_steps_converge(cli):
+    outcome = cli(*QUICK, "dry_run=true", "optimizer.lr=1e30", "pretrain.lr=20")
+    assert outcome.code == 0, outcome.err
+    assert "dry run passed" in outcome.out
