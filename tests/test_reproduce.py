@@ -45,7 +45,7 @@ def test_an_ablation_is_one_sweep_of_every_single_toggle(reproduce):
     assert train[3:] == ["experiment=quickstart", "seed=0,1", "output_root=/o/x"]
     group, names = train[2].split("=")
     assert (group, set(names.split(","))) == ("ablation", choices("ablation") - {"grid"})
-    assert problems_of(train[2:]) == []
+    assert problems_of(train[2:], sweep=True) == []
     assert report == [
         "adq-report",
         "/o/x/quickstart/ablation=*",
@@ -63,7 +63,7 @@ def test_a_comparison_sweeps_the_bits_of_all_but_the_mixed_ones(reproduce):
     shared = ["experiment=resnet20_cifar10", "seed=0,1,2"]
     assert uniform[3:] == ["budget.average_weight_bits=2,3,4", *shared]
     assert mixed[3:] == ["budget.average_activation_bits=3,4", *shared]
-    assert problems_of(uniform[2:]) == problems_of(mixed[2:]) == []
+    assert problems_of(uniform[2:], sweep=True) == problems_of(mixed[2:], sweep=True) == []
     assert report[1].startswith("outputs/resnet20_cifar10/comparison=")
 
 
@@ -73,7 +73,7 @@ def test_a_taught_table_adds_its_rows_to_those_of_the_comparison(reproduce):
     for train in (uniform, mixed):
         assert "distillation=teacher" in train
         assert train[-1] == "distillation.weight=1"
-        assert problems_of(train[2:]) == []
+        assert problems_of(train[2:], sweep=True) == []
     assert report == [
         "adq-report",
         "outputs/quickstart/comparison=*",
