@@ -85,8 +85,8 @@ def test_a_node_within_a_node_is_built_and_trusted_alike():
 @pytest.mark.parametrize(
     "target",
     [
-        "adq_train.run_folder.subprocess.run",
-        "adq_train.run_folder.subprocess.Popen",
+        "adq_train.manifest.subprocess.run",
+        "adq_train.manifest.subprocess.Popen",
         "adq_train.files.os.system",
         "adq_train.files.write_text",
         "torch.optim.sgd.torch.load",

@@ -160,7 +160,7 @@ def test_a_newer_format_asks_for_an_update(written):
         "os.system",
         "adq_train.models.pickle.loads",
         "adq_train.models.BasicBlock",
-        "adq_train.run_folder.subprocess.run",
+        "adq_train.manifest.subprocess.run",
         "torch.hub.load",
         ["os.system"],
         None,

@@ -73,6 +73,12 @@ def test_trust_comes_from_the_command_line(run, monkeypatch, capsys, tmp_path):
     edited(run, data={**config["data"], "_target_": "my_data.Mine"})
     with pytest.raises(UserError, match=r"add trusted_packages=\[my_data\]"):
         open_run(run)
+    # Of a run with stamps, an edited configuration is one that the results are not from.
+    with pytest.raises(UserError, match="made by another run, or from other settings"):
+        open_run(run, ["my_data"])
+    manifest = json.loads((run / "manifest.json").read_text())
+    del manifest["float_models"]  # as runs of the first version are
+    (run / "manifest.json").write_text(json.dumps(manifest))
     assert open_run(run, ["my_data"]).load_data().num_classes == 10
     # The command gets as far as the checkpoint, which was made for other data.
     for main in (eval_main, export_main):

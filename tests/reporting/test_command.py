@@ -241,7 +241,7 @@ def test_nothing_is_written_where_nothing_is_finished(tmp_path):
 def test_a_cell_that_a_spreadsheet_would_take_for_a_formula_is_quoted(tmp_path):
     formulas = ["=HYPERLINK(1)", "+1+1", "-1+1", "@SUM(1)"]
     for seed, formula in enumerate(formulas):
-        data = {"data": {"name": formula, "fingerprint": None}, "command": [formula]}
+        data = {"data": {"name": formula, "fingerprint": "ab" * 32}, "command": [formula]}
         make_run(tmp_path / formula, seed=seed, manifest=data)
     command.run([str(tmp_path)])
     lines = list(csv.DictReader((tmp_path / "report" / "runs.csv").open()))
