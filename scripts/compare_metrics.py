@@ -49,7 +49,8 @@ from adq_train.schema import register
 from adq_train.sensitivity.base import Conditions
 from adq_train.stages import Context, prepare_and_calibrate, pretrain
 from adq_train.training.evaluate import evaluate
-from adq_train.training.loop import parameter_groups, train_epoch
+from adq_train.training.loop import train_epoch
+from adq_train.training.optimizers import make_optimizers
 from adq_train.training.step import TrainingStep
 from adq_train.validate import validate
 
@@ -135,8 +136,8 @@ def measure(
     if epochs:
         trainer, optimizer_settings = run.config["trainer"], run.config["optimizer"]
         lr, decay = optimizer_settings["lr"], optimizer_settings["weight_decay"]
-        groups = parameter_groups(quantized, lr, decay, trainer["quantizer_lr_factor"])
-        optimizer = run.parts.make_optimizer(groups)
+        makers = run.parts.make_optimizer, run.parts.make_quantizer_optimizer
+        optimizer = make_optimizers(quantized, lr, decay, *makers)
         for group in optimizer.param_groups:
             group["initial_lr"] = group["lr"]
         total = epochs * len(run.data.train)

@@ -41,7 +41,8 @@ from adq_train.schema import register
 from adq_train.stages import Context, pretrain
 from adq_train.stamps import digest
 from adq_train.training.evaluate import evaluate
-from adq_train.training.loop import parameter_groups, train_epoch
+from adq_train.training.loop import train_epoch
+from adq_train.training.optimizers import make_optimizers
 from adq_train.training.step import TrainingStep
 from adq_train.validate import validate
 
@@ -73,10 +74,8 @@ def context(options: argparse.Namespace, overrides: list[str]) -> tuple[Context,
 def train(run: Context, model: nn.Module) -> dict[str, float]:
     """QAT as the configuration says; the last epoch's mean training loss and the test accuracy."""
     trainer, settings = run.config["trainer"], run.config["optimizer"]
-    groups = parameter_groups(
-        model, settings["lr"], settings["weight_decay"], trainer["quantizer_lr_factor"]
-    )
-    optimizer = run.parts.make_optimizer(groups)
+    makers = run.parts.make_optimizer, run.parts.make_quantizer_optimizer
+    optimizer = make_optimizers(model, settings["lr"], settings["weight_decay"], *makers)
     for group in optimizer.param_groups:
         group["initial_lr"] = group["lr"]
     steps = trainer["epochs"] * len(run.data.train)

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from adq_train.api import follow, quantize
     from adq_train.export.packed import load_packed
-    from adq_train.training.loop import parameter_groups
+    from adq_train.training.optimizers import parameter_groups
 
 __version__ = "0.1.0"
 __all__ = ["follow", "load_packed", "parameter_groups", "quantize"]
@@ -14,7 +14,7 @@ __all__ = ["follow", "load_packed", "parameter_groups", "quantize"]
 _HOMES = {
     "follow": "adq_train.api",
     "load_packed": "adq_train.export.packed",
-    "parameter_groups": "adq_train.training.loop",
+    "parameter_groups": "adq_train.training.optimizers",
     "quantize": "adq_train.api",
 }
 

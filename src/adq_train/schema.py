@@ -124,8 +124,6 @@ class TrainerConfig:
     eval_batch_size: int = number(500, minimum=1)
     # auto: CUDA where there is one, else the CPU; or cpu, cuda, cuda:1.
     device: str = "auto"
-    # Learning rate of quantizer parameters (thresholds, scales), as a multiple of optimizer.lr.
-    quantizer_lr_factor: float = number(0.1, minimum=0)
     label_smoothing: float = number(0.0, minimum=0, below=1)
     # Largest L2 norm of the gradients; null leaves them as they are.
     gradient_clip_norm: float | None = number(None, above=0)
@@ -193,6 +191,7 @@ class Config:
     allocator: Any = MISSING
     distillation: Any = MISSING
     optimizer: Any = MISSING
+    quantizer_optimizer: Any = MISSING
     scheduler: Any = MISSING
 
 

@@ -45,8 +45,9 @@ from adq_train.training.checkpoint import CheckpointFolder, Rhythm
 from adq_train.training.distillation import Teacher
 from adq_train.training.distributed import ALONE, Ranks
 from adq_train.training.evaluate import Evaluation, evaluate
-from adq_train.training.loop import fit, parameter_groups
+from adq_train.training.loop import fit
 from adq_train.training.mixing import Mixing
+from adq_train.training.optimizers import make_optimizers
 from adq_train.training.step import TrainingStep
 from adq_train.validate import Parts
 from adq_train.weights import load_state
@@ -325,12 +326,17 @@ def _fit(
     """QAT (stage ``qat``) or float training, recorded and checkpointed in ``folder``."""
     trainer = run.config["trainer"]
     rates = run.config["optimizer" if stage == "qat" else "pretrain"]
-    groups = parameter_groups(
-        model, rates["lr"], rates["weight_decay"], trainer["quantizer_lr_factor"]
+    parts = run.parts
+    optimizers = make_optimizers(
+        model,
+        rates["lr"],
+        rates["weight_decay"],
+        parts.make_optimizer,
+        parts.make_quantizer_optimizer,
     )
     step = TrainingStep(
         model,
-        run.parts.make_optimizer(groups),
+        optimizers,
         label_smoothing=trainer["label_smoothing"],
         gradient_clip_norm=trainer["gradient_clip_norm"],
         accumulate_batches=trainer["accumulate_batches"],

@@ -38,7 +38,7 @@ from adq_train.schema import GROUPS, SECTIONS, Range, is_path
 from adq_train.sensitivity.base import SensitivityMetric
 from adq_train.training.compiling import compiler_problem
 from adq_train.training.distillation import Distillation
-from adq_train.training.loop import MakeOptimizer
+from adq_train.training.optimizers import MakeOptimizer
 from adq_train.training.schedule import Schedule
 
 __all__ = [
@@ -64,6 +64,7 @@ class Parts:
     sensitivity: SensitivityMetric
     allocator: Allocator
     make_optimizer: MakeOptimizer
+    make_quantizer_optimizer: MakeOptimizer
     scheduler: Schedule
     distillation: Distillation
     device: torch.device
@@ -125,6 +126,7 @@ def validate(cfg: DictConfig) -> tuple[dict[str, Any], Parts]:
         sensitivity=built["sensitivity"],
         allocator=built["allocator"],
         make_optimizer=built["optimizer"],
+        make_quantizer_optimizer=built["quantizer_optimizer"],
         scheduler=built["scheduler"],
         distillation=built["distillation"],
         device=device,
@@ -249,6 +251,6 @@ def _trial(group: str, config: dict[str, Any]) -> Callable[[Any], Any]:
         return lambda make: [
             make(bits) for bits in config["bits"]["candidates"] if bits in range(2, 9)
         ]
-    if group == "optimizer":
+    if group in ("optimizer", "quantizer_optimizer"):
         return lambda make: make([{"params": [nn.Parameter(torch.zeros(1))]}])
     return lambda part: part

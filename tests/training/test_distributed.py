@@ -28,7 +28,8 @@ from adq_train.training.distributed import (
     launch_prefix,
 )
 from adq_train.training.evaluate import evaluate
-from adq_train.training.loop import fit, parameter_groups, require_equal, train_epoch
+from adq_train.training.loop import fit, require_equal, train_epoch
+from adq_train.training.optimizers import parameter_groups
 from adq_train.training.schedule import Cosine
 from adq_train.training.step import TrainingStep
 

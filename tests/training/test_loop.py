@@ -20,7 +20,8 @@ from adq_train.quantization.pact import PactActivationQuantizer
 from adq_train.training.batch_norm import reestimate_batch_norm
 from adq_train.training.checkpoint import CheckpointFolder, Rhythm
 from adq_train.training.evaluate import evaluate
-from adq_train.training.loop import fit, parameter_groups, train_epoch
+from adq_train.training.loop import fit, train_epoch
+from adq_train.training.optimizers import parameter_groups
 from adq_train.training.schedule import Cosine
 from adq_train.training.step import TrainingStep
 
@@ -72,7 +73,7 @@ def data_of(batches):
 
 
 def sgd(model):
-    groups = parameter_groups(model, lr=0.1, weight_decay=0.01, quantizer_lr_factor=0.5)
+    groups = parameter_groups(model, lr=0.1, weight_decay=0.01, quantizer_lr=0.05)
     optimizer = torch.optim.SGD(groups, momentum=0.9)
     for group in optimizer.param_groups:
         group["initial_lr"] = group["lr"]
@@ -98,7 +99,7 @@ def run(model, folder, epochs, batches=None, key="k", batch_norm_images=0, **kno
 
 def test_only_weights_decay_and_quantizers_have_their_own_rate():
     model = network()
-    weights, rest, quantizers = parameter_groups(model, 0.2, 0.01, 0.1)
+    weights, rest, quantizers = parameter_groups(model, 0.2, 0.01, 0.02)
     assert [g["weight_decay"] for g in (weights, rest, quantizers)] == [0.01, 0.0, 0.0]
     assert [g["lr"] for g in (weights, rest, quantizers)] == pytest.approx([0.2, 0.2, 0.02])
     assert {id(p) for p in weights["params"]} == {id(model[0].weight), id(model[3].weight)}
@@ -106,7 +107,7 @@ def test_only_weights_decay_and_quantizers_have_their_own_rate():
     assert len(rest["params"]) == 4  # two biases, the norm's two
     expected = [p for i in (0, 3) for p in model[i].input_quantizer.parameters() if p.requires_grad]
     assert {id(p) for p in quantizers["params"]} == {id(p) for p in expected}
-    assert len(parameter_groups(network(quantize=False), 0.2, 0.01, 0.1)) == 2
+    assert len(parameter_groups(network(quantize=False), 0.2, 0.01, 0.02)) == 2
 
 
 def test_an_epoch_is_the_loop_that_one_would_write_by_hand():

@@ -22,7 +22,6 @@ from adq_train.quantization.functional import (
     interval_edges,
     midpoints,
     quantiles,
-    scale_gradient,
 )
 
 INITIALIZATIONS = ("mse", "quantile")
@@ -76,10 +75,9 @@ def quantile_intervals(sample: Tensor, num_steps: int) -> tuple[Tensor, Tensor]:
 class N2uqActivationQuantizer(ActivationQuantizer):
     """Non-uniform-to-uniform quantization of a layer's input.
 
-    Learned: the start, the interval widths and the output step (widths and step as logarithms,
-    which keeps them positive and makes their updates relative), and optionally an input scale.
-    The gradients of these parameters are multiplied by 1 / sqrt(features · N), LSQ's balance
-    between parameters that sum over a whole tensor and weights that do not.
+    Learned: the start, the interval widths and the output step, and optionally an input scale.
+    Widths and step are logarithms, which keeps them positive; the start counts calibrated steps.
+    So the same step of an optimizer means the same relative change in every layer.
 
     Args:
         bit_width: n; there are N = 2^n - 1 thresholds.
@@ -93,6 +91,7 @@ class N2uqActivationQuantizer(ActivationQuantizer):
     """
 
     zero_point: Tensor
+    unit: Tensor
 
     def __init__(
         self, bit_width: int, *, initialization: str = "mse", learn_input_scale: bool = False
@@ -106,6 +105,7 @@ class N2uqActivationQuantizer(ActivationQuantizer):
         self.log_step = nn.Parameter(torch.zeros(()))
         self.log_input_scale = nn.Parameter(torch.zeros(()), requires_grad=learn_input_scale)
         self.register_buffer("zero_point", torch.zeros(()))
+        self.register_buffer("unit", torch.ones(()))  # of the start
 
     @torch.no_grad()
     def calibrate(self, values: Tensor, seed: int = 0) -> None:
@@ -123,7 +123,8 @@ class N2uqActivationQuantizer(ActivationQuantizer):
         widths = step.expand(num_steps)
         if self.initialization == "quantile":
             start, widths = quantile_intervals(sample, num_steps)
-        self.start.copy_(start)
+        self.unit.copy_(widths.mean())
+        self.start.copy_(start / self.unit)
         self.log_widths.copy_(widths.log())
         self.log_input_scale.zero_()
         if self.initialization == "quantile":
@@ -140,13 +141,10 @@ class N2uqActivationQuantizer(ActivationQuantizer):
     def forward(self, x: Tensor) -> Tensor:
         """Maps an input of shape (N, …) to ``step · (code - zero_point)``."""
         x = at_least_float32(x)
-        features = x.shape[1:].numel() if x.dim() > 1 else x.numel()
-        factor = (features * len(self.log_widths)) ** -0.5
-        start = scale_gradient(self.start, factor)
-        widths = scale_gradient(self.log_widths, factor).exp()
-        step = scale_gradient(self.log_step, factor).exp()
         if self.log_input_scale.requires_grad:
-            x = x * scale_gradient(self.log_input_scale, factor).exp()
+            x = x * self.log_input_scale.exp()
+        start, widths = self.start * self.unit, self.log_widths.exp()
+        step = self.log_step.exp()
         quantized: Tensor = GeneralizedSTE.apply(x, start, widths, step, self.zero_point)
         return quantized
 
@@ -162,7 +160,7 @@ class N2uqActivationQuantizer(ActivationQuantizer):
 
     def thresholds(self) -> Tensor:
         """The N thresholds T_i, sorted, on the scaled input."""
-        return midpoints(interval_edges(self.start, self.log_widths.exp())).detach()
+        return midpoints(interval_edges(self.start * self.unit, self.log_widths.exp())).detach()
 
 
 class N2uqWeightQuantizer(WeightQuantizer):

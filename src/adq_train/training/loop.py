@@ -5,18 +5,15 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import nn
-from torch.optim import Optimizer
 
 from adq_train.data.base import Batches, ImageData, derived_seed
 from adq_train.errors import UserError
 from adq_train.interrupts import Interrupted, held
-from adq_train.quantization.base import Quantizer
 from adq_train.reporting.progress import Progress
 from adq_train.sensitivity.partial import weights_digest
 from adq_train.training.batch_norm import first_images, reestimate_batch_norm
@@ -29,8 +26,6 @@ from adq_train.training.throughput import TimedBatches, duration
 from adq_train.weights import load_state
 
 log = logging.getLogger(__name__)
-
-MakeOptimizer = Callable[[Iterable[dict[str, Any]]], Optimizer]
 
 
 @dataclass(frozen=True)
@@ -50,36 +45,6 @@ class EpochReport:
     images_per_second: float
     data_wait_percent: float
     peak_memory_bytes: int
-
-
-def parameter_groups(
-    model: nn.Module, lr: float, weight_decay: float, quantizer_lr_factor: float = 1.0
-) -> list[dict[str, Any]]:
-    """Three optimizer groups: weights, norms and biases, quantizer parameters.
-
-    Only weights decay: the others set scales and offsets, which zero would not regularise.
-
-    Args:
-        model: Its parameters that require gradients are grouped.
-        lr: Learning rate of the first two groups.
-        weight_decay: Of the first group.
-        quantizer_lr_factor: The third group's learning rate, as a multiple of ``lr``.
-    """
-    of_quantizers = {
-        id(p) for m in model.modules() if isinstance(m, Quantizer) for p in m.parameters()
-    }
-    trained = [p for p in model.parameters() if p.requires_grad]
-    rest = [p for p in trained if id(p) not in of_quantizers]
-    groups = [
-        {"params": [p for p in rest if p.dim() > 1], "lr": lr, "weight_decay": weight_decay},
-        {"params": [p for p in rest if p.dim() <= 1], "lr": lr, "weight_decay": 0.0},
-        {
-            "params": [p for p in trained if id(p) in of_quantizers],
-            "lr": lr * quantizer_lr_factor,
-            "weight_decay": 0.0,
-        },
-    ]
-    return [group for group in groups if group["params"]]
 
 
 @dataclass(frozen=True)

@@ -27,6 +27,7 @@ from adq_train.training.health import (
     clear_unless,
     origin,
 )
+from adq_train.training.optimizers import Optimizers
 from adq_train.weights import load_state
 
 log = logging.getLogger(__name__)
@@ -82,7 +83,7 @@ class TrainingStep:
     def __init__(
         self,
         model: nn.Module,
-        optimizer: Optimizer,
+        optimizer: Optimizer | Optimizers,
         *,
         label_smoothing: float = 0.0,
         gradient_clip_norm: float | None = None,
@@ -145,7 +146,7 @@ class TrainingStep:
         statistics = self._statistics()
         loss = self._gradients(images, targets)
         self._average_over_ranks(loss, len(images))
-        self._scaler.unscale_(self.optimizer)
+        self._scaler.unscale_(self.optimizer)  # type: ignore[arg-type]  # needs groups alone
         self._upkeep.before_step()
         finite = all_finite(loss, self.model.parameters(), self._norms)
         if self._scaler.is_enabled() or self.skip_nonfinite_steps:
@@ -159,7 +160,7 @@ class TrainingStep:
             self._require_finite(self._late.steps_ahead)
         if self.gradient_clip_norm is not None:
             nn.utils.clip_grad_norm_(self.model.parameters(), self.gradient_clip_norm)
-        self._scaler.step(self.optimizer)
+        self._scaler.step(self.optimizer)  # type: ignore[arg-type]
         self._scaler.update()
         self._upkeep.after_step(step + 1)
         if self._average:

@@ -1,0 +1,111 @@
+"""Which optimizer moves which parameter: weights by one, quantizers by one of their own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from torch import nn
+from torch.optim import Optimizer
+
+from adq_train.quantization.base import Quantizer
+
+MakeOptimizer = Callable[[Iterable[dict[str, Any]]], Optimizer]
+
+
+class Optimizers:
+    """Several optimizers that step as one, each over parameters of its own.
+
+    Args:
+        parts: The optimizers, at least one.
+    """
+
+    def __init__(self, *parts: Optimizer) -> None:
+        self.parts = parts
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:
+        """The groups of all parts, those of the first part first."""
+        return [group for part in self.parts for group in part.param_groups]
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Clears all gradients."""
+        for part in self.parts:
+            part.zero_grad(set_to_none)
+
+    def step(self) -> None:
+        """One step of each part."""
+        for part in self.parts:
+            part.step()
+
+    def state_dict(self) -> list[dict[str, Any]]:
+        """The state of each part."""
+        return [part.state_dict() for part in self.parts]
+
+    def load_state_dict(self, states: list[dict[str, Any]]) -> None:
+        """Takes back what :meth:`state_dict` gave."""
+        for part, state in zip(self.parts, states, strict=True):
+            part.load_state_dict(state)
+
+
+def quantizer_parameters(model: nn.Module) -> list[nn.Parameter]:
+    """The trained parameters of a network's quantizers: steps, thresholds, clips."""
+    found = {
+        id(p): p
+        for module in model.modules()
+        if isinstance(module, Quantizer)
+        for p in module.parameters()
+        if p.requires_grad
+    }
+    return list(found.values())
+
+
+def parameter_groups(
+    model: nn.Module, lr: float, weight_decay: float, quantizer_lr: float | None = None
+) -> list[dict[str, Any]]:
+    """Three optimizer groups: weights, norms and biases, quantizer parameters.
+
+    Only weights decay: the others set scales and offsets, which zero would not regularise.
+
+    Args:
+        model: Its parameters that require gradients are grouped.
+        lr: Learning rate of the first two groups.
+        weight_decay: Of the first group.
+        quantizer_lr: Learning rate of the third group; ``lr`` where none is given.
+    """
+    of_quantizers = quantizer_parameters(model)
+    known = {id(p) for p in of_quantizers}
+    rest = [p for p in model.parameters() if p.requires_grad and id(p) not in known]
+    rate = lr if quantizer_lr is None else quantizer_lr
+    groups = [
+        {"params": [p for p in rest if p.dim() > 1], "lr": lr, "weight_decay": weight_decay},
+        {"params": [p for p in rest if p.dim() <= 1], "lr": lr, "weight_decay": 0.0},
+        {"params": of_quantizers, "lr": rate, "weight_decay": 0.0},
+    ]
+    return [group for group in groups if group["params"]]
+
+
+def make_optimizers(
+    model: nn.Module,
+    lr: float,
+    weight_decay: float,
+    make_optimizer: MakeOptimizer,
+    make_quantizer_optimizer: MakeOptimizer,
+) -> Optimizers:
+    """One optimizer for a float model; for a prepared one, a second for its quantizers.
+
+    Args:
+        model: Float or prepared.
+        lr: Learning rate of weights, norms and biases.
+        weight_decay: Of the weights.
+        make_optimizer: Makes the first optimizer from groups.
+        make_quantizer_optimizer: Makes the second, which brings its own learning rate.
+    """
+    of_quantizers = quantizer_parameters(model)
+    known = {id(p) for p in of_quantizers}
+    groups = parameter_groups(model, lr, weight_decay)
+    weights = [group for group in groups if id(group["params"][0]) not in known]
+    parts = [make_optimizer(weights)]
+    if of_quantizers:
+        parts.append(make_quantizer_optimizer([{"params": of_quantizers, "weight_decay": 0.0}]))
+    return Optimizers(*parts)
