@@ -41,6 +41,7 @@ from adq_train.sensitivity.partial import PartialTable, weights_digest
 from adq_train.sensitivity.split import measure_split
 from adq_train.shared import SharedModel, float_inputs
 from adq_train.stamps import digest
+from adq_train.training.batch_norm import first_images, reestimate_batch_norm
 from adq_train.training.checkpoint import CheckpointFolder, Rhythm
 from adq_train.training.distillation import Teacher
 from adq_train.training.distributed import ALONE, Ranks
@@ -267,6 +268,9 @@ def prepare_and_calibrate(run: Context, model: nn.Module, allocation: BitAllocat
         inputs,
         run.seed,
     )
+    together = run.config["trainer"]["eval_batch_size"]
+    calibration = run.data.calibration
+    reestimate_batch_norm(quantized, first_images(calibration, 0, 10**9, together))
     run.ranks.equalize(quantized)
     watched = evaluate(quantized, run.data.validation, run.ranks)
     log.info("calibrate: validation top-1 %.2f %%", watched.top1_percent)

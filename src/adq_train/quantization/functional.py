@@ -85,8 +85,8 @@ def interval_sums(
         slopes: (N + 2,) below the first edge, in each interval, above the last edge.
 
     Returns:
-        ``grad`` times the slope where ``x`` lies; and sums (2 N + 4,), float64: Σ grad over the
-        values above each edge, Σ grad · x over the same, Σ grad · code, Σ grad.
+        ``grad`` times the slope where ``x`` lies; and sums (3 N + 3,), float64: Σ grad over the
+        values above each edge, Σ grad · x over the same, Σ grad above each threshold, Σ grad.
     """
     if is_channels_last(x):
         order = 0, 2, 3, 1
@@ -110,11 +110,9 @@ def interval_sums(
     by_cell, moments = (
         sums_by_index(w.flatten(), cells, len(slots)).double() for w in (grad, grad * x)
     )
-    # Cell 2k + 1 is the first above edge k.
-    above = [y.flip(0).cumsum(0).flip(0)[1::2] for y in (by_cell, moments)]
-    return grad_x, torch.cat(
-        [*above, (by_cell * (slots // 2)).sum().view(1), by_cell.sum().view(1)]
-    )
+    # Cell 2k + 1 is the first above edge k, cell 2k + 2 the first above threshold k.
+    above, moment = (y.flip(0).cumsum(0).flip(0) for y in (by_cell, moments))
+    return grad_x, torch.cat([above[1::2], moment[1::2], above[2::2], above[:1]])
 
 
 def interval_sums_by_mask(
@@ -126,8 +124,8 @@ def interval_sums_by_mask(
         parts = [torch.where(x <= b, 0, weights).sum(dtype=torch.float64) for b in borders]
         return torch.stack(parts)
 
-    codes, total = over(grad, thresholds).sum(), grad.sum(dtype=torch.float64)
-    sums = [over(grad, edges), over(grad * x, edges), codes.view(1), total.view(1)]
+    total = grad.sum(dtype=torch.float64).view(1)
+    sums = [over(grad, edges), over(grad * x, edges), over(grad, thresholds), total]
     return grad * slopes[torch.bucketize(x, edges)], torch.cat(sums)
 
 
@@ -163,7 +161,7 @@ def _opaque_interval_sums(
 def _(
     x: Tensor, grad: Tensor, edges: Tensor, thresholds: Tensor, slopes: Tensor
 ) -> tuple[Tensor, Tensor]:
-    return x.new_empty(x.shape), x.new_empty(2 * len(edges) + 2, dtype=torch.float64)
+    return x.new_empty(x.shape), x.new_empty(3 * len(edges), dtype=torch.float64)
 
 
 def order_statistics(values: Tensor, ranks: Tensor) -> Tensor:
@@ -318,60 +316,56 @@ class StraightThrough(torch.autograd.Function):
 
 
 class GeneralizedSTE(torch.autograd.Function):
-    """N2UQ's non-uniform-to-uniform step function with its generalised straight-through gradient.
+    """A step function with learned thresholds, and N2UQ's generalised straight-through gradient.
 
-    Liu et al. 2022 (arXiv 2111.14826). With N intervals, edges e_0 = start and
-    e_i = e_(i-1) + widths_i, and thresholds T_i = (e_(i-1) + e_i) / 2, the forward pass is
+    Liu et al. 2022 (arXiv 2111.14826), with levels of any distance. With N intervals, edges
+    e_0 = start and e_i = e_(i-1) + a_i, thresholds T_i = (e_(i-1) + e_i) / 2 and levels l_0 … l_N,
+    the forward pass is y = l_c with c = #{i : x > T_i}, and the backward pass differentiates the
+    continuous function that rises by Δ_i = l_i - l_(i-1) linearly over each [e_(i-1), e_i]. For x
+    in interval j that gives
 
-        y = step · (#{i : x > T_i} − zero_point),
+        ∂y/∂x = Δ_j / a_j,        ∂y/∂a_j = −Δ_j (x − e_(j-1)) / a_j²,
+        ∂y/∂a_i = −Δ_j / a_j for i < j,        ∂y/∂start = −Δ_j / a_j,
 
-    and the backward pass differentiates the continuous function that rises by ``step`` linearly
-    over each [e_(i-1), e_i]. For x in interval j that gives
-
-        ∂y/∂x = step / a_j,        ∂y/∂a_j = −step (x − e_(j-1)) / a_j²,
-        ∂y/∂a_i = −step / a_j for i < j,        ∂y/∂start = −step / a_j,
-
-    so the parameters need two sums per interval, Σ g and Σ g (x − e_(j-1)). The derivative to
-    ``step`` is exact, since the forward pass is linear in it.
+    so the parameters need two sums per interval, Σ g and Σ g (x − e_(j-1)). The derivative to a
+    level is exact: Σ g over the values that it stands for.
     """
 
     @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, start: Tensor, widths: Tensor, step: Tensor, zero_point: Tensor
-    ) -> Tensor:
-        """Maps ``x`` to uniform levels.
+    def forward(ctx: Any, x: Tensor, start: Tensor, widths: Tensor, levels: Tensor) -> Tensor:
+        """Maps ``x`` to levels.
 
         Args:
             ctx: Autograd's context.
             x: Any shape.
             start: () left edge of the first interval.
             widths: (N,) positive.
-            step: () distance between output levels.
-            zero_point: () code whose output is 0.
+            levels: (N + 1,) ascending.
         """
         edges = interval_edges(start, widths)
         thresholds = midpoints(edges)
-        codes = torch.arange(len(edges), device=x.device) - zero_point
-        ctx.save_for_backward(x, edges, thresholds, widths, step, zero_point)
-        return staircase(x, thresholds, codes * step)
+        ctx.save_for_backward(x, edges, thresholds, widths, levels)
+        return staircase(x, thresholds, levels)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        """Gradients to x, start, widths and step."""
-        x, edges, thresholds, widths, step, zero_point = ctx.saved_tensors
-        outside = step.new_zeros(1)
-        slopes = torch.cat([outside, step / widths, outside])
+        """Gradients to x, start, widths and levels."""
+        x, edges, thresholds, widths, levels = ctx.saved_tensors
+        outside, rises = levels.new_zeros(1), levels.diff()
+        slopes = torch.cat([outside, rises / widths, outside])
         grad_x, sums = interval_sums(x, grads[0], edges, thresholds, slopes)
-        above, moments = sums[: len(edges)], sums[len(edges) : -2]
+        above, moments, over = sums.view(3, -1)
         in_interval = above[:-1] - above[1:]
         moment = moments[:-1] - moments[1:] - edges[:-1] * in_interval
-        pull = step * in_interval / widths  # −∂L/∂start of each interval
+        pull = rises * in_interval / widths  # −∂L/∂start of each interval
         # Widening an interval shifts every interval after it, as moving the start does.
         later = pull.sum() - pull.cumsum(0)
-        grad_widths = -(step / widths) * (moment / widths) - later
-        grad_step = sums[-2] - zero_point * sums[-1]
-        dtype = step.dtype
-        return grad_x, -pull.sum().to(dtype), grad_widths.to(dtype), grad_step.to(dtype), None
+        grad_widths = -(rises / widths) * (moment / widths) - later
+        # ``over`` ends with the sum of all; a level's values lie over one threshold, not the next.
+        beyond = torch.cat([over[-1:], over[:-1]])
+        grad_levels = beyond - torch.cat([over[:-1], over.new_zeros(1)])
+        dtype = levels.dtype
+        return grad_x, -pull.sum().to(dtype), grad_widths.to(dtype), grad_levels.to(dtype)
 
 
 def interval_edges(start: Tensor, widths: Tensor) -> Tensor:

@@ -139,13 +139,14 @@ void adq_staircase(const float *x, float *y, size_t size, const float *borders,
 }
 
 /* One chunk of the backward pass for a few intervals. With g the gradient of the output:
- * sums[k] = sum of g over x > edges[k], sums[count + 1 + k] = sum of g x over the same, and
- * sums[2 count + 2] = sum of g times the code of x, sums[2 count + 3] = sum of g. */
+ * sums[k] = sum of g over x > edges[k], sums[count + 1 + k] = sum of g x over the same,
+ * sums[2 count + 2 + k] = sum of g over x > thresholds[k], sums[3 count + 2] = sum of g. */
 INLINE void few_intervals(const float *x, const float *grad, float *grad_x, size_t size,
                           const float *edges, const float *thresholds, const float *slopes,
                           double *sums, const int count) {
-    lanes above[FEW + 1], moment[FEW + 1], by_code = {0}, total = {0};
+    lanes above[FEW + 1], moment[FEW + 1], over[FEW], total = {0};
     for (int k = 0; k <= count; k++) above[k] = moment[k] = (lanes){0};
+    for (int k = 0; k < count; k++) over[k] = (lanes){0};
     for (size_t i = 0; i < size; i += LANES) {
         size_t here = shorter(size - i, LANES);
         lanes a = load(x + i, here);
@@ -160,7 +161,7 @@ INLINE void few_intervals(const float *x, const float *grad, float *grad_x, size
             moment[k] += g_above * a;
         }
         for (int k = 0; k < count; k++)
-            by_code += (lanes)(~(a <= all(thresholds[k])) & (masks)g);
+            over[k] += (lanes)(~(a <= all(thresholds[k])) & (masks)g);
         store(slope * g, grad_x + i, here);
     }
     for (int lane = 0; lane < LANES; lane++) {
@@ -168,8 +169,8 @@ INLINE void few_intervals(const float *x, const float *grad, float *grad_x, size
             sums[k] += above[k][lane];
             sums[count + 1 + k] += moment[k][lane];
         }
-        sums[2 * count + 2] += by_code[lane];
-        sums[2 * count + 3] += total[lane];
+        for (int k = 0; k < count; k++) sums[2 * count + 2 + k] += over[k][lane];
+        sums[3 * count + 2] += total[lane];
     }
 }
 
@@ -179,7 +180,7 @@ INLINE void few_intervals(const float *x, const float *grad, float *grad_x, size
 INLINE void many_intervals(const Search *search, const float *x, const float *grad, float *grad_x,
                            size_t size, const float *thresholds, const float *slopes,
                            double *sums, int count, const int inside) {
-    double own[WAYS][MOST + 2][2] = {0}, by_code[WAYS] = {0}, total[WAYS] = {0};
+    double own[WAYS][MOST + 2][2] = {0}, by_code[WAYS][MOST + 1] = {0};
     for (size_t i = 0; i < size; i += LANES) {
         size_t here = shorter(size - i, LANES);
         lanes a = load(x + i, here), g = load(grad + i, here), slope, threshold;
@@ -192,32 +193,31 @@ INLINE void many_intervals(const Search *search, const float *x, const float *gr
         masks code = below - ~(a <= threshold);
         code += code > count;  /* a NaN is above infinity too */
         store(slope * g, grad_x + i, here);
-        lanes moment = g * a, by = g * __builtin_convertvector(code, lanes);
+        lanes moment = g * a;
         for (int lane = 0; lane < LANES; lane++) {
             double *sum = own[lane % WAYS][interval[lane]];
             sum[0] += g[lane];
             sum[1] += moment[lane];
-            by_code[lane % WAYS] += by[lane];
-            total[lane % WAYS] += g[lane];
+            by_code[lane % WAYS][code[lane]] += g[lane];
         }
     }
     for (int way = 0; way < WAYS; way++) {
-        double above = 0, moment = 0;
+        double above = 0, moment = 0, over = 0;
         for (int k = count; k >= 0; k--) {
             sums[k] += above += own[way][k + 1][0];
             sums[count + 1 + k] += moment += own[way][k + 1][1];
         }
-        sums[2 * count + 2] += by_code[way];
-        sums[2 * count + 3] += total[way];
+        for (int k = count - 1; k >= 0; k--) sums[2 * count + 2 + k] += over += by_code[way][k + 1];
+        sums[3 * count + 2] += over + by_code[way][0];
     }
 }
 
 /* x, grad, grad_x (size); edges (count + 1); thresholds (count); slopes (count + 2), one for each
- * interval and 0 at both ends; sums (2 count + 4), as above. Returns 0, or 1 without memory. */
+ * interval and 0 at both ends; sums (3 count + 3), as above. Returns 0, or 1 without memory. */
 int adq_interval_sums(const float *x, const float *grad, float *grad_x, size_t size,
                       const float *edges, const float *thresholds, const float *slopes,
                       double *sums, int count, int threads) {
-    size_t chunks = (size + CHUNK - 1) / CHUNK, width = 2 * (size_t)count + 4;
+    size_t chunks = (size + CHUNK - 1) / CHUNK, width = 3 * (size_t)count + 3;
     double *partial = calloc(chunks * width, sizeof *partial);
     if (!partial) return 1;
     Search search;

@@ -155,11 +155,11 @@ def interval_sums(
         slopes: (N + 2,).
 
     Returns:
-        The gradient of ``x``, and sums (2 N + 4,).
+        The gradient of ``x``, and sums (3 N + 3,).
     """
     grad_x = torch.empty_like(x)
     edges, thresholds, slopes = _row(edges), _row(thresholds), _row(slopes)
-    sums = torch.empty(2 * len(edges) + 2, dtype=torch.float64)
+    sums = torch.empty(3 * len(edges), dtype=torch.float64)
     failed = _library().adq_interval_sums(
         *_pointers(x, grad, grad_x), ctypes.c_size_t(x.numel()),
         *_pointers(edges, thresholds, slopes, sums), len(thresholds), torch.get_num_threads(),

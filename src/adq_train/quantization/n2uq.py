@@ -8,44 +8,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from adq_train.quantization.base import (
-    ActivationQuantizer,
-    WeightQuantizer,
-    check_choice,
-    check_finite,
-)
-from adq_train.quantization.functional import (
-    GeneralizedSTE,
-    StraightThrough,
-    at_least_float32,
-    best_clip,
-    interval_edges,
-    midpoints,
-    quantiles,
-)
+from adq_train.quantization.base import WeightQuantizer, check_choice, check_finite
+from adq_train.quantization.functional import StraightThrough, at_least_float32, quantiles
+from adq_train.quantization.thresholds import SMALLEST_WIDTH, ThresholdQuantizer, uniform_range
 
 INITIALIZATIONS = ("mse", "quantile")
-# Widths stay this much wider than nothing, as a share of the mean width, when data repeats values.
-SMALLEST_WIDTH = 1e-2
-
-
-def uniform_range(sample: Tensor, num_steps: int) -> tuple[Tensor, Tensor, int]:
-    """Evenly spaced intervals over the range whose clipping makes the squared error smallest.
-
-    Args:
-        sample: (n,) values; negative ones ask for a signed range.
-        num_steps: N, the number of intervals.
-
-    Returns:
-        Start (), width of each interval (), and the code that stands for 0 (none below it for
-        values that are never negative).
-    """
-    low, high = sample.min().clamp_max(0), sample.max().clamp_min(0)
-    zero_point = 0
-    if low < 0:
-        zero_point = min(max(round(float(-low / (high - low)) * num_steps), 1), num_steps - 1)
-    step = best_clip(sample, zero_point, num_steps - zero_point)
-    return -zero_point * step, step, zero_point
 
 
 def quantile_intervals(sample: Tensor, num_steps: int) -> tuple[Tensor, Tensor]:
@@ -72,12 +39,11 @@ def quantile_intervals(sample: Tensor, num_steps: int) -> tuple[Tensor, Tensor]:
     return edges[0], edges.diff().clamp_min(SMALLEST_WIDTH * mean_width)
 
 
-class N2uqActivationQuantizer(ActivationQuantizer):
+class N2uqActivationQuantizer(ThresholdQuantizer):
     """Non-uniform-to-uniform quantization of a layer's input.
 
-    Learned: the start, the interval widths and the output step, and optionally an input scale.
-    Widths and step are logarithms, which keeps them positive; the start counts calibrated steps.
-    So the same step of an optimizer means the same relative change in every layer.
+    Learned: the thresholds (see :class:`~.thresholds.ThresholdQuantizer`), the step between the
+    levels ``step · (code - zero_point)``, as a logarithm, and optionally an input scale.
 
     Args:
         bit_width: n; there are N = 2^n - 1 thresholds.
@@ -90,22 +56,14 @@ class N2uqActivationQuantizer(ActivationQuantizer):
         ValueError: An argument lies outside its range.
     """
 
-    zero_point: Tensor
-    unit: Tensor
-
     def __init__(
         self, bit_width: int, *, initialization: str = "mse", learn_input_scale: bool = False
     ) -> None:
         super().__init__(bit_width)
         check_choice("initialization", initialization, INITIALIZATIONS)
         self.initialization = initialization
-        num_steps = 2**bit_width - 1
-        self.start = nn.Parameter(torch.zeros(()))
-        self.log_widths = nn.Parameter(torch.zeros(num_steps))
         self.log_step = nn.Parameter(torch.zeros(()))
         self.log_input_scale = nn.Parameter(torch.zeros(()), requires_grad=learn_input_scale)
-        self.register_buffer("zero_point", torch.zeros(()))
-        self.register_buffer("unit", torch.ones(()))  # of the start
 
     @torch.no_grad()
     def calibrate(self, values: Tensor, seed: int = 0) -> None:
@@ -118,49 +76,31 @@ class N2uqActivationQuantizer(ActivationQuantizer):
         """
         check_finite("inputs", values)
         sample = values.detach().float().flatten()
-        num_steps = len(self.log_widths)
-        start, step, zero_point = uniform_range(sample, num_steps)
-        widths = step.expand(num_steps)
+        start, step, zero_point = uniform_range(sample, self.num_steps)
+        widths = step.expand(self.num_steps)
         if self.initialization == "quantile":
-            start, widths = quantile_intervals(sample, num_steps)
-        self.unit.copy_(widths.mean())
-        self.start.copy_(start / self.unit)
-        self.log_widths.copy_(widths.log())
+            start, widths = quantile_intervals(sample, self.num_steps)
+        self.set_intervals(start, widths)
         self.log_input_scale.zero_()
         if self.initialization == "quantile":
             # From the thresholds in use: the logarithms may have moved one across zero.
             zero_point = int((self.thresholds() < 0).sum())
-        self.zero_point.fill_(zero_point)
-        if self.initialization == "quantile":
             # The step that fits the values best, given the codes that the thresholds assign.
             codes = self.quantize(sample).float() - zero_point
             fitted = (codes * sample).sum() / codes.square().sum().clamp_min(1)
             step = torch.where(fitted > 0, fitted, step)
+        self.zero_point.fill_(zero_point)
         self.log_step.copy_(step.log())
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Maps an input of shape (N, …) to ``step · (code - zero_point)``."""
+    def scaled(self, x: Tensor) -> Tensor:
+        """What the thresholds are compared with: the input times its learned scale."""
         x = at_least_float32(x)
-        if self.log_input_scale.requires_grad:
-            x = x * self.log_input_scale.exp()
-        start, widths = self.start * self.unit, self.log_widths.exp()
-        step = self.log_step.exp()
-        quantized: Tensor = GeneralizedSTE.apply(x, start, widths, step, self.zero_point)
-        return quantized
+        return x * self.log_input_scale.exp() if self.log_input_scale.requires_grad else x
 
-    def quantize(self, x: Tensor) -> Tensor:
-        """Codes in ``0 … 2^n - 1``, uint8, of the shape of ``x``."""
-        scaled = at_least_float32(x) * self.log_input_scale.exp()
-        return torch.bucketize(scaled.contiguous(), self.thresholds()).to(torch.uint8)
-
-    def levels(self) -> Tensor:
+    def learned_levels(self) -> Tensor:
         """The uniform output levels (2^n,)."""
-        codes = torch.arange(len(self.log_widths) + 1, device=self.zero_point.device)
-        return (codes - self.zero_point) * self.log_step.exp().detach()
-
-    def thresholds(self) -> Tensor:
-        """The N thresholds T_i, sorted, on the scaled input."""
-        return midpoints(interval_edges(self.start * self.unit, self.log_widths.exp())).detach()
+        codes = torch.arange(self.num_steps + 1, device=self.zero_point.device)
+        return (codes - self.zero_point) * self.log_step.exp()
 
 
 class N2uqWeightQuantizer(WeightQuantizer):
