@@ -29,6 +29,7 @@ from adq_train.files import sha256, write_text
 from adq_train.kept import require_figures, require_layers
 from adq_train.locks import exclusive
 from adq_train.quantization.levels import count_levels
+from adq_train.quantization.movement import MovementMeter, report_movement
 from adq_train.quantization.prepare import collect_inputs, prepare
 from adq_train.reporting import why
 from adq_train.reporting.progress import Progress
@@ -306,6 +307,7 @@ def train_quantized(
             CheckpointFolder(run.folder.path / "checkpoints").save(state, best=True)
         return
     epochs = run.config["trainer"]["epochs"]
+    meter = MovementMeter(model)
     checkpoints = _fit(run, model, run.folder.path, key, "qat", epochs, teacher)
     if run.config["trainer"]["select"] == "best":
         best: dict[str, Any] | None = run.ranks.share(
@@ -314,6 +316,7 @@ def train_quantized(
         if best is None:
             raise UserError(f"{checkpoints.folder}/best.pt is missing or damaged")
         load_state(model, best["model"])
+    report_movement(meter.measure(model))
     watched = evaluate(model, run.data.validation, run.ranks)
     log.info("qat: validation top-1 %.2f %%", watched.top1_percent)
 
@@ -360,12 +363,12 @@ def _fit(
     )
     checkpoints = CheckpointFolder(folder / "checkpoints")
     # A float model is recorded as such: another run's teacher may be this one's model.
-    recorder = Recorder(folder, "qat" if stage == "qat" else "pretrain", epochs)
+    recorder = Recorder(folder, "qat" if stage == "qat" else "pretrain", epochs, model)
     log.info("%s: %d epochs of %d steps", stage, epochs, len(run.data.train))
 
     def on_start(done: int, seconds: float) -> None:
         if run.ranks.is_main:
-            recorder.start(done)
+            recorder.start(done, step.evaluated)
         if seconds:  # that a killed process spent on steps that need not be done again
             run.folder.seconds[stage] = seconds
 

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from adq_train.quantization.functional import midpoints
+
 
 class Quantizer(nn.Module, ABC):
     """Maps a tensor to few levels and lets gradients through.
@@ -81,6 +83,11 @@ class WeightQuantizer(Quantizer):
 
 class ActivationQuantizer(Quantizer):
     """A quantizer of a layer's input; ``forward(x)`` equals ``levels()[quantize(x).long()]``."""
+
+    @torch.no_grad()
+    def thresholds(self) -> Tensor:
+        """Where the output steps from one level to the next, (K - 1,), sorted."""
+        return midpoints(self.levels())
 
     @torch.no_grad()
     def regularize(self) -> None:

@@ -11,6 +11,7 @@ from torch import nn
 from torch.utils.tensorboard import SummaryWriter
 
 from adq_train.files import write_text
+from adq_train.quantization.movement import Movement, MovementMeter
 from adq_train.quantization.prepare import quantized_layers
 from adq_train.quantization.weights import used_weight
 from adq_train.reporting import plots
@@ -30,21 +31,26 @@ class Recorder:
         folder: The run's folder (or the shared one of a float model).
         stage: ``pretrain`` or ``qat``; TensorBoard shows each as a run of its own.
         epochs: Of the whole stage.
+        model: Prepared and calibrated, to see how far training moves its quantizers; or float.
     """
 
-    def __init__(self, folder: Path, stage: str, epochs: int) -> None:
+    def __init__(self, folder: Path, stage: str, epochs: int, model: nn.Module) -> None:
         self.metrics = folder / "metrics.jsonl"
         self.stage = stage
         self.epochs = epochs
         self.tensorboard = folder / "tensorboard" / stage
         self.writer: SummaryWriter | None = None
+        self.meter = MovementMeter(model)
+        self.movements: dict[str, Movement] = {}
 
-    def start(self, done: int) -> None:
+    def start(self, done: int, model: nn.Module) -> None:
         """Drops what an interrupted run recorded after its last checkpoint, and goes on.
 
         Args:
             done: Epochs that are done and checkpointed.
+            model: With the weights of the last checkpoint.
         """
+        self.meter.mark(model)
         keep = [
             line
             for line in read_metrics(self.metrics)
@@ -65,7 +71,10 @@ class Recorder:
         layers = quantized_layers(model)
         levels = {name: layer.weight_quantizer.levels().tolist() for name, layer in layers.items()}
         codebooks = {name: found for name, found in levels.items() if len(found) <= MOST_CURVES}
-        record = {"stage": self.stage, **values, **({"codebooks": codebooks} if layers else {})}
+        self.movements = self.meter.measure(model)
+        movement = {name: asdict(x) for name, x in self.movements.items()}
+        quantizers = {"codebooks": codebooks, "movement": movement} if layers else {}
+        record = {"stage": self.stage, **values, **quantizers}
         with self.metrics.open("a", encoding="utf-8") as file:
             file.write(json.dumps(record) + "\n")
         for tag, name in (
@@ -78,6 +87,9 @@ class Recorder:
             ("speed/peak_memory_bytes", "peak_memory_bytes"),
         ):
             self.writer.add_scalar(tag, values[name], report.epoch)
+        for name, figures in movement.items():
+            for figure, value in figures.items():
+                self.writer.add_scalar(f"movement_{figure}/{name}", value, report.epoch)
         for name, found in codebooks.items():
             for index, level in enumerate(found):
                 self.writer.add_scalar(f"codebook/{name}/{index}", level, report.epoch)
