@@ -33,8 +33,8 @@ def network(bits=(2, 8)):
 
 
 def record(folder, epochs, model, *, done=0, total=8, stage="qat", loss=1.0):
-    recorder = Recorder(folder, stage, total)
-    recorder.start(done)
+    recorder = Recorder(folder, stage, total, model)
+    recorder.start(done, model)
     for epoch in epochs:
         recorder.epoch(report(epoch, loss), model)
     recorder.close()
@@ -52,6 +52,9 @@ def test_an_epoch_is_recorded_in_both_places(tmp_path):
     model = network()
     record(tmp_path, [1, 2], model)
     first, second = read_metrics(tmp_path / "metrics.jsonl")
+    movement = first.pop("movement")
+    assert movement.keys() == {"0", "1"}
+    assert movement["0"]["thresholds"] == 0
     assert first == {
         "stage": "qat",
         "epoch": 1,
@@ -69,6 +72,7 @@ def test_an_epoch_is_recorded_in_both_places(tmp_path):
     }
     assert second["epoch"] == 2
     found = events(tmp_path)
+    assert [x.value for x in found.Scalars("movement_thresholds/0")] == [0, 0]
     curve = found.Scalars("accuracy/validation_top1_percent")
     assert [(x.step, x.value) for x in curve] == [(1, 51), (2, 52)]
     assert [x.value for x in found.Scalars("speed/images_per_second")] == [80, 80]
@@ -108,6 +112,21 @@ def test_what_came_after_the_checkpoint_is_dropped_and_done_again(tmp_path):
     assert curve == [(1, 1.0), (2, 1.0), (3, 7.0), (4, 7.0)]
 
 
+def test_how_far_the_quantizers_moved_is_recorded_from_calibration_on(tmp_path):
+    model = network()
+    recorder = Recorder(tmp_path, "qat", 3, model)
+    model[0].input_quantizer.log_step.data += 0.1  # what a checkpoint brings
+    recorder.start(1, model)
+    for epoch in (2, 3):
+        recorder.epoch(report(epoch), model)
+        model[0].input_quantizer.log_step.data += 0.1
+    recorder.close()
+    second, third = (x["movement"]["0"] for x in read_metrics(tmp_path / "metrics.jsonl"))
+    assert (second["input_levels"], second["update"]) == (pytest.approx(0.1052, abs=1e-4), 0)
+    assert third["input_levels"] == pytest.approx(0.2214, abs=1e-4)
+    assert third["update"] == pytest.approx(0.1052, abs=1e-4)
+
+
 def test_no_records_are_no_error(tmp_path):
     assert read_metrics(tmp_path / "metrics.jsonl") == []
-    Recorder(tmp_path, "qat", 3).close()
+    Recorder(tmp_path, "qat", 3, network()).close()

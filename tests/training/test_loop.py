@@ -97,19 +97,6 @@ def run(model, folder, epochs, batches=None, key="k", batch_norm_images=0, **kno
     return reports
 
 
-def test_only_weights_decay_and_quantizers_have_their_own_rate():
-    model = network()
-    weights, rest, quantizers = parameter_groups(model, 0.2, 0.01, 0.02)
-    assert [g["weight_decay"] for g in (weights, rest, quantizers)] == [0.01, 0.0, 0.0]
-    assert [g["lr"] for g in (weights, rest, quantizers)] == pytest.approx([0.2, 0.2, 0.02])
-    assert {id(p) for p in weights["params"]} == {id(model[0].weight), id(model[3].weight)}
-    assert all(p.dim() == 1 for p in rest["params"])
-    assert len(rest["params"]) == 4  # two biases, the norm's two
-    expected = [p for i in (0, 3) for p in model[i].input_quantizer.parameters() if p.requires_grad]
-    assert {id(p) for p in quantizers["params"]} == {id(p) for p in expected}
-    assert len(parameter_groups(network(quantize=False), 0.2, 0.01, 0.02)) == 2
-
-
 def test_an_epoch_is_the_loop_that_one_would_write_by_hand():
     model = network()
     reference = copy.deepcopy(model)
