@@ -82,11 +82,12 @@ BASES: dict[str, type] = {
     "sensitivity": SensitivityMetric,
     "allocator": Allocator,
     "optimizer": Optimizer,
+    "quantizer_optimizer": Optimizer,
     "scheduler": Schedule,
     "distillation": Distillation,
 }
 # Groups whose classes are completed at run time: with bits, or with parameters.
-PARTIAL = ("weight_quantizer", "activation_quantizer", "optimizer")
+PARTIAL = ("weight_quantizer", "activation_quantizer", "optimizer", "quantizer_optimizer")
 
 
 def base_problem(target: type, base: Any) -> str | None:
