@@ -23,7 +23,6 @@ from adq_train.weights import load_state
 NOT_FOR_FLOAT_TRAINING = (
     "epochs",
     "device",  # its kind is in the key
-    "quantizer_lr_factor",
     "select",
     "check_ranks",
     "checkpoint_every_steps",
