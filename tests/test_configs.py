@@ -70,6 +70,7 @@ def test_every_knob_of_a_part_is_in_its_file():
         "weight_quantizer": {"bit_width"},
         "activation_quantizer": {"bit_width"},
         "optimizer": None,  # torch's own, with many more knobs than anyone wants to see
+        "quantizer_optimizer": None,
     }
     for group, choice in CHOICES:
         if group not in GROUPS or at_run_time.get(group, set()) is None:
@@ -110,7 +111,8 @@ def test_a_rival_gets_the_same_bits_everywhere(experiment, rival, bits):
     )
     assert cfg.allocator._target_.endswith(".UniformAllocator")
     assert {k for k, v in cfg.budget.items() if v is not None} == {"average_weight_bits"}
-    weights = {"pact": "dorefa", "adq_paper": "adq"}.get(rival, rival)
+    weights = {"pact": "dorefa", "adq_paper": "adq", "adq_both": "adq"}.get(rival, rival)
     assert cfg.weight_quantizer._target_.split(".")[-2] == weights
-    activations = {"adq": "n2uq", "adq_paper": "n2uq"}.get(rival, rival)
+    ours = {"adq": "n2uq", "adq_paper": "n2uq", "adq_both": "adq_activations"}
+    activations = ours.get(rival, rival)
     assert cfg.activation_quantizer._target_.split(".")[-2] == activations
