@@ -62,7 +62,9 @@ def outcome(folder):
         for name in ("seconds", "images_per_second", "data_wait_percent", "peak_memory_bytes"):
             del record[name]
     del result["seconds"], result["stamp"]  # which stands for the times too
-    return state["model"], state["optimizer"]["state"], result, records
+    optimizers = [x["state"] for x in state["optimizer"]]  # of the weights, of the quantizers
+    assert len(optimizers) == 2
+    return state["model"], optimizers, result, records
 
 
 def equal(first, second):
@@ -70,6 +72,8 @@ def equal(first, second):
         return torch.equal(first, second)
     if isinstance(first, dict):
         return first.keys() == second.keys() and all(equal(first[k], second[k]) for k in first)
+    if isinstance(first, list):
+        return len(first) == len(second) and all(map(equal, first, second))
     return first == second
 
 
