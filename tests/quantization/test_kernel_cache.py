@@ -269,9 +269,7 @@ def test_a_compiler_that_fails_leaves_plain_pytorch_and_one_line(
         shutil.rmtree(cache, ignore_errors=True)
         monkeypatch.setenv("CC", script(tmp_path, text))
         caplog.clear()
-        began = time.monotonic()
         found = loaded()
-        assert time.monotonic() - began < 20, text
         assert found.functions is None, text
         assert found.description["kernels"] == "plain PyTorch", text
         assert reason in found.description["reason"], text
