@@ -232,6 +232,7 @@ class AdqWeightQuantizer(WeightQuantizer):
     counts: Tensor
     sums: Tensor
     pinned: Tensor
+    stretch: Tensor
     scale: Tensor
 
     def __init__(
@@ -275,6 +276,7 @@ class AdqWeightQuantizer(WeightQuantizer):
         self.register_buffer("counts", torch.zeros(num_levels))
         self.register_buffer("sums", torch.zeros(num_levels))
         self.register_buffer("pinned", torch.zeros(num_levels, dtype=torch.bool))
+        self.register_buffer("stretch", torch.ones(sum(side_sizes(bit_width, level_set))))
         self.register_buffer("scale", torch.ones(1))
 
     @torch.no_grad()
@@ -299,6 +301,9 @@ class AdqWeightQuantizer(WeightQuantizer):
         if self.initialization == "kmeans":
             codebook = lloyd_max(weights, codebook, pinned)
         self.codebook, self.pinned = codebook, pinned
+        quantiles = _side_quantiles(weights, self.bit_width, self.level_set)
+        # Of zeros alone there are no others to keep a distance from.
+        self.stretch = torch.where(quantiles == 0, 1.0, self._free_levels() / quantiles)
         self.counts = cell_statistics(weights, assign(weights, codebook), len(codebook))[0]
         # S = N c, not the true sums: adaptation then starts from the initial codebook.
         self.sums = self.counts * codebook
@@ -332,9 +337,9 @@ class AdqWeightQuantizer(WeightQuantizer):
         self.scale = self._channel_scale(weight)
         weights = self._scaled(weight)
         if self.adaptation == "quantile":
-            target = _side_quantiles(weights, self.bit_width, self.level_set)
             # Apart from the zero, which stands elsewhere once all weights have one sign.
-            free = torch.lerp(target, self._free_levels(), self.decay)
+            target = _side_quantiles(weights, self.bit_width, self.level_set)
+            free = torch.lerp(self.stretch * target, self._free_levels(), self.decay)
             zero = free.new_zeros(len(self.codebook) - len(free))
             self.codebook = torch.cat([zero, free]).sort().values
             self.pinned = self._zero_level(self.codebook)
@@ -361,10 +366,12 @@ class AdqWeightQuantizer(WeightQuantizer):
         if self.commitment and weight.grad is not None:
             weight.grad.add_(weight - self(weight), alpha=self.commitment)
 
-    def _load_from_state_dict(self, *arguments: Any) -> None:
-        super()._load_from_state_dict(*arguments)
-        if self.level_set == "no_zero" and bool(self.pinned.any()):
+    def _load_from_state_dict(self, state: dict[str, Any], prefix: str, *rest: Any) -> None:
+        pinned = state.get(f"{prefix}pinned")
+        if self.level_set == "no_zero" and pinned is not None and bool(pinned.any()):
             self.level_set = "full"  # of a layer that was pruned when it was calibrated
+            self.stretch = self.stretch[1:]
+        super()._load_from_state_dict(state, prefix, *rest)
 
     def _channel_scale(self, weight: Tensor) -> Tensor:
         """Mean magnitude per output channel, (C_out, 1, …); ones where a channel is all zero."""
