@@ -37,8 +37,9 @@ from scipy.stats import spearmanr
 from torch import nn
 
 from adq_train.allocation.allocator import objective
-from adq_train.allocation.budget import Bits, Budget, Problem, figures
+from adq_train.allocation.budget import Bits, Budget, Problem, budget_from, figures
 from adq_train.allocation.patterns import pinned_bits
+from adq_train.allocation.uniform import likely_bits
 from adq_train.artifacts import BitAllocation, LayerBits, SensitivityTable, require_finite
 from adq_train.data.base import Loading, derived_seed
 from adq_train.errors import UserError
@@ -55,6 +56,7 @@ from adq_train.training.step import TrainingStep
 from adq_train.validate import validate
 
 RESAMPLES = 2000
+MOST_DRAWS = 100_000
 LEAST_PAIRS = 5  # fewer have no interval worth the name
 
 
@@ -78,7 +80,7 @@ def start(options: argparse.Namespace) -> tuple[dict[str, Any], Any, Any, nn.Mod
 
 
 def measure_tables(
-    options: argparse.Namespace, run: Context, model: nn.Module, layers: Any
+    options: argparse.Namespace, run: Context, model: nn.Module, problem: Problem
 ) -> dict[str, SensitivityTable]:
     """One table per metric, kept in ``tables/``."""
     folder = run.folder.path / "tables"
@@ -94,8 +96,10 @@ def measure_tables(
             print(f"table: {metric}", file=sys.stderr)
             widths = run.config["bits"]["candidates"]
             quantizers = parts.make_weight_quantizer, parts.make_activation_quantizer
-            conditions = Conditions(widths, batches, *quantizers, run.seed)
-            rows = parts.sensitivity.measure(model, layers, conditions)
+            budget = budget_from(run.config["budget"], problem.layers)
+            likely = likely_bits(replace(problem, budget=budget))
+            conditions = Conditions(widths, batches, *quantizers, run.seed, likely)
+            rows = parts.sensitivity.measure(model, problem.layers, conditions)
             table = SensitivityTable(parts.sensitivity.name, tuple(widths), tuple(rows))
             require_finite(table)
             write_text(file, table.to_json())
@@ -103,8 +107,16 @@ def measure_tables(
     return tables
 
 
-def random_bits(problem: Problem, seed: int, count: int) -> list[dict[str, Bits]]:
+def random_bits(
+    problem: Problem, seed: int, count: int, between: tuple[float, float]
+) -> list[dict[str, Bits]]:
     """Different allocations; a share of each width is drawn first, so that averages differ.
+
+    Args:
+        problem: Layers and candidates.
+        seed: Of the draw.
+        count: How many.
+        between: Smallest and largest average bits of the weights.
 
     Raises:
         UserError: There are not so many.
@@ -113,14 +125,20 @@ def random_bits(problem: Problem, seed: int, count: int) -> list[dict[str, Bits]
         raise UserError(f"--allocations: {count} are too many for so few layers and candidates")
     random = np.random.default_rng(derived_seed(seed, "allocations"))
     found: list[dict[str, Bits]] = []
-    while len(found) < count:
+    for _ in range(MOST_DRAWS):
+        if len(found) == count:
+            return found
         shares = random.dirichlet(np.ones(len(problem.candidates)))
         drawn = random.choice(problem.candidates, len(problem.mixed), p=shares)
         mixed = {x.name: Bits(int(b), int(b)) for x, b in zip(problem.mixed, drawn, strict=True)}
         bits = {**mixed, **problem.pinned_bits()}
-        if bits not in found:
+        average = figures(problem.layers, bits, problem.pinned).average_weight_bits
+        if between[0] <= average <= between[1] and bits not in found:
             found.append(bits)
-    return found
+    raise UserError(
+        f"--between: {MOST_DRAWS:,} draws hold only {len(found)} allocations of averages in "
+        f"{between[0]} … {between[1]}; widen it, or lower --allocations"
+    )
 
 
 def measure(
@@ -157,7 +175,7 @@ def measure_all(
     options: argparse.Namespace, run: Context, model: nn.Module, problem: Problem
 ) -> dict[str, dict[int, dict[str, float]]]:
     """Every allocation after calibration, and the first few after QAT; skips what is there."""
-    bits = random_bits(problem, run.seed, options.allocations)
+    bits = random_bits(problem, run.seed, options.allocations, tuple(options.between))
     file = run.folder.path / "measured.jsonl"
     records = []
     if file.exists():
@@ -216,7 +234,7 @@ def report(
     folder: Path,
 ) -> dict[str, Any]:
     """Writes the study's files from what was measured."""
-    bits = random_bits(problem, seed, options.allocations)
+    bits = random_bits(problem, seed, options.allocations, tuple(options.between))
     averages = [figures(problem.layers, x, problem.pinned).average_weight_bits for x in bits]
     predicted: dict[str, list[float]] = {
         metric: [objective(problem, table, x) or 0.0 for x in bits]
@@ -301,6 +319,10 @@ def main() -> None:
     words.add_argument("--metrics", nargs="+", required=True, metavar="NAME[:KNOB=VALUE]")
     words.add_argument("--output", type=Path, required=True)
     words.add_argument("--allocations", type=int, default=40, help="after calibration alone")
+    words.add_argument(
+        "--between", type=float, nargs=2, default=(0, 32), metavar=("LOW", "HIGH"),
+        help="average bits of the weights; a narrow range compares at equal bits",
+    )  # fmt: skip
     words.add_argument("--qat-allocations", type=int, default=10, help="also after short QAT")
     words.add_argument("--qat-epochs", type=int, default=3)
     words.add_argument("settings", nargs="*", help="settings of adq-train, after --")
@@ -327,7 +349,7 @@ def study(options: argparse.Namespace) -> None:
         with folder.stage("pretrain"):
             pretrain(run, model)
         with folder.stage("tables"):
-            tables = measure_tables(options, run, copy.deepcopy(model), layers)
+            tables = measure_tables(options, run, copy.deepcopy(model), problem)
         with folder.stage("measure"):
             measured = measure_all(options, run, model, problem)
         float_loss = evaluate(model, data.validation).loss

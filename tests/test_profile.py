@@ -9,6 +9,7 @@ from helpers import QUICK
 from hydra import compose, initialize_config_module
 from hydra.core.global_hydra import GlobalHydra
 
+from adq_train.allocation.budget import Budget, Problem
 from adq_train.data.base import Loading
 from adq_train.errors import UserError
 from adq_train.quantization.describe import describe_layers
@@ -35,8 +36,8 @@ def run_profile(tmp_path):
         model = parts.model.build(data.num_classes, data.image_shape[0])
         images, _ = next(data.calibration.epoch(0))
         with RunFolder(tmp_path / name, config) as folder:
-            layers = describe_layers(model, images[:1])
-            return profile(Context(config, parts, data, folder), model, layers)
+            problem = Problem(describe_layers(model, images[:1]), {}, (2, 3, 4), Budget(3))
+            return profile(Context(config, parts, data, folder), model, problem)
 
     return run
 

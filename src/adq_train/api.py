@@ -14,6 +14,7 @@ from adq_train.allocation.allocator import allocate
 from adq_train.allocation.budget import Budget, Problem
 from adq_train.allocation.ilp import IlpAllocator
 from adq_train.allocation.patterns import pinned_bits
+from adq_train.allocation.uniform import likely_bits
 from adq_train.artifacts import SensitivityTable, require_finite
 from adq_train.errors import UserError
 from adq_train.quantization.adq import AdqWeightQuantizer
@@ -88,7 +89,9 @@ def quantize(
         log.warning("%s; sensitivities of such a model mean little", doubt)
     metric = sensitivity or _default_metric(outputs[0])
     quantizers = make_weight_quantizer, make_activation_quantizer
-    conditions = Conditions(problem.candidates, batches, *quantizers, seed)
+    conditions = Conditions(
+        problem.candidates, batches, *quantizers, seed, likely=likely_bits(problem)
+    )
     rows = metric.measure(model, layers, conditions)
     table = SensitivityTable(metric.name, problem.candidates, tuple(map(settle, rows)))
     require_finite(table)

@@ -190,7 +190,7 @@ def execute(
             with folder.stage("teacher"):
                 train_teacher(run, teacher)
         with folder.stage("profile"):
-            table = profile(run, model, layers)
+            table = profile(run, model, problem)
         with folder.stage("allocate"):
             allocation = allocate_bits(run, problem, table)
         with folder.stage("prepare"):

@@ -15,6 +15,7 @@ from torch import nn
 
 from adq_train.allocation.allocator import allocate
 from adq_train.allocation.budget import Problem
+from adq_train.allocation.uniform import likely_bits
 from adq_train.artifacts import (
     BitAllocation,
     LayerInfo,
@@ -179,13 +180,14 @@ def _copy_metrics(source: Path, target: Path) -> None:
     write_text(target / "metrics.jsonl", "".join(json.dumps(x) + "\n" for x in records))
 
 
-def profile(run: Context, model: nn.Module, layers: Sequence[LayerInfo]) -> SensitivityTable:
+def profile(run: Context, model: nn.Module, problem: Problem) -> SensitivityTable:
     """Measures what quantizing each layer costs; layers that are done already are not repeated.
 
     Raises:
         UserError: A sensitivity or an output of the float model is not finite, or the kept table
             is of another model.
     """
+    layers = problem.layers
     table = run.folder.load("sensitivity.json", SensitivityTable)
     finished = run.folder.path / "sensitivity.partial.json"
     if table is None:
@@ -208,6 +210,7 @@ def profile(run: Context, model: nn.Module, layers: Sequence[LayerInfo]) -> Sens
             run.parts.make_weight_quantizer,
             run.parts.make_activation_quantizer,
             run.seed,
+            likely_bits(problem),
         )
 
         def measure(some: Sequence[LayerInfo]) -> Iterator[LayerSensitivity]:

@@ -286,6 +286,25 @@ def test_commitment_adds_the_gradient_of_its_term(granularity):
     torch.testing.assert_close(weight.grad, 1 + expected)
 
 
+@pytest.mark.parametrize("granularity", GRANULARITIES)
+def test_gradients_are_scaled_by_elements(granularity):
+    """By hand: a weight's step grows on the way to its level and shrinks on the way from it."""
+    weight = torch.randn(4, 30, requires_grad=True)
+    quantizer = calibrated(weight, granularity=granularity, gradient_scaling=0.4, commitment=0.3)
+    weight.grad = gradient = torch.randn(4, 30)
+    levels = quantizer.levels().numpy()
+    distance = np.diff(levels).mean() * quantizer.scale.numpy().reshape(-1, 1)
+    error = (weight - quantizer(weight)).detach().numpy()
+    expected = gradient.numpy() * (1 + 0.4 * np.sign(gradient.numpy()) * error / distance)
+    quantizer.regularize(weight)
+    np.testing.assert_allclose(weight.grad, expected + 0.3 * error, rtol=1e-5, atol=1e-6)
+
+    flat = torch.full((2, 3), 1.0, requires_grad=True)  # all levels coincide
+    flat.grad = torch.ones(2, 3)
+    calibrated(flat, gradient_scaling=0.4).regularize(flat)
+    assert torch.isfinite(flat.grad).all()
+
+
 def test_without_commitment_or_gradient_nothing_is_added():
     weight = torch.randn(4, 30, requires_grad=True)
     calibrated(weight, commitment=0.3).regularize(weight)
@@ -700,6 +719,7 @@ def test_threshold_zero_never_moves_a_level():
         {"interval": 0},
         {"dead_threshold": -1.0},
         {"commitment": -1.0},
+        {"gradient_scaling": -1.0},
     ],
     ids=str,
 )

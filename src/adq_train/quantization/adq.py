@@ -223,6 +223,9 @@ class AdqWeightQuantizer(WeightQuantizer):
             moves one.
         clip_gradient: Whether weights beyond the outermost levels get no gradient.
         commitment: β ≥ 0; adds β (W - Ŵ) to each weight's gradient.
+        gradient_scaling: δ ≥ 0; a weight's gradient g is multiplied by 1 + δ sign(g) (W - Ŵ) / s,
+            with s the mean distance of two levels (EWGS, Lee et al. 2021, arXiv 2104.00903, eq. 5):
+            steps towards a threshold become smaller, those away from it larger.
 
     Raises:
         ValueError: An argument lies outside its range.
@@ -248,6 +251,7 @@ class AdqWeightQuantizer(WeightQuantizer):
         dead_threshold: float = 0.5,
         clip_gradient: bool = False,
         commitment: float = 0.0,
+        gradient_scaling: float = 0.0,
     ) -> None:
         super().__init__(bit_width)
         check_choice("initialization", initialization, INITIALIZATIONS)
@@ -262,6 +266,8 @@ class AdqWeightQuantizer(WeightQuantizer):
             raise ValueError(f"dead_threshold must be at least 0, got {dead_threshold}")
         if commitment < 0:
             raise ValueError(f"commitment must be at least 0, got {commitment}")
+        if not gradient_scaling >= 0:
+            raise ValueError(f"gradient_scaling must be at least 0, got {gradient_scaling}")
         self.initialization = initialization
         self.level_set = level_set
         self.granularity = granularity
@@ -271,6 +277,7 @@ class AdqWeightQuantizer(WeightQuantizer):
         self.dead_threshold = dead_threshold
         self.clip_gradient = clip_gradient
         self.commitment = commitment
+        self.gradient_scaling = gradient_scaling
         num_levels = sum(side_sizes(bit_width, level_set)) + (level_set != "no_zero")
         self.register_buffer("codebook", torch.zeros(num_levels))
         self.register_buffer("counts", torch.zeros(num_levels))
@@ -362,9 +369,15 @@ class AdqWeightQuantizer(WeightQuantizer):
 
     @torch.no_grad()
     def regularize(self, weight: Tensor) -> None:
-        """Adds the gradient β (W - Ŵ) of the commitment term (β/2) ‖W - sg[Ŵ]‖²."""
-        if self.commitment and weight.grad is not None:
-            weight.grad.add_(weight - self(weight), alpha=self.commitment)
+        """Scales the gradient by elements, and adds β (W - Ŵ), that of (β/2) ‖W - sg[Ŵ]‖²."""
+        if weight.grad is None or not (self.commitment or self.gradient_scaling):
+            return
+        error = weight - self(weight)
+        if self.gradient_scaling:
+            distance = self.scale * self.codebook.diff().mean()
+            relative = torch.where(distance > 0, error / distance, 0.0)
+            weight.grad.mul_(1 + self.gradient_scaling * weight.grad.sign() * relative)
+        weight.grad.add_(error, alpha=self.commitment)
 
     def _load_from_state_dict(self, state: dict[str, Any], prefix: str, *rest: Any) -> None:
         pinned = state.get(f"{prefix}pinned")

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from adq_train.allocation.allocator import not_apart
-from adq_train.artifacts import LayerInfo, LayerSensitivity
+from adq_train.artifacts import LayerBits, LayerInfo, LayerSensitivity
 from adq_train.data.base import Batch, derived_seed
 from adq_train.errors import UserError
 from adq_train.quantization.base import MakeActivationQuantizer, MakeWeightQuantizer
@@ -31,6 +31,8 @@ class Conditions:
         make_weight_quantizer: Maps a bit-width to a quantizer.
         make_activation_quantizer: Maps a bit-width to a quantizer.
         seed: For everything that is drawn at random.
+        likely: About the bits that every layer of the network will get, for metrics that measure
+            one layer among others that are quantized; see :func:`~.allocation.uniform.likely_bits`.
     """
 
     bit_widths: Sequence[int]
@@ -38,6 +40,7 @@ class Conditions:
     make_weight_quantizer: MakeWeightQuantizer
     make_activation_quantizer: MakeActivationQuantizer
     seed: int = 0
+    likely: Sequence[LayerBits] = ()
 
 
 class SensitivityMetric(Protocol):

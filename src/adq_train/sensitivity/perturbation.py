@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import copy
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -14,8 +15,8 @@ from adq_train.artifacts import LayerBits, LayerInfo, LayerSensitivity
 from adq_train.data.base import Batch
 from adq_train.errors import UserError
 from adq_train.quantization.base import check_choice
-from adq_train.quantization.layers import QuantLayer, quantized
-from adq_train.quantization.prepare import collect_inputs, quantize_layer, replaced
+from adq_train.quantization.layers import QuantLayer, quantized, same_weight
+from adq_train.quantization.prepare import collect_inputs, quantize_layer, replaced, swap
 from adq_train.sensitivity.base import Conditions, plain_copy
 from adq_train.sensitivity.outputs import ROUNDING
 from adq_train.sensitivity.reuse import Runs, make_runs
@@ -23,12 +24,15 @@ from adq_train.training.batch_norm import (
     averaged_statistics,
     batch_norms_after,
     kept_statistics,
+    reestimate_batch_norm,
 )
 
 CRITERIA = ("kl", "loss", "mse")
 TENSORS = ("both", "weights", "activations", "separate")
 
 Key = tuple[str, int]  # what is quantized, and at how many bits
+BEFORE: Key = ("nothing", 0)
+Variants = dict[Key, dict[str, nn.Module]]  # forms of a layer, and of those that share its weight
 Found = tuple[float, float | None]  # a criterion's mean over the images, and its standard error
 
 
@@ -55,6 +59,9 @@ class Perturbation:
     kept. What lies before a layer is not computed again for it: its values stay in memory from
     layer to layer (see :class:`~.reuse.PartialRuns`). The numbers are the same without.
 
+    With ``context`` the other layers are not float: they have the bits that they will about get,
+    and Ω is what quantizing layer l too adds to the difference from the float outputs.
+
     Ω is a mean over the images, so the images also tell its standard error. The criterion is taken
     in float64, and what is no larger than the rounding of the outputs themselves counts as 0.
 
@@ -66,15 +73,18 @@ class Perturbation:
         tensors: What of the layer is quantized: ``weights``, ``activations`` (its input), ``both``
             at once, or ``separate``: each alone, for an allocator that chooses their bits apart.
         recalibrate_batch_norm: Whether the batch norms behind the layer get the statistics of the
-            perturbed network first, as training would give them.
+            perturbed network on the calibration images first, as training would give them; those
+            of the float network are estimated from the same images then.
         kept_bytes: Most bytes of values to keep between layers, beyond those of one batch; 0 runs
             the whole network for every number.
+        context: Whether the other layers are quantized.
     """
 
     criterion: str = "kl"
     tensors: str = "both"
     recalibrate_batch_norm: bool = False
     kept_bytes: int = 1_000_000_000
+    context: bool = False
 
     def __post_init__(self) -> None:
         check_choice("criterion", self.criterion, CRITERIA)
@@ -86,6 +96,7 @@ class Perturbation:
     def name(self) -> str:
         """The metric's name in ``sensitivity.json``."""
         suffix = "-recalibrated" if self.recalibrate_batch_norm else ""
+        suffix += "-in-context" if self.context else ""
         return f"perturbation-{self.criterion}-{self.tensors}{suffix}"
 
     def check(self, layers: Sequence[LayerInfo], bit_widths: Sequence[int], apart: bool) -> None:
@@ -105,10 +116,11 @@ class Perturbation:
         model = plain_copy(model)
         bit_widths, batches = conditions.bit_widths, conditions.batches
         images = [x for x, _ in batches]
-        outputs: list[Tensor] = []
-        keep = model.register_forward_hook(lambda *call: outputs.append(call[2]))
-        inputs = collect_inputs(model, [x.name for x in layers], images, conditions.seed)
-        keep.remove()
+        names = [x.name for x in (*layers, *conditions.likely)]
+        inputs = collect_inputs(model, names, images, conditions.seed)
+        if self.recalibrate_batch_norm:
+            reestimate_batch_norm(model, images)
+        outputs = [model(x) for x in images]
         if self.criterion != "mse" and num_columns(outputs[0]) == 1:
             raise UserError(
                 f"sensitivity.criterion: {self.criterion} needs two or more outputs for an image, "
@@ -116,9 +128,10 @@ class Perturbation:
                 "(squared distance of the outputs)"
             )
         reference = self._reference(outputs)
-        runs = make_runs(model, images, self.kept_bytes)
+        network = self._in_context(model, conditions, inputs) if self.context else model
+        runs = make_runs(network, images, self.kept_bytes)
         for info in layers:
-            variants: dict[Key, dict[str, QuantLayer]] = {}
+            variants: Variants = {}
             for bits in bit_widths:
                 forms = quantize_layer(
                     model,
@@ -133,10 +146,17 @@ class Perturbation:
                         name: only(tensors, layer, model.get_submodule(name))
                         for name, layer in forms.items()
                     }
-            differences = self._measure(model, info.name, variants, runs, batches, reference)
+            if self.context:
+                names = same_weight(model, info.name)
+                variants[BEFORE] = {name: model.get_submodule(name) for name in names}
+            differences = self._measure(network, info.name, variants, runs, batches, reference)
+            before = differences.pop(BEFORE, 0)
+            found = {
+                key: summary((x - before) / reference.scale, reference.smallest)
+                for key, x in differences.items()
+            }
             (first, error), *second = (
-                by_bits({b: differences[tensors, b] for b in bit_widths})
-                for tensors in self._parts()
+                by_bits({b: found[tensors, b] for b in bit_widths}) for tensors in self._parts()
             )
             apart, apart_error = second[0] if second else (None, None)
             yield LayerSensitivity(
@@ -149,6 +169,17 @@ class Perturbation:
                 activation_standard_error=apart_error,
             )
 
+    def _in_context(
+        self, model: nn.Module, conditions: Conditions, inputs: Mapping[str, Tensor]
+    ) -> nn.Module:
+        """A copy of a float network with all layers at their likely bits."""
+        network = copy.deepcopy(model)
+        makers = conditions.make_weight_quantizer, conditions.make_activation_quantizer
+        for bits in conditions.likely:
+            swap(network, quantize_layer(network, bits, *makers, inputs, conditions.seed))
+        reestimate_batch_norm(network, [x for x, _ in conditions.batches])
+        return network.eval()
+
     def _parts(self) -> tuple[str, ...]:
         """What is quantized, one after the other."""
         return ("weights", "activations") if self.tensors == "separate" else (self.tensors,)
@@ -157,16 +188,16 @@ class Perturbation:
         self,
         model: nn.Module,
         name: str,
-        variants: dict[Key, dict[str, QuantLayer]],
+        variants: Variants,
         runs: Runs,
         batches: Sequence[Batch],
         reference: Reference,
-    ) -> dict[Key, Found]:
-        """The criterion for each variant of one layer."""
+    ) -> dict[Key, Tensor]:
+        """The criterion (N,) of all images for each variant of one layer."""
         if not self.recalibrate_batch_norm:
             return self._differences(model, name, variants, runs, batches, reference)
         norms = batch_norms_after(model, name, batches[0][0][:1])
-        found: dict[Key, Found] = {}
+        found: dict[Key, Tensor] = {}
         for key, forms in variants.items():
             with kept_statistics(norms):
                 with replaced(model, forms), averaged_statistics(norms):
@@ -180,12 +211,12 @@ class Perturbation:
         self,
         model: nn.Module,
         name: str,
-        variants: dict[Key, dict[str, QuantLayer]],
+        variants: Variants,
         runs: Runs,
         batches: Sequence[Batch],
         reference: Reference,
-    ) -> dict[Key, Found]:
-        """The criterion's mean over all images, and its standard error."""
+    ) -> dict[Key, Tensor]:
+        """As :meth:`_measure`, with the statistics of the batch norms as they are."""
         each: dict[Key, list[Tensor]] = {key: [] for key in variants}
         for index, (_, targets) in enumerate(batches):
             run = runs.from_layer(name, index)
@@ -195,10 +226,7 @@ class Perturbation:
                     after = self._form(run())
                 each[key].append(self._difference(before, after, targets))
             del run  # before the next batch's values come
-        return {
-            key: summary(torch.cat(x) / reference.scale, reference.smallest)
-            for key, x in each.items()
-        }
+        return {key: torch.cat(x) for key, x in each.items()}
 
     def _form(self, outputs: Tensor) -> Tensor:
         """What the criterion compares, in float64: at few changed bits differences are tiny."""

@@ -12,17 +12,25 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from adq_train.quantization.layers import QuantLayer
+
 log = logging.getLogger(__name__)
 
 Values = dict[fx.Node, Any]
 
 
 class Tracer(fx.Tracer):
-    """Lists a network's operations; a batch norm of any kind is one, as its mode may change."""
+    """Lists a network's operations.
+
+    A batch norm of any kind is one, as its mode may change, and a quantized layer, as it may be
+    replaced.
+    """
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         """Whether a module is one operation."""
-        return isinstance(m, _BatchNorm) or super().is_leaf_module(m, module_qualified_name)
+        return isinstance(m, (_BatchNorm, QuantLayer)) or super().is_leaf_module(
+            m, module_qualified_name
+        )
 
 
 class Trial(fx.Interpreter):
