@@ -72,6 +72,22 @@ def test_the_shortcut_of_a_block_is_option_a(channels, stride):
     torch.testing.assert_close(block(x), (main + shortcut).relu())
 
 
+def test_the_preactivated_network_is_the_papers():
+    torch.manual_seed(0)
+    model = CifarResNetModel(depth=20, width=4, preact=True).build(10, 3).eval()
+    assert num_parameters(model) == resnet_parameters(20, 4, 10, 3)
+    for norm in (m for m in model.modules() if isinstance(m, nn.BatchNorm2d)):
+        norm.running_mean.normal_()
+    x = model.conv1(torch.randn(2, 3, 16, 16))  # of the first layer alone
+    images = x
+    for block in (*model.layer1, *model.layer2, *model.layer3):
+        inner = block.conv1(block.bn1(x).relu())
+        x = block.shortcut(x) + block.conv2(block.bn2(inner).relu())
+    logits = model.fc(model.bn1(x).relu().mean((2, 3)))
+    model.conv1 = nn.Identity()
+    torch.testing.assert_close(model(images), logits)
+
+
 def test_initial_weights_are_he_normal():
     torch.manual_seed(0)
     model = CifarResNetModel(depth=20, width=16).build(10, 3)

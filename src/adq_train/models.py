@@ -37,11 +37,30 @@ class BasicBlock(nn.Module):
         """Maps (N, in_channels, H, W) to (N, out_channels, H / stride, W / stride)."""
         out = self.relu(self.bn1(self.conv1(x)))
         out = self.bn2(self.conv2(out))
-        if self.stride > 1 or self.extra_channels:
-            x = x[:, :, :: self.stride, :: self.stride]
-            before = self.extra_channels // 2
-            x = F.pad(x, (0, 0, 0, 0, before, self.extra_channels - before))
-        result: Tensor = self.relu(out + x)
+        result: Tensor = self.relu(out + self.shortcut(x))
+        return result
+
+    def shortcut(self, x: Tensor) -> Tensor:
+        """Every stride-th pixel, with zeros for the channels that are new."""
+        if self.stride == 1 and not self.extra_channels:
+            return x
+        before = self.extra_channels // 2
+        x = x[:, :, :: self.stride, :: self.stride]
+        return F.pad(x, (0, 0, 0, 0, before, self.extra_channels - before))
+
+
+class PreactBlock(BasicBlock):
+    """The block with normalisation and ReLU before each convolution (arXiv 1603.05027)."""
+
+    def __init__(self, in_channels: int, out_channels: int, stride: int) -> None:
+        super().__init__(in_channels, out_channels, stride)
+        self.bn1 = nn.BatchNorm2d(in_channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Maps (N, in_channels, H, W) to (N, out_channels, H / stride, W / stride)."""
+        out = self.conv1(self.relu(self.bn1(x)))
+        out = self.conv2(self.relu(self.bn2(out)))
+        result: Tensor = out + self.shortcut(x)
         return result
 
 
@@ -53,13 +72,18 @@ class CifarResNet(nn.Module):
         width: Channels of the first stage; the next two have twice and four times as many.
         num_classes: Number of classes.
         in_channels: 1 for grey images, 3 for colour.
+        preact: Whether each convolution but the first has its normalisation and ReLU before it,
+            not behind it (arXiv 1603.05027).
     """
 
-    def __init__(self, depth: int, width: int, num_classes: int, in_channels: int) -> None:
+    def __init__(
+        self, depth: int, width: int, num_classes: int, in_channels: int, preact: bool = False
+    ) -> None:
         super().__init__()
         blocks = (depth - 2) // 6
+        self.preact = preact
         self.conv1 = nn.Conv2d(in_channels, width, 3, 1, 1, bias=False)
-        self.bn1 = nn.BatchNorm2d(width)
+        self.bn1 = nn.BatchNorm2d(4 * width if preact else width)
         self.relu = nn.ReLU()
         self.layer1 = self._stage(blocks, width, width, 1)
         self.layer2 = self._stage(blocks, width, 2 * width, 2)
@@ -69,17 +93,21 @@ class CifarResNet(nn.Module):
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
 
-    @staticmethod
-    def _stage(blocks: int, in_channels: int, out_channels: int, stride: int) -> nn.Sequential:
+    def _stage(
+        self, blocks: int, in_channels: int, out_channels: int, stride: int
+    ) -> nn.Sequential:
+        block = PreactBlock if self.preact else BasicBlock
         return nn.Sequential(
-            BasicBlock(in_channels, out_channels, stride),
-            *(BasicBlock(out_channels, out_channels, 1) for _ in range(blocks - 1)),
+            block(in_channels, out_channels, stride),
+            *(block(out_channels, out_channels, 1) for _ in range(blocks - 1)),
         )
 
     def forward(self, x: Tensor) -> Tensor:
         """Maps images (N, in_channels, H, W) to logits (N, num_classes)."""
-        x = self.relu(self.bn1(self.conv1(x)))
+        x = self.conv1(x)
+        x = x if self.preact else self.relu(self.bn1(x))
         x = self.layer3(self.layer2(self.layer1(x)))
+        x = self.relu(self.bn1(x)) if self.preact else x
         logits: Tensor = self.fc(x.mean((2, 3)))
         return logits
 
@@ -91,10 +119,12 @@ class CifarResNetModel:
     Attributes:
         depth: 8, 14, 20, 32, 44, 56 … (6 n + 2).
         width: Channels of the first stage; 16 in the paper.
+        preact: Whether normalisation and ReLU stand before the convolutions (arXiv 1603.05027).
     """
 
     depth: int
     width: int
+    preact: bool = False
 
     def __post_init__(self) -> None:
         if self.depth < 8 or (self.depth - 2) % 6:
@@ -104,7 +134,7 @@ class CifarResNetModel:
 
     def build(self, num_classes: int, in_channels: int) -> nn.Module:
         """The network with random weights."""
-        return CifarResNet(self.depth, self.width, num_classes, in_channels)
+        return CifarResNet(self.depth, self.width, num_classes, in_channels, self.preact)
 
 
 @dataclass(frozen=True, kw_only=True)
