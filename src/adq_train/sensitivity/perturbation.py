@@ -116,7 +116,7 @@ class Perturbation:
         model = plain_copy(model)
         bit_widths, batches = conditions.bit_widths, conditions.batches
         images = [x for x, _ in batches]
-        names = [x.name for x in (*layers, *conditions.likely)]
+        names = [x.name for x in layers] + [x.name for x in conditions.likely]
         inputs = collect_inputs(model, names, images, conditions.seed)
         if self.recalibrate_batch_norm:
             reestimate_batch_norm(model, images)
