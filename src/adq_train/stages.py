@@ -371,7 +371,7 @@ def _fit(
 
     def on_start(done: int, seconds: float) -> None:
         if run.ranks.is_main:
-            recorder.start(done, step.evaluated)
+            recorder.start(done)
         if seconds:  # that a killed process spent on steps that need not be done again
             run.folder.seconds[stage] = seconds
 

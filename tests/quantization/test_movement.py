@@ -1,6 +1,7 @@
 """A quantizer that stands still, or runs away, is seen and said."""
 
 import logging
+from dataclasses import asdict
 
 import pytest
 import torch
@@ -42,7 +43,8 @@ def test_shares_of_where_it_began():
     assert moved["0"].thresholds > 0.1
     assert moved["0"].width_ratio > 1
     assert moved["4"] == meter.measure(model)["4"]  # the other layer did not move
-    again = meter.measure(model)["0"]
+    assert moved["0"].update == max(moved["0"].input_levels, moved["0"].thresholds)
+    again = meter.measure(model, {name: asdict(x) for name, x in moved.items()})["0"]
     assert again.input_levels == moved["0"].input_levels
     assert again.update == 0
 

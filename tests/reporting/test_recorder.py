@@ -2,6 +2,7 @@
 
 import json
 
+import numpy as np
 import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -34,7 +35,7 @@ def network(bits=(2, 8)):
 
 def record(folder, epochs, model, *, done=0, total=8, stage="qat", loss=1.0):
     recorder = Recorder(folder, stage, total, model)
-    recorder.start(done, model)
+    recorder.start(done)
     for epoch in epochs:
         recorder.epoch(report(epoch, loss), model)
     recorder.close()
@@ -115,16 +116,26 @@ def test_what_came_after_the_checkpoint_is_dropped_and_done_again(tmp_path):
 def test_how_far_the_quantizers_moved_is_recorded_from_calibration_on(tmp_path):
     model = network()
     recorder = Recorder(tmp_path, "qat", 3, model)
-    model[0].input_quantizer.log_step.data += 0.1  # what a checkpoint brings
-    recorder.start(1, model)
-    for epoch in (2, 3):
-        recorder.epoch(report(epoch), model)
+    recorder.start(0)
+    for epoch in (1, 2, 3):
         model[0].input_quantizer.log_step.data += 0.1
+        recorder.epoch(report(epoch), model)
     recorder.close()
-    second, third = (x["movement"]["0"] for x in read_metrics(tmp_path / "metrics.jsonl"))
-    assert (second["input_levels"], second["update"]) == (pytest.approx(0.1052, abs=1e-4), 0)
-    assert third["input_levels"] == pytest.approx(0.2214, abs=1e-4)
-    assert third["update"] == pytest.approx(0.1052, abs=1e-4)
+    found = [x["movement"]["0"] for x in read_metrics(tmp_path / "metrics.jsonl")]
+    moved = [x["input_levels"] for x in found]
+    assert moved == pytest.approx([0.1052, 0.2214, 0.3499], abs=1e-4)
+    assert [x["update"] for x in found] == pytest.approx(np.diff(moved, prepend=0))
+
+    # Killed within the third epoch, it goes on from a state between two records.
+    again = network()
+    recorder = Recorder(tmp_path, "qat", 3, again)
+    recorder.start(2)
+    again[0].input_quantizer.log_step.data += 0.25
+    again[0].input_quantizer.log_step.data += 0.05
+    recorder.epoch(report(3), again)
+    recorder.close()
+    resumed = [x["movement"]["0"] for x in read_metrics(tmp_path / "metrics.jsonl")]
+    assert resumed[2]["update"] == pytest.approx(found[2]["update"], rel=1e-4)
 
 
 def test_no_records_are_no_error(tmp_path):

@@ -30,7 +30,7 @@ class Movement:
         thresholds: Of the thresholds between them.
         width_ratio: The widest of the intervals between the thresholds over the narrowest; 1 for
             evenly spaced ones.
-        update: The largest of the first three since the last look, which is an epoch.
+        update: The largest change of the first three since the record before, which is an epoch.
         learned: Whether the input's quantizer has parameters that an optimizer moves.
     """
 
@@ -68,24 +68,27 @@ class MovementMeter:
     """
 
     def __init__(self, model: nn.Module) -> None:
-        self.start = self.last = places(model)
+        self.start = places(model)
 
-    def mark(self, model: nn.Module) -> None:
-        """Takes a resumed network as that of the last call."""
-        self.last = places(model)
+    def measure(
+        self, model: nn.Module, before: Mapping[str, Mapping[str, float]] | None = None
+    ) -> dict[str, Movement]:
+        """The movement of every layer since the start.
 
-    def measure(self, model: nn.Module) -> dict[str, Movement]:
-        """The movement of every layer since the start, and since the last call."""
+        Args:
+            model: The same network, trained further.
+            before: The last record, by layer; a figure that it lacks counts as 0.
+        """
         now, layers = places(model), quantized_layers(model)
         found = {}
         for name, tensors in now.items():
             moved = {x: _moved(self.start[name][x], tensor) for x, tensor in tensors.items()}
-            update = max(_moved(self.last[name][x], tensor) for x, tensor in tensors.items())
+            last = (before or {}).get(name, {})
+            update = max(abs(value - last.get(x, 0.0)) for x, value in moved.items())
             widths = tensors["thresholds"].diff()
             ratio = float(widths.max() / widths.min()) if len(widths) and widths.min() > 0 else 1.0
             learned = any(p.requires_grad for p in layers[name].input_quantizer.parameters())
             found[name] = Movement(**moved, width_ratio=ratio, update=update, learned=learned)
-        self.last = now
         return found
 
 

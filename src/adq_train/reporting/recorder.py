@@ -11,7 +11,7 @@ from torch import nn
 from torch.utils.tensorboard import SummaryWriter
 
 from adq_train.files import write_text
-from adq_train.quantization.movement import Movement, MovementMeter
+from adq_train.quantization.movement import MovementMeter
 from adq_train.quantization.prepare import quantized_layers
 from adq_train.quantization.weights import used_weight
 from adq_train.reporting import plots
@@ -41,21 +41,20 @@ class Recorder:
         self.tensorboard = folder / "tensorboard" / stage
         self.writer: SummaryWriter | None = None
         self.meter = MovementMeter(model)
-        self.movements: dict[str, Movement] = {}
+        self.movement: dict[str, dict[str, float]] = {}
 
-    def start(self, done: int, model: nn.Module) -> None:
+    def start(self, done: int) -> None:
         """Drops what an interrupted run recorded after its last checkpoint, and goes on.
 
         Args:
             done: Epochs that are done and checkpointed.
-            model: With the weights of the last checkpoint.
         """
-        self.meter.mark(model)
         keep = [
             line
             for line in read_metrics(self.metrics)
             if line["stage"] != self.stage or line["epoch"] <= done
         ]
+        self.movement = keep[-1].get("movement", {}) if keep else {}
         write_text(self.metrics, "".join(json.dumps(line) + "\n" for line in keep))
         self.writer = SummaryWriter(str(self.tensorboard), purge_step=done + 1)
 
@@ -71,9 +70,9 @@ class Recorder:
         layers = quantized_layers(model)
         levels = {name: layer.weight_quantizer.levels().tolist() for name, layer in layers.items()}
         codebooks = {name: found for name, found in levels.items() if len(found) <= MOST_CURVES}
-        self.movements = self.meter.measure(model)
-        movement = {name: asdict(x) for name, x in self.movements.items()}
-        quantizers = {"codebooks": codebooks, "movement": movement} if layers else {}
+        found = self.meter.measure(model, self.movement)
+        self.movement = {name: asdict(x) for name, x in found.items()}
+        quantizers = {"codebooks": codebooks, "movement": self.movement} if layers else {}
         record = {"stage": self.stage, **values, **quantizers}
         with self.metrics.open("a", encoding="utf-8") as file:
             file.write(json.dumps(record) + "\n")
@@ -87,11 +86,11 @@ class Recorder:
             ("speed/peak_memory_bytes", "peak_memory_bytes"),
         ):
             self.writer.add_scalar(tag, values[name], report.epoch)
-        for name, figures in movement.items():
+        for name, figures in self.movement.items():
             for figure, value in figures.items():
                 self.writer.add_scalar(f"movement_{figure}/{name}", value, report.epoch)
-        for name, found in codebooks.items():
-            for index, level in enumerate(found):
+        for name, values_of in codebooks.items():
+            for index, level in enumerate(values_of):
                 self.writer.add_scalar(f"codebook/{name}/{index}", level, report.epoch)
         if codebooks and report.epoch == 1:
             # One chart per layer on the Custom Scalars page, instead of one per level.
