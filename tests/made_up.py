@@ -95,6 +95,7 @@ def make_run(
             "stage": "qat",
             "epoch": epoch,
             "train_loss": loss,
+            "validation_top1_percent": 90 - loss,
             "codebooks": {layers[1]: [-0.3 - 0.01 * epoch, 0.0, 0.3 + 0.01 * epoch]},
         }
         for epoch, loss in enumerate(losses, 1)

@@ -127,6 +127,10 @@ def test_csv_has_a_row_for_each_run_and_reads_back(sweep, report, written):
         assert int(row["seed"]) == run.seed
         assert float(row["qat_top1_percent"]) == run.result.qat_top1_percent
         assert float(row["final_train_loss"]) == run.final_train_loss
+        last = float(row["final_validation_top1_percent"])
+        assert (
+            last == run.final_validation_top1_percent == run.records[-1]["validation_top1_percent"]
+        )
         assert float(row["average_weight_bits"]) == run.allocation.average_weight_bits
         assert float(row["seconds"]) == 10.5
     assert rows[str(sweep / "bad")]["row"] == f"trainer.name={EVIL}"

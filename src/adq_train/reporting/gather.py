@@ -61,8 +61,16 @@ class Run:
     @property
     def final_train_loss(self) -> float | None:
         """Training loss of the last epoch of QAT; None without QAT."""
-        losses = [x.get("train_loss") for x in self.records if x.get("stage") == "qat"]
-        last: Any = losses[-1] if losses else None
+        return self._final("train_loss")
+
+    @property
+    def final_validation_top1_percent(self) -> float | None:
+        """Accuracy on the validation split after the last epoch of QAT; None without QAT."""
+        return self._final("validation_top1_percent")
+
+    def _final(self, name: str) -> float | None:
+        values = [x.get(name) for x in self.records if x.get("stage") == "qat"]
+        last: Any = values[-1] if values else None
         return float(last) if _is_number(last) else None
 
 

@@ -16,6 +16,7 @@ from adq_train.reporting.statistics import Difference
 from adq_train.reporting.tables import Report, plain
 
 FIGURES = ("fp_top1_percent", "ptq_top1_percent", "qat_top1_percent", "qat_top5_percent")
+FINALS = ("final_train_loss", "final_validation_top1_percent")  # of the last epoch of QAT
 COSTS = (
     "average_weight_bits",
     "average_weight_bits_all_layers",
@@ -24,7 +25,7 @@ COSTS = (
     "bops",
 )
 ORIGINS = ("commit", "python", "torch", "device", "command")
-COLUMNS = ("data", "model", "row", "seed", "state", "note", *FIGURES, "final_train_loss",
+COLUMNS = ("data", "model", "row", "seed", "state", "note", *FIGURES, *FINALS,
            "num_test_images", *COSTS, "seconds", "path", *ORIGINS)  # fmt: skip
 
 
@@ -53,7 +54,7 @@ def harmless(value: Any) -> Any:
 
 def _figures(run: Run) -> dict[str, Any]:
     values: dict[str, Any] = {"state": run.state, "note": run.note, "path": str(run.path)}
-    values["final_train_loss"] = run.final_train_loss
+    values |= {name: getattr(run, name) for name in FINALS}
     if run.result and run.allocation:
         values |= {name: getattr(run.result, name) for name in (*FIGURES, "num_test_images")}
         values |= {name: getattr(run.allocation, name) for name in COSTS}
