@@ -47,7 +47,7 @@ GROUPS = {
     "model": ("resnet8", "resnet20"),
     "weight_quantizer": ("adq", "adq_paper", "apot", "dorefa", "lsq", "n2uq"),
     "activation_quantizer": ("apot", "dorefa", "lsq", "n2uq", "pact"),
-    "sensitivity": ("fisher", "from_file", "hessian", "mse", "perturbation"),
+    "sensitivity": ("fisher", "from_file", "hessian", "learned", "mse", "perturbation"),
     "allocator": ("fixed", "from_file", "greedy", "ilp", "uniform"),
     "optimizer": ("adamw", "sgd"),
     "scheduler": ("cosine", "linear", "step"),

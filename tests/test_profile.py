@@ -46,6 +46,7 @@ METRICS = {
     "perturbation": ["sensitivity.tensors=separate"],
     "hessian": ["sensitivity.max_probes=3"],
     "fisher": [],
+    "learned": ["sensitivity.epochs=1"],
 }
 
 

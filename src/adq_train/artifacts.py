@@ -29,6 +29,9 @@ VALUES = (
     "activation_measured",
 )
 
+# The metric whose values are -log of learned shares.
+LEARNED = "learned"
+
 
 @dataclass(frozen=True)
 class LayerInfo:
@@ -102,6 +105,11 @@ class SensitivityTable:
     bit_widths: tuple[BitWidth, ...]
     layers: tuple[LayerSensitivity, ...]
     caveat: str | None = None
+
+    @property
+    def may_rise(self) -> bool:
+        """Whether more bits may have a larger value: that of a preference, not of a loss."""
+        return self.metric == LEARNED
 
     def to_json(self) -> str:
         """The content of ``sensitivity.json``; what is not known is left out."""

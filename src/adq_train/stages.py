@@ -36,7 +36,7 @@ from adq_train.reporting import why
 from adq_train.reporting.progress import Progress
 from adq_train.reporting.recorder import Recorder
 from adq_train.run_folder import RunFolder, identity, read_metrics
-from adq_train.sensitivity.base import Conditions
+from adq_train.sensitivity.base import Conditions, Training
 from adq_train.sensitivity.noise import evened_out, oddities, settle
 from adq_train.sensitivity.outputs import caveat, float_outputs
 from adq_train.sensitivity.partial import PartialTable, weights_digest
@@ -50,7 +50,7 @@ from adq_train.training.distributed import ALONE, Ranks
 from adq_train.training.evaluate import Evaluation, evaluate
 from adq_train.training.loop import fit
 from adq_train.training.mixing import Mixing
-from adq_train.training.optimizers import make_optimizers
+from adq_train.training.optimizers import Optimizers, make_optimizers
 from adq_train.training.step import TrainingStep
 from adq_train.validate import Parts
 from adq_train.weights import load_state
@@ -183,6 +183,11 @@ def _copy_metrics(source: Path, target: Path) -> None:
 def profile(run: Context, model: nn.Module, problem: Problem) -> SensitivityTable:
     """Measures what quantizing each layer costs; layers that are done already are not repeated.
 
+    Args:
+        run: The run.
+        model: The float model.
+        problem: Its layers, and the budget for metrics that look at it.
+
     Raises:
         UserError: A sensitivity or an output of the float model is not finite, or the kept table
             is of another model.
@@ -211,6 +216,12 @@ def profile(run: Context, model: nn.Module, problem: Problem) -> SensitivityTabl
             run.parts.make_activation_quantizer,
             run.seed,
             likely_bits(problem),
+            training=Training(
+                run.data.train,
+                lambda network: _optimizers(run, "optimizer", network),
+                problem,
+                short=run.config["dry_run"],
+            ),
         )
 
         def measure(some: Sequence[LayerInfo]) -> Iterator[LayerSensitivity]:
@@ -335,18 +346,9 @@ def _fit(
 ) -> CheckpointFolder:
     """QAT (stage ``qat``) or float training, recorded and checkpointed in ``folder``."""
     trainer = run.config["trainer"]
-    rates = run.config["optimizer" if stage == "qat" else "pretrain"]
-    parts = run.parts
-    optimizers = make_optimizers(
-        model,
-        rates["lr"],
-        rates["weight_decay"],
-        parts.make_optimizer,
-        parts.make_quantizer_optimizer,
-    )
     step = TrainingStep(
         model,
-        optimizers,
+        _optimizers(run, "optimizer" if stage == "qat" else "pretrain", model),
         label_smoothing=trainer["label_smoothing"],
         gradient_clip_norm=trainer["gradient_clip_norm"],
         accumulate_batches=trainer["accumulate_batches"],
@@ -397,6 +399,18 @@ def _fit(
     finally:
         recorder.close()
     return checkpoints
+
+
+def _optimizers(run: Context, section: str, model: nn.Module) -> Optimizers:
+    """The optimizers of a model, with the rates of one section (``optimizer`` or ``pretrain``)."""
+    rates, parts = run.config[section], run.parts
+    return make_optimizers(
+        model,
+        rates["lr"],
+        rates["weight_decay"],
+        parts.make_optimizer,
+        parts.make_quantizer_optimizer,
+    )
 
 
 def evaluate_models(

@@ -141,7 +141,8 @@ def caveat(problem: Problem, table: SensitivityTable) -> str | None:
     """
     rows = {x.name: x for x in table.layers}
     choices = [(rows[x.name], problem.widths(x)) for x in problem.mixed]
-    if within_noise(choices) and any(len(widths) > 1 for _, widths in choices):
+    is_open = any(len(widths) > 1 for _, widths in choices)
+    if is_open and not table.may_rise and within_noise(choices):
         return "which are within noise"
     return f"but {table.caveat}" if table.caveat else None
 

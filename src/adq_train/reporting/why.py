@@ -12,9 +12,9 @@ from adq_train.artifacts import BitAllocation, SensitivityTable
 HEADER = ("layer", "bits W/A", "other", "Ω rises by", "bytes", "bit operations", "in budget")
 EXPLANATION = """\
 Each line changes one layer to its next smaller or larger candidate and leaves the others alone.
-A smaller width saves what the columns bytes and bit operations say, and Ω (the predicted loss)
-rises by the amount given; a larger one lowers Ω and costs more. "in budget" says whether the
-budget has room for the change: a "yes" beside a falling Ω means that the bits can be improved.
+A smaller width saves what the columns bytes and bit operations say, and Ω rises by the amount
+given; a larger one lowers Ω and costs more. "in budget" says whether the budget has room for the
+change: a "yes" beside a falling Ω means that the bits can be improved.
 """
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
@@ -12,13 +12,32 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from adq_train.allocation.allocator import not_apart
+from adq_train.allocation.budget import Problem
 from adq_train.artifacts import LayerBits, LayerInfo, LayerSensitivity
-from adq_train.data.base import Batch, derived_seed
+from adq_train.data.base import Batch, Batches, derived_seed
 from adq_train.errors import UserError
 from adq_train.quantization.base import MakeActivationQuantizer, MakeWeightQuantizer
 from adq_train.quantization.copies import own_copy
 from adq_train.quantization.prepare import keep_weights
 from adq_train.quantization.weights import kept_weight, used_weight
+from adq_train.training.optimizers import Optimizers
+
+
+@dataclass(frozen=True)
+class Training:
+    """What a metric needs besides that trains.
+
+    Attributes:
+        batches: The training images.
+        make_optimizers: QAT's, at its first rates, for the parameters of a prepared network.
+        problem: What is to be chosen, within which budget.
+        short: Whether one epoch is enough, to try that all works.
+    """
+
+    batches: Batches
+    make_optimizers: Callable[[nn.Module], Optimizers]
+    problem: Problem
+    short: bool = False
 
 
 @dataclass(frozen=True)
@@ -33,6 +52,7 @@ class Conditions:
         seed: For everything that is drawn at random.
         likely: About the bits that every layer of the network will get, for metrics that measure
             one layer among others that are quantized; see :func:`~.allocation.uniform.likely_bits`.
+        training: For a metric that trains; None where there is nothing to train on.
     """
 
     bit_widths: Sequence[int]
@@ -41,6 +61,7 @@ class Conditions:
     make_activation_quantizer: MakeActivationQuantizer
     seed: int = 0
     likely: Sequence[LayerBits] = ()
+    training: Training | None = None
 
 
 class SensitivityMetric(Protocol):

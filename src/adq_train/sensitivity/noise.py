@@ -70,6 +70,8 @@ def _settled(
 
 def oddities(table: SensitivityTable) -> str | None:
     """One sentence about the values that are negative or rise with more bits, or None."""
+    if table.may_rise:
+        return None
     found = [
         f"{'' if what == 'layer' else what + ' '}{row.name} ({odd})"
         for row in table.layers
