@@ -24,7 +24,7 @@ from adq_train.quantization.functional import at_ranks
 BITS = range(2, 9)
 
 
-PAPER = {"level_set": "symmetric", "adaptation": "centroid"}
+PAPER = {"initialization": "quantile", "level_set": "symmetric", "adaptation": "centroid"}
 
 
 def calibrated(weight, bit_width=3, **options):
@@ -766,7 +766,8 @@ def test_levels_without_a_read_are_those_with_one_bit_for_bit(level_set, bits):
         for weights in (normal, normal.abs() + 0.1, -normal.abs() - 0.1, normal.relu(), 0 * normal):
             old = quantiles_side_by_side(weights, bits, level_set)
             assert torch.equal(quantile_codebook(weights, bits, level_set), old)
-        quantizer = AdqWeightQuantizer(bits, level_set=level_set, adaptation="quantile", decay=0.9)
+        options = {"initialization": "quantile", "adaptation": "quantile", "decay": 0.9}
+        quantizer = AdqWeightQuantizer(bits, level_set=level_set, **options)
         quantizer.calibrate(normal + 0.01)
         for moved in (normal + 0.02, normal.abs() + 0.1, normal - 3, normal):
             before = quantizer.codebook, quantizer.pinned

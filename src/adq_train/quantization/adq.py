@@ -203,20 +203,22 @@ class AdqWeightQuantizer(WeightQuantizer):
     """Adaptive codebook quantization of one layer's weights.
 
     After each optimizer step the codebook follows the weights. ``quantile``: c_k ← γ c_k +
-    (1 - γ) q_k, with q_k the quantile that initialises level k, of the weights as they are now.
+    (1 - γ) r_k q_k, with q_k the quantile that belongs to level k, of the weights as they are now,
+    and r_k the ratio of level and quantile at the start, 1 for levels that start at the quantiles.
     ``centroid``: N_k ← γ N_k + (1 - γ) n_k, S_k ← γ S_k + (1 - γ) s_k, c_k ← S_k / N_k, with n_k
     and s_k the count and sum of the weights nearest to level k; at fixed weights this ends at the
     Lloyd–Max codebook. The defaults are those that docs/method.md measures to be best.
 
     Args:
         bit_width: b, 2 … 8.
-        initialization: ``quantile`` (the paper's), ``uniform``, ``kmeans`` or ``random``.
+        initialization: ``quantile`` (the paper's), ``kmeans`` (from there to the means of the
+            cells, the Lloyd–Max codebook), ``uniform`` or ``random``.
         level_set: ``no_zero``, ``full`` or ``symmetric`` (the paper's); see :func:`side_sizes`.
             A layer that was pruned keeps its zeros: it gets ``full`` in the place of ``no_zero``.
         granularity: ``layer`` (the paper's), or ``channel``: weights are divided by the mean
             magnitude of their output channel before the shared codebook.
-        adaptation: What the EMA tracks: the ``quantile`` that initialises each level, the
-            ``centroid`` of each cell, or ``none`` for a codebook that stays as initialised.
+        adaptation: What the EMA tracks: each level's ``quantile``, times its ratio at the start,
+            the ``centroid`` of each cell, or ``none`` for a codebook that stays as initialised.
         decay: γ, in [0, 1).
         interval: Optimizer steps between two adaptations.
         dead_threshold: With ``centroid``, a level whose EMA count is smaller is moved; 0 never
@@ -235,14 +237,14 @@ class AdqWeightQuantizer(WeightQuantizer):
     counts: Tensor
     sums: Tensor
     pinned: Tensor
-    stretch: Tensor
+    ratio: Tensor
     scale: Tensor
 
     def __init__(
         self,
         bit_width: int,
         *,
-        initialization: str = "quantile",
+        initialization: str = "kmeans",
         level_set: str = "no_zero",
         granularity: str = "layer",
         adaptation: str = "quantile",
@@ -283,7 +285,7 @@ class AdqWeightQuantizer(WeightQuantizer):
         self.register_buffer("counts", torch.zeros(num_levels))
         self.register_buffer("sums", torch.zeros(num_levels))
         self.register_buffer("pinned", torch.zeros(num_levels, dtype=torch.bool))
-        self.register_buffer("stretch", torch.ones(sum(side_sizes(bit_width, level_set))))
+        self.register_buffer("ratio", torch.ones(sum(side_sizes(bit_width, level_set))))
         self.register_buffer("scale", torch.ones(1))
 
     @torch.no_grad()
@@ -310,7 +312,7 @@ class AdqWeightQuantizer(WeightQuantizer):
         self.codebook, self.pinned = codebook, pinned
         quantiles = _side_quantiles(weights, self.bit_width, self.level_set)
         # Of zeros alone there are no others to keep a distance from.
-        self.stretch = torch.where(quantiles == 0, 1.0, self._free_levels() / quantiles)
+        self.ratio = torch.where(quantiles == 0, 1.0, self._free_levels() / quantiles)
         self.counts = cell_statistics(weights, assign(weights, codebook), len(codebook))[0]
         # S = N c, not the true sums: adaptation then starts from the initial codebook.
         self.sums = self.counts * codebook
@@ -346,7 +348,7 @@ class AdqWeightQuantizer(WeightQuantizer):
         if self.adaptation == "quantile":
             # Apart from the zero, which stands elsewhere once all weights have one sign.
             target = _side_quantiles(weights, self.bit_width, self.level_set)
-            free = torch.lerp(self.stretch * target, self._free_levels(), self.decay)
+            free = torch.lerp(self.ratio * target, self._free_levels(), self.decay)
             zero = free.new_zeros(len(self.codebook) - len(free))
             self.codebook = torch.cat([zero, free]).sort().values
             self.pinned = self._zero_level(self.codebook)
@@ -383,7 +385,7 @@ class AdqWeightQuantizer(WeightQuantizer):
         pinned = state.get(f"{prefix}pinned")
         if self.level_set == "no_zero" and pinned is not None and bool(pinned.any()):
             self.level_set = "full"  # of a layer that was pruned when it was calibrated
-            self.stretch = self.stretch[1:]
+            self.ratio = self.ratio[1:]
         super()._load_from_state_dict(state, prefix, *rest)
 
     def _channel_scale(self, weight: Tensor) -> Tensor:
