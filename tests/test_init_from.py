@@ -105,8 +105,42 @@ def test_other_bits_and_quantizers_are_calibrated_anew_on_the_same_weights(more)
         }
         assert 0 < len(anew) < 2 * len(old)
         for name, value in state.items():
-            fresh = any(name.startswith(f"{x}.") for x in anew)
+            fresh = name.startswith(tuple(f"{x}." for x in anew))
+            fresh |= name.endswith(("running_mean", "running_var", "num_batches_tracked"))
             assert fresh or torch.equal(value, source[name]), name
+        # Batch norm after a layer with a new quantizer sees other values.
+        assert not torch.equal(state["bn1.running_var"], source["bn1.running_var"])
+
+
+NORMED = """
+from torch.nn.utils import parametrizations, weight_norm
+from adq_train.models import CifarResNetModel
+
+class Normed(CifarResNetModel):
+    def build(self, num_classes, in_channels):
+        network = super().build(num_classes, in_channels)
+        parametrizations.weight_norm(network.layer1[0].conv1)
+        parametrizations.spectral_norm(network.layer2[0].conv1)
+        return network
+"""
+
+
+def test_weights_that_are_made_anew_go_on_as_they_were(cli, no_pictures, monkeypatch, tmp_path):
+    """Under their own names, so that they train as before."""
+    Path("normed_model.py").write_text(NORMED)
+    monkeypatch.syspath_prepend(tmp_path)
+    own = (*QUICK, "model._target_=normed_model.Normed", "trusted_packages=[normed_model]")
+    outcome = cli(*own, "run_dir=first")
+    assert outcome.code == 0, outcome.err
+    outcome = cli(*own, "init_from=first", "trainer.epochs=0", "run_dir=same")
+    assert outcome.code == 0, outcome.err
+    assert "layer1.0.conv1.parametrizations.weight.original0" in model_of("first")
+    assert equal(model_of("same"), model_of("first"))
+    before, after = (read(x, "result.json")["qat_top1_percent"] for x in ("first", "same"))
+    assert after == before
+    outcome = cli(*own, "init_from=first", "trainer.epochs=1", "run_dir=more")
+    assert outcome.code == 0, outcome.err
+    assert model_of("more").keys() == model_of("first").keys()
 
 
 def test_it_is_known_by_what_the_checkpoint_holds(more):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -15,15 +14,12 @@ from torch import Tensor, nn
 from adq_train.artifacts import BitAllocation
 from adq_train.data.base import ImageData
 from adq_train.errors import UserError
-from adq_train.export.trained import FinishedRun, open_run, trained_network
+from adq_train.export.trained import FinishedRun, open_run, restored_network
 from adq_train.files import sha256
 from adq_train.manifest import differences
 from adq_train.quantization.layers import same_weight
-from adq_train.quantization.prepare import collect_inputs, prepare
-from adq_train.stages import Context, float_key
+from adq_train.stages import Context, float_key, prepare_and_calibrate
 from adq_train.training.checkpoint import CheckpointFolder
-from adq_train.training.evaluate import evaluate
-from adq_train.weights import load_state
 
 log = logging.getLogger(__name__)
 
@@ -129,7 +125,7 @@ def open_start(config: dict[str, Any], data: ImageData) -> Start | None:
             "damaged; give the float model as pretrain.checkpoint"
         )
     try:
-        network = trained_network(source, file.stem)
+        network = restored_network(source, file.stem)
     except UserError as error:
         raise UserError(f"init_from: {error}") from error
     return Start(source, file, network, kept and kept["model"])
@@ -149,35 +145,14 @@ def prepare_from(
         model: Its float model.
         allocation: Its bits.
     """
-    device = next(model.parameters()).device
-    source = start.network.to(device)
+    source = start.network.to(next(model.parameters()).device)
     if run.config["trainer"]["channels_last"]:
         source.to(memory_format=torch.channels_last)
-    names = [name for x in allocation.layers for name in same_weight(model, x.name)]
-    images = (images for images, _ in run.data.calibration.epoch(0))
-    inputs = collect_inputs(source, names, images, run.seed)
-    quantized = copy.deepcopy(model)
-    weights = source.state_dict()
-    load_state(quantized, {name: weights[name] for name in quantized.state_dict()})
-    prepare(
-        quantized,
-        allocation,
-        run.parts.make_weight_quantizer,
-        run.parts.make_activation_quantizer,
-        inputs,
-        run.seed,
-    )
     anew = dict(_calibrated_anew(run.config, start.source, model, allocation))
-    others = tuple(f"{quantizer}." for quantizer in anew)
-    state = quantized.state_dict()
-    load_state(quantized, {k: x if k.startswith(others) else weights[k] for k, x in state.items()})
     log.info("init_from: weights and quantizers of %s", start.file)
     for quantizer, why in anew.items():
         log.info("init_from: %s is calibrated anew (%s)", quantizer, why)
-    run.ranks.equalize(quantized)
-    watched = evaluate(quantized, run.data.validation, run.ranks)
-    log.info("init_from: validation top-1 %.2f %%", watched.top1_percent)
-    return quantized
+    return prepare_and_calibrate(run, model, allocation, source, anew)
 
 
 def _calibrated_anew(

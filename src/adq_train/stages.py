@@ -6,7 +6,7 @@ import contextlib
 import copy
 import json
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,7 @@ from adq_train.errors import UserError
 from adq_train.files import sha256, write_text
 from adq_train.kept import require_figures, require_layers
 from adq_train.locks import exclusive
+from adq_train.quantization.layers import same_weight
 from adq_train.quantization.levels import count_levels
 from adq_train.quantization.movement import MovementMeter, report_movement
 from adq_train.quantization.prepare import collect_inputs, prepare
@@ -266,15 +267,32 @@ def allocate_bits(run: Context, problem: Problem, table: SensitivityTable) -> Bi
     return allocation
 
 
-def prepare_and_calibrate(run: Context, model: nn.Module, allocation: BitAllocation) -> nn.Module:
-    """A quantized copy of the float model, initialised from the calibration images."""
-    inputs = collect_inputs(
-        model,
-        [x.name for x in allocation.layers],
-        (images for images, _ in run.data.calibration.epoch(0)),
-        run.seed,
-    )
+def prepare_and_calibrate(
+    run: Context,
+    model: nn.Module,
+    allocation: BitAllocation,
+    source: nn.Module | None = None,
+    anew: Collection[str] = (),
+) -> nn.Module:
+    """A quantized copy of the float model, initialised from the calibration images.
+
+    Batch norm's statistics are estimated anew where a quantizer is new.
+
+    Args:
+        run: The run.
+        model: Its float model.
+        allocation: Its bits.
+        source: A trained network of the same layers, quantized, which weights and quantizers are
+            taken from, and the inputs that quantizers are calibrated on; None: the float model.
+        anew: The quantizers that are calibrated all the same, by name.
+    """
+    names = [name for x in allocation.layers for name in same_weight(model, x.name)]
+    images = (images for images, _ in run.data.calibration.epoch(0))
+    inputs = collect_inputs(source or model, names, images, run.seed)
     quantized = copy.deepcopy(model)
+    taken = source.state_dict() if source else {}
+    if source:
+        load_state(quantized, {name: taken[name] for name in quantized.state_dict()})
     prepare(
         quantized,
         allocation,
@@ -283,12 +301,18 @@ def prepare_and_calibrate(run: Context, model: nn.Module, allocation: BitAllocat
         inputs,
         run.seed,
     )
-    together = run.config["trainer"]["eval_batch_size"]
-    calibration = run.data.calibration
-    reestimate_batch_norm(quantized, first_images(calibration, 0, 10**9, together))
+    if source:
+        own = tuple(f"{quantizer}." for quantizer in anew)
+        state = quantized.state_dict()
+        load_state(quantized, {k: x if k.startswith(own) else taken[k] for k, x in state.items()})
+    if anew or not source:
+        together = run.config["trainer"]["eval_batch_size"]
+        images = first_images(run.data.calibration, 0, 10**9, together)
+        reestimate_batch_norm(quantized, images)
     run.ranks.equalize(quantized)
     watched = evaluate(quantized, run.data.validation, run.ranks)
-    log.info("calibrate: validation top-1 %.2f %%", watched.top1_percent)
+    stage = "init_from" if source else "calibrate"
+    log.info("%s: validation top-1 %.2f %%", stage, watched.top1_percent)
     return quantized
 
 

@@ -95,8 +95,19 @@ def open_run(path: Path, trusted_packages: Sequence[str] = ()) -> FinishedRun:
     return FinishedRun(path, config, read_manifest(path), allocation, trusted_prefixes(config))
 
 
-def trained_network(run: FinishedRun, name: str | None = None) -> nn.Module:
-    """The trained, quantized network on the CPU, in evaluation mode.
+def trained_network(run: FinishedRun) -> nn.Module:
+    """The network that the run has tested, on the CPU, every weight a parameter.
+
+    Raises:
+        UserError: There is no intact checkpoint, or it does not fit the configuration.
+    """
+    network = restored_network(run)
+    keep_weights(network)
+    return network.eval()
+
+
+def restored_network(run: FinishedRun, name: str | None = None) -> nn.Module:
+    """The trained, quantized network as QAT left it, on the CPU, in evaluation mode.
 
     Args:
         run: The run.
@@ -142,5 +153,4 @@ def trained_network(run: FinishedRun, name: str | None = None) -> nn.Module:
         raise UserError(
             f"{checkpoints.folder / name}.pt does not fit the configuration: {error}"
         ) from error
-    keep_weights(network)
     return network.eval()
