@@ -311,12 +311,14 @@ def test_the_grid_sweeps_without_a_flag(cli, monkeypatch):
     assert len(toggles) == 32
 
 
-def test_a_user_s_own_experiments(cli, tmp_path):
+def test_a_user_s_own_experiments(cli, tmp_path, monkeypatch):
     folder = tmp_path / "mine" / "experiment"
     folder.mkdir(parents=True)
     (folder / "tiny.yaml").write_text("# @package _global_\ntrainer:\n  epochs: 7\n")
     assert config_of(cli, "--config-dir", "mine", "experiment=tiny")["trainer"]["epochs"] == 7
     assert "did you mean 'tiny'" in cli("--config-dir", "mine", "experiment=tinny").err
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert config_of(cli, "--config-dir=~/mine", "experiment=tiny")["trainer"]["epochs"] == 7
 
 
 def test_the_flag_of_a_sweep_may_come_last(cli, monkeypatch):

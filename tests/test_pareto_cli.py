@@ -143,3 +143,23 @@ def test_it_answers_without_torch(tmp_path):
     )
     subprocess.run([sys.executable, "-c", program, str(tmp_path)], check=True, capture_output=True)
     assert json.loads((tmp_path / "sensitivity.json").read_text())["layers"][0]["num_inputs"] == 9
+
+
+def test_bits_that_mean_little_are_called_so(run):
+    assert "Bits by" not in run()[1]
+    noisy = replace(
+        BOTH, layers=tuple(replace(x, standard_error=dict(x.sensitivity)) for x in BOTH.layers)
+    )
+    assert "\nBits by ilp, optimal for these Ω, which are within noise\n" in run(table=noisy)[1]
+    chance = replace(BOTH, caveat="the float model is at chance")
+    out = run("--allocator=greedy", table=chance)[1]
+    assert "\nBits by greedy, by these Ω, but the float model is at chance\n" in out
+
+
+def test_paths_may_begin_at_home(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "sensitivity.json").write_text(BOTH.to_json())
+    with pytest.raises(SystemExit, match="1"):
+        main(["~/run", "--output=~/nowhere"])
+    assert f"--output: {tmp_path}/nowhere is no folder" in capsys.readouterr().err

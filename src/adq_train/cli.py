@@ -33,7 +33,9 @@ from tqdm import tqdm
 
 from adq_train import interrupts
 from adq_train.errors import ConfigError, UserError
+from adq_train.files import with_home
 from adq_train.overrides import problems_of, trust_typed
+from adq_train.printable import PrintableFormatter, printable
 from adq_train.reporting.progress import speaks
 from adq_train.schema import register
 from adq_train.values import quote, quoted
@@ -45,6 +47,11 @@ def main() -> None:
         interrupts.end_with_parent()
     # Appending an experiment would let it win over an ablation; selecting it keeps the order.
     argv = [re.sub(r"^\+(experiment|comparison|ablation)=", r"\1=", text) for text in sys.argv[1:]]
+    argv = [
+        f"{flag}={with_home(value)}" if flag == "--config-dir" and equals else text
+        for text in argv
+        for flag, equals, value in [text.partition("=")]
+    ]
     args = get_args_parser().parse_args(argv)
     only_words = bool(args.help or args.hydra_help or args.shell_completion)
     register()
@@ -101,7 +108,7 @@ def main() -> None:
     finally:  # a cleaned /tmp has taken it away already
         shutil.rmtree(scratch, ignore_errors=True)
     if len(outcomes) > 1 and speaks():
-        print(table_of(outcomes), file=sys.stderr)
+        print(printable(table_of(outcomes)), file=sys.stderr)
     code = code or int(any(outcome.code for outcome in outcomes))
     if code and int(os.environ.get("WORLD_SIZE", 1)) > 1:
         # What PyTorch does at exit would wait for processes that may be gone.
@@ -234,7 +241,7 @@ def run_job(cfg: DictConfig, config_dir: str | None, whole_command: list[str]) -
             reason = f"the disk is full ({error}); free some space, and the same command continues"
         if is_first_to_report():
             hint = "" if full else " (debug=true shows where)"
-            print(f"error: {reason}{hint}", file=sys.stderr)
+            print(printable(f"error: {reason}{hint}"), file=sys.stderr)
             if cfg.debug:
                 traceback.print_exc()
     return Outcome(number, " ".join(overrides), code, reason)
@@ -249,7 +256,9 @@ def configure_logging(quiet: bool = False) -> None:
     logging.raiseExceptions = False
     # TensorBoard's thread hands its errors to whoever writes next, who tells them.
     threading.excepthook = lambda failed: logger.debug("a thread failed: %s", failed.exc_value)
-    logger.handlers = [logging.NullHandler()] if quiet else [Console(logging.INFO)]
+    console = Console(logging.INFO)
+    console.setFormatter(PrintableFormatter())
+    logger.handlers = [logging.NullHandler()] if quiet else [console]
 
 
 class Console(logging.Handler):
@@ -266,7 +275,7 @@ def show_error(error: UserError, debug: bool) -> None:
         traceback.print_exception(error)
     problems = error.problems if isinstance(error, ConfigError) else (str(error),)
     lead = "error: " if len(problems) == 1 else f"{len(problems)} errors:\n  "
-    print(lead + "\n  ".join(problems), file=sys.stderr)
+    print(printable(lead + "\n  ".join(problems)), file=sys.stderr)
 
 
 def fail(error: UserError) -> NoReturn:

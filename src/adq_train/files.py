@@ -18,6 +18,16 @@ from adq_train.errors import UserError
 TEMPORARY = re.compile(r"\.(.+)\.[0-9a-f]{8}\.tmp")
 
 
+def with_home(text: str) -> str:
+    """A path as a person types it, ``~`` written out as a shell would; an unknown user's stays."""
+    return os.path.expanduser(text)  # noqa: PTH111 (Path's raises for an unknown user)
+
+
+def typed_path(text: str) -> Path:
+    """The same as a path; every program takes its paths from the command line through it."""
+    return Path(with_home(text))
+
+
 @contextlib.contextmanager
 def written_whole(path: Path) -> Iterator[Path]:
     """Gives a temporary path beside ``path``; it takes its name once the block succeeds.

@@ -20,7 +20,9 @@ from adq_train.allocation.pareto import BUDGETS, front, solve, uniform
 from adq_train.allocation.patterns import by_layer, pinned_bits
 from adq_train.artifacts import LayerInfo, SensitivityTable
 from adq_train.errors import UserError
-from adq_train.files import write_text, written_whole
+from adq_train.files import typed_path, write_text, written_whole
+from adq_train.printable import printable
+from adq_train.reporting import why
 from adq_train.yaml_files import read_yaml
 
 ALLOCATORS = (IlpAllocator(), GreedyAllocator())
@@ -32,7 +34,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     try:
         run(options)
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(printable(f"error: {error}"), file=sys.stderr)
         sys.exit(1)
 
 
@@ -43,7 +45,7 @@ def parser() -> argparse.ArgumentParser:
         description="Predicted loss against cost, from the sensitivities of one run. Pins, "
         "candidates and tied bits are those of the run unless given here.",
     )
-    words.add_argument("path", type=Path, help="a run's folder, or a sensitivity.json")
+    words.add_argument("path", type=typed_path, help="a run's folder, or a sensitivity.json")
     words.add_argument("--over", choices=BUDGETS, default=BUDGETS[0], help="the budget to vary")
     words.add_argument("--points", type=int, default=40, help="how many budgets (default: 40)")
     words.add_argument(
@@ -60,7 +62,9 @@ def parser() -> argparse.ArgumentParser:
     )
     names = [x.name for x in ALLOCATORS]
     words.add_argument("--allocator", choices=names, default=names[0], help="who chooses")
-    words.add_argument("--output", type=Path, help="folder for the files (default: the table's)")
+    words.add_argument(
+        "--output", type=typed_path, help="folder for the files (default: the table's)"
+    )
     return words
 
 
@@ -97,6 +101,8 @@ def run(options: argparse.Namespace) -> None:
     width = None if sys.stdout.isatty() else 120
     console = Console(width=width, soft_wrap=True)
     console.print(pareto.to_table([*best, *same]))
+    if best[0].caveat:
+        console.print(f"\nBits by {why.solved(best[0])}", markup=False)
     console.print(f"\n{options.points} budgets solved in {seconds:.1f} s; {len(best)} differ")
     console.print(f"written to  {target / 'pareto.csv'}\n            {target / 'pareto.png'}")
 

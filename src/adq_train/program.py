@@ -14,6 +14,7 @@ from typing import NoReturn
 
 from adq_train import __version__, interrupts, streams
 from adq_train.errors import UserError
+from adq_train.printable import printable
 
 
 def train() -> NoReturn:
@@ -81,7 +82,7 @@ def _act(name: str, function: str, debug: bool) -> int:
         getattr(importlib.import_module(module), attribute)()
     except SystemExit as end:
         if end.code is not None and not isinstance(end.code, int):
-            print(end.code, file=sys.stderr)
+            print(printable(str(end.code)), file=sys.stderr)
             return 1
         return end.code or 0
     except Exception as error:
@@ -89,9 +90,9 @@ def _act(name: str, function: str, debug: bool) -> int:
             traceback.print_exc()
         reason = " ".join(str(error).split())
         if isinstance(error, UserError):
-            print(f"error: {error}", file=sys.stderr)
+            print(printable(f"error: {error}"), file=sys.stderr)
         else:
             hint = f" ({name} --debug … shows where)"
-            print(f"error: {type(error).__name__}: {reason}{hint}", file=sys.stderr)
+            print(printable(f"error: {type(error).__name__}: {reason}{hint}"), file=sys.stderr)
         return 1
     return 0

@@ -26,6 +26,7 @@ from adq_train.files import TEMPORARY, clear_leftovers, outward_link, write_text
 from adq_train.kept import ARTIFACTS, Artifact, depends_on, origin, read, read_bits, take
 from adq_train.locks import LOCK, FolderLock
 from adq_train.manifest import differences, note_float_model, read_manifest, write_manifest
+from adq_train.printable import PrintableFormatter
 from adq_train.stamps import digest, stamped
 from adq_train.yaml_files import read_yaml
 
@@ -145,7 +146,7 @@ class RunFolder:
         self.log_file = logging.FileHandler(
             self.path / "train.log", encoding="utf-8", errors="backslashreplace"
         )
-        self.log_file.setFormatter(logging.Formatter("%(asctime)s %(levelname)-7s %(message)s"))
+        self.log_file.setFormatter(PrintableFormatter("%(asctime)s %(levelname)-7s %(message)s"))
         logging.getLogger("adq_train").addHandler(self.log_file)
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:

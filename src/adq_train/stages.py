@@ -307,8 +307,8 @@ def prepare_and_calibrate(
         load_state(quantized, {k: x if k.startswith(own) else taken[k] for k, x in state.items()})
     if anew or not source:
         together = run.config["trainer"]["eval_batch_size"]
-        images = first_images(run.data.calibration, 0, 10**9, together)
-        reestimate_batch_norm(quantized, images)
+        calibration = run.data.calibration
+        reestimate_batch_norm(quantized, first_images(calibration, 0, 10**9, together))
     run.ranks.equalize(quantized)
     watched = evaluate(quantized, run.data.validation, run.ranks)
     stage = "init_from" if source else "calibrate"

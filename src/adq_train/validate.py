@@ -7,7 +7,6 @@ schema, and each group's ``_target_`` by binding its arguments to the signature 
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields
 from typing import Any
@@ -29,6 +28,7 @@ from adq_train.building import (
     trusted_prefixes,
 )
 from adq_train.errors import ConfigError, did_you_mean
+from adq_train.files import with_home
 from adq_train.models import ModelSource
 from adq_train.quantization.base import (
     MakeActivationQuantizer,
@@ -224,9 +224,7 @@ def with_homes(node: Any, name: str = "") -> Any:
     """Writes out ``~`` in the settings that name a file or a folder, as a shell would."""
     if isinstance(node, dict):
         return {key: with_homes(value, str(key)) for key, value in node.items()}
-    if isinstance(node, str) and is_path(name) and node.startswith("~"):
-        return os.path.expanduser(node)  # noqa: PTH111 (an unknown user's stays)
-    return node
+    return with_home(node) if isinstance(node, str) and is_path(name) else node
 
 
 def _device(name: str, problems: list[str]) -> torch.device:

@@ -1,4 +1,6 @@
 import json
+from dataclasses import asdict
+from pathlib import Path
 
 import pytest
 
@@ -99,3 +101,27 @@ def test_files_that_are_none(tmp_path):
     (tmp_path / "c.json").write_text("[]")
     with pytest.raises(ValueError, match=r"path: .*c\.json is not a bit allocation"):
         FileAllocator(str(tmp_path / "c.json"))
+
+
+def test_stated_figures_that_the_bits_do_not_come_to_are_told(
+    make_problem, make_table, written, caplog
+):
+    problem = make_problem(average_weight_bits=8)
+    table = make_table(problem.mixed, ROWS)
+    path = Path(written(head=(5, 2), body=(2, 8), stem=(8, 8)))
+    true = asdict(allocate(FileAllocator(str(path)), problem, table))
+    names = ("average_weight_bits", "average_activation_bits", "model_size_bytes", "bops")
+    rounded = {name: round(true[name], 2) for name in names}
+    content = json.loads(path.read_text())
+
+    def told(**stated):
+        caplog.clear()
+        path.write_text(json.dumps({**content, **stated}))
+        allocate(FileAllocator(str(path)), problem, table)
+        return [x.getMessage() for x in caplog.records]
+
+    assert told() == told(**rounded) == told(allocator="me", objective=0) == []
+    (line,) = told(**rounded | {"model_size_bytes": 85, "average_weight_bits": None})
+    assert "average_weight_bits None, but its bits come to 3.01" in line
+    assert "model_size_bytes 85, but its bits come to 84" in line
+    assert line.startswith(f"allocator.path: {path} states ")

@@ -9,8 +9,10 @@ from PIL import Image
 
 import adq_train
 from adq_train.artifacts import BitAllocation, RunResult
+from adq_train.data.base import InputFormat, Pixels
 from adq_train.errors import UserError
 from adq_train.export.commands import eval_main, export_main
+from adq_train.export.evaluate import Evaluable
 from adq_train.export.trained import open_run, trained_network
 from adq_train.export.verify import Agreement
 
@@ -120,7 +122,8 @@ def test_a_file_of_another_program_ends_with_one_line(program, tmp_path):
 
 
 @pytest.mark.parametrize("index", [0, 1, 2])
-def test_images_of_ones_own_are_classified(exported, program, tmp_path, index):
+def test_images_of_ones_own_are_classified(exported, program, tmp_path, monkeypatch, index):
+    monkeypatch.setenv("HOME", str(tmp_path))
     for name in ("b.png", "a.png"):
         pixels = np.random.default_rng(0).integers(0, 256, (16, 20), dtype=np.uint8)
         Image.fromarray(pixels).save(tmp_path / name)
@@ -132,9 +135,37 @@ def test_images_of_ones_own_are_classified(exported, program, tmp_path, index):
     assert len(rows[0]["classes"]) == 5
     assert rows[0]["classes"] == sorted(rows[0]["classes"], key=lambda x: -x[1])
     assert sum(p for _, p in rows[0]["classes"]) <= 1 + 1e-6
-    _, out, _ = program(eval_main, exported[index], f"predict={tmp_path / 'a.png'}")
+    _, out, _ = program(eval_main, exported[index], "predict=~/a.png")
     label, probability = rows[0]["classes"][0]
     assert out.startswith(f"{tmp_path / 'a.png'}  {label} {100 * probability:.1f} %")
+
+
+def test_names_in_a_file_steer_no_terminal(program, monkeypatch, tmp_path):
+    image = tmp_path / "a\x1b[2J\n.png"
+    Image.new("L", (8, 8)).save(image)
+    network = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 2))
+    pixels = Pixels((100.0,), (50.0,))
+    expects = InputFormat(2, (1, 8, 8), ("\x1b]0;title\x07", "cat\nfake  dog 99.0 %"), pixels)
+    opened = Evaluable("packed", network.eval(), expects, None, None)
+    monkeypatch.setattr("adq_train.export.evaluate.open_path", lambda *_: opened)
+    _, out, err = program(eval_main, "x", f"predict={tmp_path}")
+    (line,) = out.splitlines()
+    assert err == ""
+    assert r"a\x1b[2J\n.png  " in line
+    assert r"\x1b]0;title\x07 " in line
+    assert r"cat\nfake  dog 99.0 % " in line
+    assert "\x1b" not in program(eval_main, tmp_path / "\x1b[2J")[2]
+
+
+def test_paths_may_begin_at_home(finished_run, program, monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "run").symlink_to(finished_run)
+    code, out, _ = program(export_main, "~/run", "output=~/x.safetensors")
+    assert code == 0
+    assert str(tmp_path / "x.safetensors") in out
+    assert (tmp_path / "x.safetensors").is_file()
+    root = program(eval_main, "~/x.safetensors", "data=imagenet", "data.root=~/nowhere")[2]
+    assert f"{tmp_path}/nowhere" in root
 
 
 def test_an_onnx_file_that_disagrees_is_not_kept(finished_run, program, tmp_path, monkeypatch):

@@ -263,9 +263,19 @@ def test_no_link_in_a_strangers_folder_is_written_through(tmp_path):
     assert list(target.iterdir()) == []
 
 
-def test_a_name_that_is_not_utf8_is_shown(tmp_path):
-    make_run(tmp_path / os.fsdecode(b"caf\xe9"))
-    command.run([str(tmp_path)])
+def test_odd_names_are_shown_and_steer_no_terminal(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    changes = {"data": {"name": "\x1b]0;mine\x07"}}
+    make_run(tmp_path / "runs" / os.fsdecode(b"caf\xe9"), changes=changes)
+    evil = "\x1b[2J"
+    make_run(tmp_path / "runs" / evil, seed=1, changes=changes, state="failed", error=evil)
+    command.run(["~/runs", "--output=~/report"])
+    captured = capsys.readouterr()
+    written = [tmp_path / "report" / x for x in ("report.md", "report.html", "runs.csv")]
+    for text in (captured.out, captured.err, *(x.read_text(encoding="utf-8") for x in written)):
+        assert not {"\x1b", "\x07"} & set(text)
+    assert r"resnet20 on \x1b]0;mine\x07" in captured.out
+    assert rf"{tmp_path}/runs/\x1b[2J: failed" in captured.err
     assert "caf\\udce9" in (tmp_path / "report" / "runs.csv").read_text(encoding="utf-8")
 
 

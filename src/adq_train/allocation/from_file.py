@@ -2,22 +2,32 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import json
+import logging
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from adq_train.allocation.allocator import GivenAllocator
-from adq_train.allocation.budget import Bits, Problem
+from adq_train.allocation.budget import Bits, Problem, figures
 from adq_train.allocation.fixed import require_within
 from adq_train.allocation.patterns import listed
-from adq_train.artifacts import layer_bits
+from adq_train.artifacts import SensitivityTable, layer_bits
 from adq_train.errors import UserError
+
+log = logging.getLogger(__name__)
+
+# A figure with two digits after the point is as good as the whole one.
+ROUNDED = 0.005 + 1e-9
 
 
 @dataclass(frozen=True)
 class FileAllocator(GivenAllocator):
     """The bits in an ``allocation.json``; any from 2 to 8, also such as were not measured.
 
-    Of the file only ``layers`` is read; every figure is counted anew.
+    Of the file only ``layers`` decides; every figure is counted anew, and one that the file states
+    otherwise is told in the log.
 
     Attributes:
         path: The file.
@@ -36,14 +46,16 @@ class FileAllocator(GivenAllocator):
         """The allocator's name in ``allocation.json``."""
         return "from_file"
 
+    def _text(self) -> str:
+        try:
+            return Path(self.path).read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(f"{self.path} cannot be read ({error})") from error
+
     def _read(self) -> dict[str, Bits]:
         """The bits in the file, by layer."""
         try:
-            text = Path(self.path).read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise UserError(f"{self.path} cannot be read ({error})") from error
-        try:
-            layers = layer_bits(text)
+            layers = layer_bits(self._text())
         except UserError as error:
             raise UserError(f"{self.path} is {error}") from error
         return {x.name: Bits(x.weight_bits, x.activation_bits) for x in layers}
@@ -76,3 +88,36 @@ class FileAllocator(GivenAllocator):
         chosen = {x.name: given[x.name] for x in problem.mixed}
         require_within(problem, chosen, f"allocator.path: {self.path}")
         return chosen
+
+    def choose(self, problem: Problem, table: SensitivityTable) -> tuple[dict[str, Bits], bool]:
+        """Bits of every mixed layer by name; never proven optimal.
+
+        Raises:
+            UserError: They do not fit.
+        """
+        chosen, optimal = super().choose(problem, table)
+        bits = {**chosen, **problem.pinned_bits()}
+        counted = asdict(figures(problem.layers, bits, problem.pinned))
+        if odd := other_figures(json.loads(self._text()), counted):
+            log.warning("allocator.path: %s states %s; its layers count", self.path, odd)
+        return chosen, optimal
+
+
+def other_figures(stated: Mapping[str, Any], counted: Mapping[str, float]) -> str | None:
+    """The figures that a file states and its bits do not come to, as one phrase, or None.
+
+    Args:
+        stated: What the file says; a number may be rounded to two digits after the point.
+        counted: The figures of its bits, by name.
+    """
+    odd = [
+        f"{name} {stated[name]}, but its bits come to {value:.10g}"
+        for name, value in counted.items()
+        if name in stated and not _is_about(stated[name], value)
+    ]
+    return "; ".join(odd) or None
+
+
+def _is_about(stated: Any, value: float) -> bool:
+    is_number = isinstance(stated, int | float) and not isinstance(stated, bool)
+    return is_number and abs(stated - value) <= ROUNDED

@@ -7,12 +7,13 @@ import sys
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TypeVar
 
 from adq_train.cli import configure_logging, show_error
 from adq_train.errors import ConfigError, UserError
 from adq_train.export.settings import parse
+from adq_train.files import typed_path
+from adq_train.printable import one_line, printable
 from adq_train.schema import choice, number
 
 EXPORT_HELP = """adq-export RUN_FOLDER [key=value ...]
@@ -110,7 +111,7 @@ def _main(kind: type[S], text: str, act: Callable[[S], None]) -> None:
         if settings.debug:
             traceback.print_exc()
         reason = f"{type(error).__name__}: {next(iter(str(error).strip().splitlines()), '')}"
-        print(f"error: {reason} (debug=true shows where)", file=sys.stderr)
+        print(printable(f"error: {reason} (debug=true shows where)"), file=sys.stderr)
         sys.exit(1)
 
 
@@ -123,8 +124,8 @@ def export(settings: ExportSettings) -> None:
     from adq_train.export.write import export_run
 
     report = export_run(
-        Path(settings.path),
-        Path(settings.output) if settings.output else None,
+        typed_path(settings.path),
+        typed_path(settings.output) if settings.output else None,
         settings.format,
         settings.float_type,
         settings.fold_batch_norm,
@@ -132,7 +133,7 @@ def export(settings: ExportSettings) -> None:
         settings.data_changes,
         settings.trusted_packages,
     )
-    print(json.dumps(report.to_dict()) if settings.json else report.to_text())
+    print(json.dumps(report.to_dict()) if settings.json else printable(report.to_text()))
 
 
 def evaluate(settings: EvalSettings) -> None:
@@ -142,23 +143,25 @@ def evaluate(settings: EvalSettings) -> None:
         UserError: The model or its data set cannot be read.
     """
     from rich.console import Console
+    from rich.markup import escape
     from rich.table import Table
 
     from adq_train.export import evaluate as forms
     from adq_train.export.datasets import data_section
     from adq_train.training.evaluate import evaluate as measure
 
-    opened = forms.open_path(Path(settings.path), settings.trusted_packages)
+    opened = forms.open_path(typed_path(settings.path), settings.trusted_packages)
     if settings.predict:
-        predictions = forms.predict(opened, Path(settings.predict))
+        predictions = forms.predict(opened, typed_path(settings.predict))
         if settings.json:
             rows = [
                 {"image": x.image, "classes": [list(c) for c in x.classes]} for x in predictions
             ]
             print(json.dumps({"form": opened.form, "predictions": rows}))
             return
-        for image, classes in ((x.image, x.classes) for x in predictions):
-            print(f"{image}  " + "  ".join(f"{name} {100 * p:.1f} %" for name, p in classes))
+        for x in predictions:
+            found = "  ".join(f"{one_line(name)} {100 * p:.1f} %" for name, p in x.classes)
+            print(f"{one_line(x.image)}  {found}")
         return
     section, download = data_section(
         opened.data, settings.data or None, settings.data_changes, opened.form != "run"
@@ -180,7 +183,7 @@ def evaluate(settings: EvalSettings) -> None:
             table.add_column(name, justify="left" if name in ("form", "data") else "right")
         table.add_row(
             opened.form,
-            data.name,
+            escape(one_line(data.name)),
             f"{figures.top1_percent:.2f} %",
             f"{figures.top5_percent:.2f} %",
             f"{figures.loss:.4f}",
@@ -188,4 +191,5 @@ def evaluate(settings: EvalSettings) -> None:
         )
         Console(width=None if sys.stdout.isatty() else 120).print(table)
     if same_data is False:
-        print(f"note: {data.name} is not the data that the model was trained on", file=sys.stderr)
+        name = one_line(data.name)
+        print(f"note: {name} is not the data that the model was trained on", file=sys.stderr)

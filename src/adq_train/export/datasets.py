@@ -16,7 +16,7 @@ from omegaconf import OmegaConf
 from adq_train.data.base import ImageData, Loading
 from adq_train.errors import ConfigError, UserError, did_you_mean
 from adq_train.export.architecture import refuse_parts
-from adq_train.validate import TRUSTED_PREFIXES, build
+from adq_train.validate import TRUSTED_PREFIXES, build, with_homes
 
 log = logging.getLogger(__name__)
 
@@ -70,7 +70,7 @@ def data_section(
         raise UserError("data: the file does not say what it was trained on; give data=<name>")
     try:
         settings = OmegaConf.from_dotlist([f"{key}={value}" for key, value in changes.items()])
-        changed: Any = OmegaConf.to_container(settings)
+        changed: Any = with_homes(OmegaConf.to_container(settings))
     except Exception as error:  # YAML and OmegaConf have errors of their own
         raise UserError(f"data: a value cannot be read ({error})") from error
     if "_target_" in changed:

@@ -14,7 +14,8 @@ from rich.markup import escape
 from rich.table import Table
 
 from adq_train.errors import UserError
-from adq_train.files import write_text, written_whole
+from adq_train.files import typed_path, write_text, written_whole
+from adq_train.printable import one_line, printable
 from adq_train.reporting import machine, published, tables
 from adq_train.reporting.gather import gather
 from adq_train.reporting.groups import sections
@@ -29,7 +30,7 @@ def main() -> None:
     try:
         run(sys.argv[1:])
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(printable(f"error: {error}"), file=sys.stderr)
         sys.exit(1)
 
 
@@ -49,7 +50,7 @@ def run(arguments: Sequence[str]) -> None:
         print(json.dumps({**machine.as_json(report), "output": str(output)}, allow_nan=False))
         return
     show(report)
-    print(f"\nwritten to  {output}\nlook at it  {output / 'report.html'}")
+    print(printable(f"\nwritten to  {output}\nlook at it  {output / 'report.html'}"))
 
 
 def parser() -> argparse.ArgumentParser:
@@ -58,8 +59,10 @@ def parser() -> argparse.ArgumentParser:
         "adq-report",
         description="Tables, pictures and comparisons of finished runs, from their folders alone.",
     )
-    made.add_argument("folders", type=Path, nargs="+", metavar="FOLDER", help="a run or a sweep")
-    made.add_argument("--output", type=Path, metavar="DIR", help="default: FOLDER/report")
+    made.add_argument(
+        "folders", type=typed_path, nargs="+", metavar="FOLDER", help="a run or a sweep"
+    )
+    made.add_argument("--output", type=typed_path, metavar="DIR", help="default: FOLDER/report")
     made.add_argument(
         "--reference",
         metavar="NAME",
@@ -106,7 +109,7 @@ def write(report: Report, output: Path) -> None:
             f"--output: cannot write to {output} ({os.strerror(error.errno or 0)}); choose another"
         ) from error
     for name, text in contents.items():
-        write_text(output / name, text)
+        write_text(output / name, printable(text))
     with figures.drawing():
         for section in report.sections:
             for name, figure in figures.png_files(section).items():
@@ -119,11 +122,16 @@ def show(report: Report) -> None:
     console = Console(width=None if sys.stdout.isatty() else 160)
     for section in report.sections:
         table = Table(box=None, pad_edge=False, title_justify="left")
-        table.title = escape(f"{tables.heading(section)}  {section.common}".strip())
+        table.title = shown(f"{tables.heading(section)}  {section.common}".strip())
         for index in SHOWN:
             table.add_column(tables.HEADINGS[index], justify="left" if index in (0, 9) else "right")
         for row in tables.cells(section, report.known):
-            table.add_row(*(escape(row[index]) for index in SHOWN))
+            table.add_row(*(shown(row[index]) for index in SHOWN))
         console.print(table)
     for text in report.problems():
-        print(f"note: {text}", file=sys.stderr)
+        print(printable(f"note: {text}"), file=sys.stderr)
+
+
+def shown(text: str) -> str:
+    """A text as a cell of rich's tables."""
+    return escape(one_line(text))

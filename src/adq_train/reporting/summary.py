@@ -9,11 +9,13 @@ import sys
 from pathlib import Path
 
 from rich.console import Console, Group, RenderableType
+from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
 from adq_train.allocation.budget import packed_bytes
 from adq_train.artifacts import BitAllocation, LevelCounts, RunResult, SensitivityTable
+from adq_train.printable import one_line
 from adq_train.reporting.why import solved
 
 log = logging.getLogger(__name__)
@@ -94,7 +96,7 @@ def render(
     for layer in table.layers:
         bits = chosen[layer.name]
         layers.add_row(
-            layer.name,
+            escape(one_line(layer.name)),
             f"{layer.num_weights:,}",
             *(f"{layer.sensitivity[b]:.2e}" for b in table.bit_widths),
             f"{bits.weight_bits}/{bits.activation_bits}",
@@ -158,7 +160,7 @@ def render(
         blank,
         Text(f"Layers (Ω: {table.metric}; bits: {solved(allocation)})", style="bold blue"),
         layers,
-        *(Text(x) for x in unused_levels(levels)),
+        *(Text(one_line(x)) for x in unused_levels(levels)),
         blank,
         Text("Top-1 accuracy on the test set", style="bold blue"),
         accuracy,
