@@ -87,8 +87,10 @@ def problems_of(
         ]
         try:
             own = hydra_section(composed(of_hydra)) if search_path else None
+            cfgs = []
             for selection in (first, *others):
                 cfg = composed([*selection, *of_hydra])
+                cfgs.append(cfg)
                 problems += interpolation_problems(cfg)
                 if own is not None and (more := list(_hydra_changes(own, hydra_section(cfg)))):
                     problems.append(
@@ -97,9 +99,9 @@ def problems_of(
                         "hydra.sweeper.params"
                     )
                 sweep = sweep or cfg.hydra.mode == RunMode.MULTIRUN
-            cfg = composed(first)
         except ConfigError as error:
             return [*problems, *error.problems]
+        cfg = cfgs[0]
         with open_dict(cfg):
             del cfg["hydra"]
         known = [*_keys(cfg), *groups[1:]]
