@@ -25,8 +25,8 @@ from adq_train.quantization.n2uq import N2uqActivationQuantizer
 from adq_train.quantization.prepare import Upkeep, collect_inputs, prepare, quantized_layers
 from adq_train.sensitivity.base import Conditions
 from adq_train.sensitivity.noise import settle
-from adq_train.sensitivity.outputs import caveat, float_outputs
-from adq_train.sensitivity.perturbation import Perturbation, num_columns
+from adq_train.sensitivity.outputs import caveat, float_outputs, num_columns
+from adq_train.sensitivity.perturbation import Perturbation
 
 log = logging.getLogger(__name__)
 

@@ -7,6 +7,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from itertools import pairwise
 
+from torch import Tensor
+
 from adq_train.artifacts import LayerSensitivity, SensitivityTable
 
 # A difference is noise up to this many standard errors.
@@ -14,6 +16,25 @@ NOISE = 2.0
 MOST_NAMES = 3
 
 Values = Mapping[int, float]
+Found = tuple[float, float | None]  # a mean over images, and its standard error
+
+
+def summary(values: Tensor, smallest: float = 0.0) -> Found:
+    """The mean of values and its standard error, which a single value does not have.
+
+    Args:
+        values: (N,), one for each image.
+        smallest: A mean of no larger magnitude counts as 0.
+    """
+    mean = float(values.mean())
+    error = float(values.std() / len(values) ** 0.5) if len(values) > 1 else None
+    return (mean if abs(mean) > smallest else 0.0), error
+
+
+def by_bits(found: Mapping[int, Found]) -> tuple[dict[int, float], dict[int, float] | None]:
+    """Means and standard errors by bit-width."""
+    errors = {bits: error for bits, (_, error) in found.items() if error is not None}
+    return {bits: mean for bits, (mean, _) in found.items()}, errors or None
 
 
 def falling(values: Sequence[float]) -> list[float]:

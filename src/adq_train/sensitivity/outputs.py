@@ -78,3 +78,19 @@ def caveat(outputs: Sequence[Tensor], targets: Sequence[Tensor]) -> str | None:
     if right <= most + NOISE * math.sqrt(most * (1 - most) / count):
         return f"the float model is at chance on the calibration images ({100 * right:.1f} % right)"
     return None
+
+
+def num_columns(outputs: Tensor) -> int:
+    """The classes or values for an image, or for each place of its map: C of (N, C, …)."""
+    return outputs.shape[1] if outputs.ndim > 1 else 1
+
+
+def rounding(outputs: Sequence[Tensor]) -> float:
+    """The error that rounding alone leaves in the outputs of an image, root mean square.
+
+    Args:
+        outputs: (N, num_classes, …) of each batch.
+    """
+    images = torch.cat([x.reshape(len(x), -1) for x in outputs]).double()
+    size = math.sqrt(float(images.square().sum(1).mean()))
+    return ROUNDING * torch.finfo(outputs[0].dtype).eps * size

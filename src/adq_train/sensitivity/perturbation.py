@@ -11,14 +11,16 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from adq_train.allocation.allocator import not_apart
-from adq_train.artifacts import LayerBits, LayerInfo, LayerSensitivity
+from adq_train.artifacts import LayerInfo, LayerSensitivity
 from adq_train.data.base import Batch
 from adq_train.errors import UserError
 from adq_train.quantization.base import check_choice
-from adq_train.quantization.layers import QuantLayer, quantized, same_weight
+from adq_train.quantization.layers import same_weight
 from adq_train.quantization.prepare import collect_inputs, quantize_layer, replaced, swap
 from adq_train.sensitivity.base import Conditions, plain_copy
-from adq_train.sensitivity.outputs import ROUNDING
+from adq_train.sensitivity.forms import TENSORS, Forms, Key, quantized_forms, row
+from adq_train.sensitivity.noise import summary
+from adq_train.sensitivity.outputs import num_columns, rounding
 from adq_train.sensitivity.reuse import Runs, make_runs
 from adq_train.training.batch_norm import (
     averaged_statistics,
@@ -28,12 +30,7 @@ from adq_train.training.batch_norm import (
 )
 
 CRITERIA = ("kl", "loss", "mse")
-TENSORS = ("both", "weights", "activations", "separate")
-
-Key = tuple[str, int]  # what is quantized, and at how many bits
 BEFORE: Key = ("nothing", 0)
-Variants = dict[Key, dict[str, nn.Module]]  # forms of a layer, and of those that share its weight
-Found = tuple[float, float | None]  # a criterion's mean over the images, and its standard error
 
 
 @dataclass(frozen=True)
@@ -114,7 +111,7 @@ class Perturbation:
     ) -> Iterator[LayerSensitivity]:
         """Measures one layer after the other; see :class:`~.base.SensitivityMetric`."""
         model = plain_copy(model)
-        bit_widths, batches = conditions.bit_widths, conditions.batches
+        batches = conditions.batches
         images = [x for x, _ in batches]
         names = [x.name for x in layers] + [x.name for x in conditions.likely]
         inputs = collect_inputs(model, names, images, conditions.seed)
@@ -131,21 +128,7 @@ class Perturbation:
         network = self._in_context(model, conditions, inputs) if self.context else model
         runs = make_runs(network, images, self.kept_bytes)
         for info in layers:
-            variants: Variants = {}
-            for bits in bit_widths:
-                forms = quantize_layer(
-                    model,
-                    LayerBits(info.name, bits, bits),
-                    conditions.make_weight_quantizer,
-                    conditions.make_activation_quantizer,
-                    inputs,
-                    conditions.seed,
-                )
-                for tensors in self._parts():
-                    variants[tensors, bits] = {
-                        name: only(tensors, layer, model.get_submodule(name))
-                        for name, layer in forms.items()
-                    }
+            variants = quantized_forms(model, info.name, self.tensors, inputs, conditions)
             if self.context:
                 names = same_weight(model, info.name)
                 variants[BEFORE] = {name: model.get_submodule(name) for name in names}
@@ -155,19 +138,7 @@ class Perturbation:
                 key: summary((x - before) / reference.scale, reference.smallest)
                 for key, x in differences.items()
             }
-            (first, error), *second = (
-                by_bits({b: found[tensors, b] for b in bit_widths}) for tensors in self._parts()
-            )
-            apart, apart_error = second[0] if second else (None, None)
-            yield LayerSensitivity(
-                info.name,
-                info.num_weights,
-                info.macs,
-                first,
-                apart,
-                standard_error=error,
-                activation_standard_error=apart_error,
-            )
+            yield row(info, self.tensors, found)
 
     def _in_context(
         self, model: nn.Module, conditions: Conditions, inputs: Mapping[str, Tensor]
@@ -180,15 +151,11 @@ class Perturbation:
         reestimate_batch_norm(network, [x for x, _ in conditions.batches])
         return network.eval()
 
-    def _parts(self) -> tuple[str, ...]:
-        """What is quantized, one after the other."""
-        return ("weights", "activations") if self.tensors == "separate" else (self.tensors,)
-
     def _measure(
         self,
         model: nn.Module,
         name: str,
-        variants: Variants,
+        variants: Forms,
         runs: Runs,
         batches: Sequence[Batch],
         reference: Reference,
@@ -211,7 +178,7 @@ class Perturbation:
         self,
         model: nn.Module,
         name: str,
-        variants: Variants,
+        variants: Forms,
         runs: Runs,
         batches: Sequence[Batch],
         reference: Reference,
@@ -250,48 +217,11 @@ class Perturbation:
         An error of δ in the outputs makes a squared distance of ‖δ‖², a divergence of at most
         ½ ‖δ‖², and a loss of about ‖δ‖.
         """
-        images = torch.cat([x.reshape(len(x), -1) for x in outputs]).double()
-        rounding = ROUNDING * torch.finfo(outputs[0].dtype).eps
-        error = rounding * float(images.square().sum(1).mean()) ** 0.5
+        error = rounding(outputs)
         if self.criterion == "loss":
             return Reference(outputs, 1.0, error)
+        images = torch.cat([x.reshape(len(x), -1) for x in outputs]).double()
         variance = float((images - images.mean(0)).square().sum(1).mean())
         # Outputs of one image, or that are all the same, have none.
         scale = variance or 1.0 if self.criterion == "mse" else 1.0
         return Reference(outputs, scale, error**2 / scale)
-
-
-def summary(values: Tensor, smallest: float) -> Found:
-    """The mean of values and its standard error, which a single value does not have.
-
-    Args:
-        values: (N,), one for each image.
-        smallest: A mean of no larger magnitude counts as 0.
-    """
-    mean = float(values.mean())
-    error = float(values.std() / len(values) ** 0.5) if len(values) > 1 else None
-    return (mean if abs(mean) > smallest else 0.0), error
-
-
-def by_bits(found: dict[int, Found]) -> tuple[dict[int, float], dict[int, float] | None]:
-    """Means and standard errors by bit-width."""
-    errors = {bits: error for bits, (_, error) in found.items() if error is not None}
-    return {bits: mean for bits, (mean, _) in found.items()}, errors or None
-
-
-def num_columns(outputs: Tensor) -> int:
-    """The classes or values for an image, or for each place of its map: C of (N, C, …)."""
-    return outputs.shape[1] if outputs.ndim > 1 else 1
-
-
-def only(tensors: str, layer: QuantLayer, original: nn.Module) -> QuantLayer:
-    """A quantized layer in evaluation mode, with what is not under test left in float.
-
-    Args:
-        tensors: ``weights``, ``activations`` or ``both``.
-        layer: The quantized layer.
-        original: The float layer.
-    """
-    weight_quantizer = nn.Identity() if tensors == "activations" else layer.weight_quantizer
-    input_quantizer = nn.Identity() if tensors == "weights" else layer.input_quantizer
-    return quantized(original, weight_quantizer, input_quantizer).eval()  # type: ignore[arg-type]
