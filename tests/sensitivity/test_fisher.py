@@ -1,4 +1,5 @@
 import copy
+import statistics
 
 import pytest
 import torch
@@ -8,7 +9,7 @@ from torch.nn import functional as F
 from adq_train.quantization.adq import AdqWeightQuantizer
 from adq_train.quantization.lsq import LsqActivationQuantizer
 from adq_train.sensitivity.base import Conditions
-from adq_train.sensitivity.fisher import Fisher
+from adq_train.sensitivity.fisher import Fisher, squared_gradients
 
 BIT_WIDTHS = (2, 4)
 
@@ -31,20 +32,19 @@ def measure(model, layers, batches, **options):
 
 
 def by_hand(model, name, bits, batches):
-    """Σ_i of the mean over images of (g_i ΔW_i)², from one backward pass per image."""
+    """Σ_i (g_i ΔW_i)² of each image, from one backward pass per image: mean and standard error."""
     net = copy.deepcopy(model).eval()
     weight = net.get_submodule(name).weight
     quantizer = AdqWeightQuantizer(bits)
     quantizer.calibrate(weight.detach())
     error = (quantizer(weight) - weight).detach().double()
-    total, count = 0.0, 0
+    found = []
     for images, targets in batches:
         for i in range(len(images)):
             net.zero_grad()
             F.cross_entropy(net(images[i : i + 1]), targets[i : i + 1]).backward()
-            total += float((weight.grad.double() * error).square().sum())
-            count += 1
-    return total / count
+            found.append(float((weight.grad.double() * error).square().sum()))
+    return statistics.mean(found), statistics.stdev(found) / len(found) ** 0.5
 
 
 @pytest.mark.parametrize("chunk_size", [1, 3, 16])
@@ -55,9 +55,10 @@ def test_it_is_that_of_a_loop_over_images(small, layers, batches, chunk_size):
     ]
     for name, row in rows.items():
         for bits in BIT_WIDTHS:
-            expected = by_hand(small, name, bits, batches)
+            expected, error = by_hand(small, name, bits, batches)
             assert expected > 1e-6
             assert row.sensitivity[bits] == pytest.approx(expected, rel=1e-4)
+            assert row.standard_error[bits] == pytest.approx(error, rel=1e-4)
 
 
 def test_a_network_that_vmap_cannot_follow_is_measured_image_by_image(small, layers, batches):
@@ -66,21 +67,24 @@ def test_a_network_that_vmap_cannot_follow_is_measured_image_by_image(small, lay
     with pytest.raises(RuntimeError):
         torch.vmap(net)(batches[0][0][:, None])
     for name, row in measure(net, layers, batches).items():
-        expected = by_hand(net, name, 2, batches)
+        expected, _ = by_hand(net, name, 2, batches)
         assert row.sensitivity[2] == pytest.approx(expected, rel=1e-4)
 
 
+def test_one_image_has_no_standard_error(small, layers, batches):
+    for row in measure(small, layers, [tuple(x[:1] for x in batches[0])]).values():
+        assert row.standard_error is None
+
+
 def test_logistic_regression_has_its_closed_form():
-    """g = (p - y) xᵀ, so F_ij = mean of (p_i - y_i)² x_j²."""
+    """g = (p - y) xᵀ, so g_ij² = (p_i - y_i)² x_j²."""
     torch.manual_seed(0)
     net = nn.Sequential(nn.Linear(5, 3))
     x, y = torch.randn(20, 5), torch.randint(3, (20,))
     residual = (net(x).softmax(1) - F.one_hot(y, 3)).detach()
-    expected = torch.einsum("ni,nj->ij", residual**2, x**2) / 20
-    diagonal = Fisher(chunk_size=7).diagonal(
-        net.requires_grad_(False), ["0"], [(x[:12], y[:12]), (x[12:], y[12:])]
-    )
-    assert torch.allclose(diagonal["0"], expected.double(), rtol=1e-5)
+    expected = torch.einsum("ni,nj->nij", residual**2, x**2)
+    squares = squared_gradients(net.requires_grad_(False), ["0"], x, y)
+    assert torch.allclose(squares["0"], expected, rtol=1e-5)
 
 
 def test_the_model_is_left_as_it_was(small, layers, batches):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -22,6 +22,7 @@ from adq_train.sensitivity.base import (
     plain_copy,
     weight_error,
 )
+from adq_train.sensitivity.noise import by_bits, summary
 
 log = logging.getLogger(__name__)
 
@@ -31,7 +32,7 @@ Gradients = dict[str, Tensor]
 def squared_gradients(
     model: nn.Module, names: Sequence[str], images: Tensor, targets: Tensor
 ) -> Gradients:
-    """Squares of the gradients of each image's cross-entropy, summed over the images.
+    """Squares of the gradients of each image's cross-entropy.
 
     The square of a gradient summed over images is another thing: the images must be told apart.
     ``vmap`` does that for all of them in one pass; a network that it cannot follow, say because
@@ -45,7 +46,7 @@ def squared_gradients(
         targets: (N,).
 
     Returns:
-        By layer, of its weight's shape.
+        By layer, (N, …) with its weight's shape.
     """
     weights = layer_weights(model, names)
 
@@ -55,17 +56,17 @@ def squared_gradients(
     gradient: Callable[[Gradients, Tensor, Tensor], Gradients] = grad(loss)
     try:
         each = vmap(gradient, in_dims=(None, 0, 0))(weights, images, targets)
-        return {name: value.square().sum(0) for name, value in each.items()}
+        return {name: value.square() for name, value in each.items()}
     except RuntimeError as error:
         log.debug("fisher: one image at a time, as vmap fails (%s)", str(error).splitlines()[0])
-    sums = {name: torch.zeros_like(value) for name, value in weights.items()}
-    for image, target in zip(images, targets, strict=True):
+    squares = {name: value.new_zeros(len(images), *value.shape) for name, value in weights.items()}
+    for index, (image, target) in enumerate(zip(images, targets, strict=True)):
         leaves = {name: value.clone().requires_grad_() for name, value in weights.items()}
         loss(leaves, image, target).backward()  # type: ignore[no-untyped-call]
         for name, leaf in leaves.items():
             if leaf.grad is not None:
-                sums[name] += leaf.grad.square()
-    return sums
+                squares[name][index] = leaf.grad.square()
+    return squares
 
 
 @dataclass(frozen=True)
@@ -75,10 +76,12 @@ class Fisher(WeightMetric):
     Half of it would be the second-order rise of the loss, were F the Hessian; the factor ½ is the
     same for all layers and left out. ΔW is the error of the weight quantizer in use; F is the
     empirical Fisher: targets are those of the calibration images. One pass over the images serves
-    all layers and bit-widths, so an interrupted measurement starts anew.
+    all layers and bit-widths, so an interrupted measurement starts anew. Each image has its own
+    Σ_i g_i² (ΔW_i)², so the images tell the standard error of their mean.
 
     Attributes:
-        chunk_size: Images whose gradients are in memory at once; each takes as much as the weights.
+        chunk_size: Images whose gradients are in memory at once; each takes as much as the
+            weights, and so does ΔW at each bit-width.
     """
 
     chunk_size: int = 16
@@ -96,29 +99,33 @@ class Fisher(WeightMetric):
         self, model: nn.Module, layers: Sequence[LayerInfo], conditions: Conditions
     ) -> Iterator[LayerSensitivity]:
         """Measures all layers at once; see :class:`~.base.SensitivityMetric`."""
-        model = plain_copy(model).requires_grad_(False)
-        fisher = self.diagonal(model, [x.name for x in layers], conditions.batches)
+        model, bit_widths = plain_copy(model).requires_grad_(False), conditions.bit_widths
+        errors = {
+            x.name: torch.stack([weight_error(model, x.name, b, conditions) for b in bit_widths])
+            for x in layers
+        }
+        each = self.each_image(model, errors, conditions.batches)
         for info in layers:
-            values = {}
-            for bits in conditions.bit_widths:
-                error = weight_error(model, info.name, bits, conditions)
-                values[bits] = float((fisher[info.name] * error.double().square()).sum())
-            yield LayerSensitivity(info.name, info.num_weights, info.macs, values)
+            means = zip(bit_widths, map(summary, each[info.name].T), strict=True)
+            values, error = by_bits(dict(means))
+            yield LayerSensitivity(
+                info.name, info.num_weights, info.macs, values, standard_error=error
+            )
 
-    def diagonal(
-        self, model: nn.Module, names: Sequence[str], batches: Sequence[Batch]
-    ) -> Gradients:
-        """F_ii of the weights of some layers.
+    def each_image(
+        self, model: nn.Module, errors: Mapping[str, Tensor], batches: Sequence[Batch]
+    ) -> dict[str, Tensor]:
+        """Σ_i g_i² (ΔW_i)² of every image, for K errors of the weights of some layers.
 
         Args:
             model: In evaluation mode.
-            names: The layers.
+            errors: ΔW by layer, (K, …) with its weight's shape.
             batches: Images (N, C, H, W) and targets (N,).
 
         Returns:
-            By layer, float64, of its weight's shape.
+            By layer, (N of all batches, K), float64.
         """
-        totals = {k: torch.zeros_like(v).double() for k, v in layer_weights(model, names).items()}
+        found: dict[str, list[Tensor]] = {name: [] for name in errors}
         size = self.chunk_size
         chunks = [
             (images[start : start + size], targets[start : start + size])
@@ -127,8 +134,9 @@ class Fisher(WeightMetric):
         ]
         with Progress("gradients", total=len(chunks)) as progress:
             for images, targets in chunks:
-                for name, value in squared_gradients(model, names, images, targets).items():
-                    totals[name] += value
+                squares = squared_gradients(model, list(errors), images, targets)
+                for name, value in squares.items():
+                    square = errors[name].double().square().flatten(1)
+                    found[name].append(value.double().flatten(1) @ square.T)
                 progress.advance(f"{len(images)} images")
-        count = sum(len(images) for images, _ in chunks)
-        return {name: value / count for name, value in totals.items()}
+        return {name: torch.cat(values) for name, values in found.items()}
