@@ -47,6 +47,7 @@ METRICS = {
     "hessian": ["sensitivity.max_probes=3"],
     "fisher": [],
     "learned": ["sensitivity.epochs=1"],
+    "gradient": ["sensitivity.tensors=separate"],
 }
 
 

@@ -24,6 +24,7 @@ from adq_train.quantization.describe import describe_layers
 from adq_train.quantization.n2uq import N2uqActivationQuantizer
 from adq_train.quantization.prepare import Upkeep, collect_inputs, prepare, quantized_layers
 from adq_train.sensitivity.base import Conditions
+from adq_train.sensitivity.gradient import Gradient
 from adq_train.sensitivity.noise import settle
 from adq_train.sensitivity.outputs import caveat, float_outputs, num_columns
 from adq_train.sensitivity.perturbation import Perturbation
@@ -41,7 +42,7 @@ def quantize(
     pinned: Mapping[str, int] | None = None,
     make_weight_quantizer: MakeWeightQuantizer = AdqWeightQuantizer,
     make_activation_quantizer: MakeActivationQuantizer = N2uqActivationQuantizer,
-    sensitivity: Perturbation | None = None,
+    sensitivity: Perturbation | Gradient | None = None,
     seed: int = 0,
 ) -> nn.Module:
     """A quantized copy of a network, with more bits where they matter, ready for training.

@@ -127,8 +127,8 @@ def not_apart(metric: str) -> str:
     """What to say where a metric does not serve bits that are chosen apart."""
     return (
         f"bits.tied: false needs the effects of weights and of activations apart, and {metric} "
-        "does not tell them apart; set sensitivity=perturbation sensitivity.tensors=separate, or "
-        "bits.tied=true"
+        "does not tell them apart; set sensitivity.tensors=separate with "
+        "sensitivity=perturbation or gradient, or bits.tied=true"
     )
 
 
