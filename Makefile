@@ -5,7 +5,7 @@ BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint format bench wheel clean
+.PHONY: help setup demo test coverage lint format bench wheel clean
 
 help:  ## Show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -23,8 +23,13 @@ setup: $(STAMP)  ## Make .venv and install the package with its tools
 demo: $(STAMP)  ## Run the main job: a small ResNet on digits, through all stages
 	$(BIN)/adq-train experiment=quickstart
 
-test: $(STAMP)  ## Run the tests, with coverage
-	$(BIN)/python -m pytest --numprocesses=auto --maxprocesses=4 --dist=worksteal --cov --cov-report=term:skip-covered
+TESTS := $(BIN)/python -m pytest --numprocesses=auto --maxprocesses=4 --dist=worksteal
+
+test: $(STAMP)  ## Run the tests
+	$(TESTS)
+
+coverage: $(STAMP)  ## Run the tests and list the lines that none reaches; takes longer
+	$(TESTS) --cov --cov-report=term-missing:skip-covered
 
 lint: $(STAMP)  ## Check style and types
 	$(BIN)/ruff check .

@@ -1,3 +1,5 @@
+from itertools import product
+
 import numpy as np
 import pytest
 import torch
@@ -116,11 +118,9 @@ DEGENERATE = {
 
 
 @pytest.mark.parametrize("weight", DEGENERATE.values(), ids=DEGENERATE.keys())
-@pytest.mark.parametrize("granularity", GRANULARITIES)
-@pytest.mark.parametrize("level_set", LEVEL_SETS)
 @pytest.mark.parametrize("initialization", INITIALIZATIONS)
-def test_degenerate_weights_give_a_valid_codebook(initialization, level_set, granularity, weight):
-    for bits in BITS:
+def test_degenerate_weights_give_a_valid_codebook(initialization, weight):
+    for level_set, granularity, bits in product(LEVEL_SETS, GRANULARITIES, BITS):
         quantizer = calibrated(
             weight,
             bits,

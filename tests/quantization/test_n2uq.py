@@ -31,18 +31,18 @@ def calibrated(sample, bit_width=3, **options):
 
 @each_sample
 @pytest.mark.parametrize("initialization", INITIALIZATIONS)
-@pytest.mark.parametrize("bits", range(2, 9))
-def test_calibration_keeps_zero_and_gives_finite_parameters(bits, initialization, sample):
-    quantizer = calibrated(sample, bits, initialization=initialization)
-    assert quantizer(torch.zeros(1)) == 0
-    assert quantizer.zero_point == 0 or sample.min() < 0
+def test_calibration_keeps_zero_and_gives_finite_parameters(initialization, sample):
+    for bits in range(2, 9):
+        quantizer = calibrated(sample, bits, initialization=initialization)
+        assert quantizer(torch.zeros(1)) == 0
+        assert quantizer.zero_point == 0 or sample.min() < 0
 
-    x = sample.clone().requires_grad_()
-    quantizer(x).sum().backward()
-    assert torch.isfinite(x.grad).all()
-    for name, parameter in quantizer.named_parameters():
-        assert torch.isfinite(parameter).all(), name
-        assert parameter.grad is None or torch.isfinite(parameter.grad).all(), name
+        x = sample.clone().requires_grad_()
+        quantizer(x).sum().backward()
+        assert torch.isfinite(x.grad).all()
+        for name, parameter in quantizer.named_parameters():
+            assert torch.isfinite(parameter).all(), name
+            assert parameter.grad is None or torch.isfinite(parameter.grad).all(), name
 
 
 @each_sample
