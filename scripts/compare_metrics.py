@@ -54,6 +54,7 @@ from adq_train.training.loop import train_epoch
 from adq_train.training.optimizers import make_optimizers
 from adq_train.training.step import TrainingStep
 from adq_train.validate import validate
+from adq_train.weights import load_checkpoint
 
 RESAMPLES = 2000
 MOST_DRAWS = 100_000
@@ -75,7 +76,11 @@ def start(options: argparse.Namespace) -> tuple[dict[str, Any], Any, Any, nn.Mod
     )
     data = parts.data.load(loading)
     torch.manual_seed(config["seed"])
-    model = parts.model.build(data.num_classes, data.image_shape[0]).to(parts.device)
+    model = parts.model.build(data.num_classes, data.image_shape[0])
+    if config["init_from"]:
+        raise UserError("init_from: a study begins with a float model; give pretrain.checkpoint")
+    load_checkpoint(model, config["pretrain"])
+    model.to(parts.device)
     return config, parts, data, model
 
 

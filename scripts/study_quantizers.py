@@ -45,6 +45,7 @@ from adq_train.training.loop import train_epoch
 from adq_train.training.optimizers import make_optimizers
 from adq_train.training.step import TrainingStep
 from adq_train.validate import validate
+from adq_train.weights import load_checkpoint
 
 PLAN = ("weights", "activations", "bits", "rate", "seed")
 
@@ -64,7 +65,11 @@ def context(options: argparse.Namespace, overrides: list[str]) -> tuple[Context,
     loading = Loading(trainer["batch_size"], trainer["eval_batch_size"], seed, parts.device)
     data = parts.data.load(loading)
     torch.manual_seed(seed)
-    model = parts.model.build(data.num_classes, data.image_shape[0]).to(parts.device)
+    model = parts.model.build(data.num_classes, data.image_shape[0])
+    if config["init_from"]:
+        raise UserError("init_from: a study begins with a float model; give pretrain.checkpoint")
+    load_checkpoint(model, config["pretrain"])
+    model.to(parts.device)
     with RunFolder(options.output / "runs" / digest(identity(config))[:8], config) as folder:
         run = Context(config, parts, data, folder)
         pretrain(run, model)

@@ -49,7 +49,7 @@ from adq_train.stamps import digest
 from adq_train.training.device import use
 from adq_train.training.distributed import ALONE, Ranks
 from adq_train.validate import Parts, validate
-from adq_train.weights import load_state, load_weights
+from adq_train.weights import load_checkpoint, load_state
 
 log = logging.getLogger(__name__)
 
@@ -129,14 +129,8 @@ def execute(
     start = open_start(config, data)
     data = data.for_dry_run() if config["dry_run"] else data
     checkpoint = config["pretrain"]["checkpoint"]
-    if checkpoint:
-        load_weights(
-            model,
-            Path(checkpoint),
-            key=config["pretrain"]["checkpoint_key"],
-            new_head=config["pretrain"]["head"] == "new",
-        )
-    elif start and start.float_state:
+    load_checkpoint(model, config["pretrain"])
+    if start and start.float_state and not checkpoint:
         load_state(model, start.float_state)
     unfuse(model)
     model.to(parts.device)

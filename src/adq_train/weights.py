@@ -64,6 +64,25 @@ def with_tied(own: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> dict[st
     return full
 
 
+def load_checkpoint(model: nn.Module, pretrain: Mapping[str, Any]) -> None:
+    """Loads the file that ``pretrain.checkpoint`` names, if it names one, into ``model``.
+
+    Args:
+        model: Changed in place.
+        pretrain: The section of the configuration.
+
+    Raises:
+        UserError: See :func:`load_weights`.
+    """
+    if pretrain["checkpoint"]:
+        load_weights(
+            model,
+            Path(pretrain["checkpoint"]),
+            key=pretrain["checkpoint_key"],
+            new_head=pretrain["head"] == "new",
+        )
+
+
 def load_weights(
     model: nn.Module,
     path: Path,
