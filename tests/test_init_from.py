@@ -59,7 +59,7 @@ def test_without_training_it_is_the_network_of_the_source(more):
 
 def test_training_begins_at_the_loss_of_the_source(more, cli):
     """Steps of no size show where training begins."""
-    still = ("optimizer.lr=1e-12", "optimizer.weight_decay=0")
+    still = ("optimizer.lr=1e-12", "quantizer_optimizer.lr=1e-12", "optimizer.weight_decay=0")
     assert more(*still, "run_dir=more").code == 0
     assert cli(*QUICK, *still, "run_dir=anew").code == 0
     begun, anew = (records(x)[0]["train_loss"] for x in ("more", "anew"))

@@ -383,9 +383,11 @@ class AdqWeightQuantizer(WeightQuantizer):
 
     def _load_from_state_dict(self, state: dict[str, Any], prefix: str, *rest: Any) -> None:
         pinned = state.get(f"{prefix}pinned")
-        if self.level_set == "no_zero" and pinned is not None and bool(pinned.any()):
-            self.level_set = "full"  # of a layer that was pruned when it was calibrated
-            self.ratio = self.ratio[1:]
+        if self.level_set != "symmetric" and pinned is not None:
+            # A zero that was not asked for is that of a layer that was pruned when calibrated.
+            has_zero = bool(pinned.any())
+            self.level_set = "full" if has_zero else "no_zero"
+            self.ratio = self.ratio.new_ones(len(self.pinned) - has_zero)
         super()._load_from_state_dict(state, prefix, *rest)
 
     def _channel_scale(self, weight: Tensor) -> Tensor:

@@ -22,7 +22,8 @@ from adq_train.sensitivity.base import (
     plain_copy,
     weight_error,
 )
-from adq_train.sensitivity.noise import by_bits, summary
+from adq_train.sensitivity.noise import by_bits
+from adq_train.sensitivity.outputs import summary
 
 log = logging.getLogger(__name__)
 

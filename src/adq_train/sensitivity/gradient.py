@@ -19,8 +19,7 @@ from adq_train.quantization.watch import Call, intercepted
 from adq_train.reporting.progress import Progress
 from adq_train.sensitivity.base import Conditions, plain_copy
 from adq_train.sensitivity.forms import TENSORS, Forms, Key, quantized_forms, row
-from adq_train.sensitivity.noise import summary
-from adq_train.sensitivity.outputs import num_columns, rounding
+from adq_train.sensitivity.outputs import num_columns, rounding, summary
 
 REMEDY = "take sensitivity=perturbation, which needs no gradients"
 

@@ -7,8 +7,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from itertools import pairwise
 
-from torch import Tensor
-
 from adq_train.artifacts import LayerSensitivity, SensitivityTable
 
 # A difference is noise up to this many standard errors.
@@ -17,18 +15,6 @@ MOST_NAMES = 3
 
 Values = Mapping[int, float]
 Found = tuple[float, float | None]  # a mean over images, and its standard error
-
-
-def summary(values: Tensor, smallest: float = 0.0) -> Found:
-    """The mean of values and its standard error, which a single value does not have.
-
-    Args:
-        values: (N,), one for each image.
-        smallest: A mean of no larger magnitude counts as 0.
-    """
-    mean = float(values.mean())
-    error = float(values.std() / len(values) ** 0.5) if len(values) > 1 else None
-    return (mean if abs(mean) > smallest else 0.0), error
 
 
 def by_bits(found: Mapping[int, Found]) -> tuple[dict[int, float], dict[int, float] | None]:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from adq_train.data.base import Batch
 from adq_train.errors import UserError
-from adq_train.sensitivity.noise import NOISE
+from adq_train.sensitivity.noise import NOISE, Found
 from adq_train.training.health import origin
 
 # Numbers that differ by less than so many relative roundings of their type are taken for equal.
@@ -94,3 +94,15 @@ def rounding(outputs: Sequence[Tensor]) -> float:
     images = torch.cat([x.reshape(len(x), -1) for x in outputs]).double()
     size = math.sqrt(float(images.square().sum(1).mean()))
     return ROUNDING * torch.finfo(outputs[0].dtype).eps * size
+
+
+def summary(values: Tensor, smallest: float = 0.0) -> Found:
+    """The mean of values and its standard error, which a single value does not have.
+
+    Args:
+        values: (N,), one for each image.
+        smallest: A mean of no larger magnitude counts as 0.
+    """
+    mean = float(values.mean())
+    error = float(values.std() / len(values) ** 0.5) if len(values) > 1 else None
+    return (mean if abs(mean) > smallest else 0.0), error

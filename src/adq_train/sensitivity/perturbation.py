@@ -19,8 +19,7 @@ from adq_train.quantization.layers import same_weight
 from adq_train.quantization.prepare import collect_inputs, quantize_layer, replaced, swap
 from adq_train.sensitivity.base import Conditions, plain_copy
 from adq_train.sensitivity.forms import TENSORS, Forms, Key, quantized_forms, row
-from adq_train.sensitivity.noise import summary
-from adq_train.sensitivity.outputs import num_columns, rounding
+from adq_train.sensitivity.outputs import num_columns, rounding, summary
 from adq_train.sensitivity.reuse import Runs, make_runs
 from adq_train.training.batch_norm import (
     averaged_statistics,
