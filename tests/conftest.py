@@ -22,6 +22,21 @@ from adq_train.cli import main
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+# Whole runs and kills take long: started first, they do not keep one process busy at the end.
+FIRST = (
+    "test_checkpoint.py",
+    "test_init_from.py",
+    "test_reproduce.py",
+    "test_resume.py",
+    "test_several_processes.py",
+    "test_wheel.py",
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Puts the long tests first; the order is otherwise as it was."""
+    items.sort(key=lambda item: item.path.name not in FIRST)
+
 
 @dataclass(frozen=True)
 class Outcome:
