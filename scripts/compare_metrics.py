@@ -132,7 +132,7 @@ def random_bits(
     found: list[dict[str, Bits]] = []
     for _ in range(MOST_DRAWS):
         if len(found) == count:
-            return found
+            break
         shares = random.dirichlet(np.ones(len(problem.candidates)))
         drawn = random.choice(problem.candidates, len(problem.mixed), p=shares)
         mixed = {x.name: Bits(int(b), int(b)) for x, b in zip(problem.mixed, drawn, strict=True)}
@@ -140,10 +140,12 @@ def random_bits(
         average = figures(problem.layers, bits, problem.pinned).average_weight_bits
         if between[0] <= average <= between[1] and bits not in found:
             found.append(bits)
-    raise UserError(
-        f"--between: {MOST_DRAWS:,} draws hold only {len(found)} allocations of averages in "
-        f"{between[0]} … {between[1]}; widen it, or lower --allocations"
-    )
+    if len(found) < count:
+        raise UserError(
+            f"--between: {MOST_DRAWS:,} draws hold only {len(found)} allocations of averages in "
+            f"{between[0]} … {between[1]}; widen it, or lower --allocations"
+        )
+    return found
 
 
 def measure(

@@ -46,7 +46,7 @@ GROUPS = {
     "data": ("synthetic", "digits", "imagenet", "fashion_mnist"),
     "model": ("resnet8", "resnet20"),
     "weight_quantizer": ("adq", "adq_paper", "apot", "dorefa", "lsq", "n2uq"),
-    "activation_quantizer": ("apot", "dorefa", "lsq", "n2uq", "pact"),
+    "activation_quantizer": ("adq", "apot", "dorefa", "lsq", "n2uq", "pact"),
     "sensitivity": (
         "fisher",
         "from_file",
@@ -58,6 +58,7 @@ GROUPS = {
     ),
     "allocator": ("fixed", "from_file", "greedy", "ilp", "uniform"),
     "optimizer": ("adamw", "sgd"),
+    "quantizer_optimizer": ("adam", "sgd"),
     "scheduler": ("cosine", "linear", "step"),
     "ablation": ("none", "symmetric", "uniform_bits", "grid"),
     "comparison": ("adq", "lsq", "pact"),

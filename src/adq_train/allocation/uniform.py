@@ -73,8 +73,8 @@ def likely_bits(problem: Problem) -> tuple[LayerBits, ...]:
     chosen: dict[str, Bits] = {}
     for most in every:
         for layer in problem.mixed:
-            bits = max((b for b in problem.widths(layer) if b <= most), default=None)
-            bits = min(problem.widths(layer)) if bits is None else bits
+            widths = problem.widths(layer)
+            bits = max((b for b in widths if b <= most), default=min(widths))
             chosen[layer.name] = Bits(bits, bits)
         if not problem.broken({**chosen, **problem.pinned_bits()}):
             break

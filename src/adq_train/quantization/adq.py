@@ -90,10 +90,13 @@ def quantile_codebook(weights: Tensor, bit_width: int, level_set: str) -> Tensor
     Returns:
         (K,) sorted levels; levels coincide where there are fewer distinct weights than levels.
     """
-    levels = _side_quantiles(weights, bit_width, level_set)
-    if level_set == "no_zero":
-        return levels
-    return torch.cat([weights.new_zeros(1), levels]).sort().values
+    return _with_zero(_side_quantiles(weights, bit_width, level_set), level_set)
+
+
+def _with_zero(levels: Tensor, level_set: str) -> Tensor:
+    """The levels, and a zero if the level set has one, sorted."""
+    zero = levels.new_zeros(0 if level_set == "no_zero" else 1)
+    return torch.cat([zero, levels]).sort().values
 
 
 def uniform_codebook(weights: Tensor, bit_width: int, level_set: str) -> Tensor:
@@ -300,17 +303,17 @@ class AdqWeightQuantizer(WeightQuantizer):
             self.level_set = "full"
         self.scale = self._channel_scale(values)
         weights = self._scaled(values)
+        quantiles = _side_quantiles(weights, self.bit_width, self.level_set)
         if self.initialization == "uniform":
             codebook = uniform_codebook(weights, self.bit_width, self.level_set)
         elif self.initialization == "random":
             codebook = random_codebook(weights, self.bit_width, self.level_set, seed)
         else:
-            codebook = quantile_codebook(weights, self.bit_width, self.level_set)
+            codebook = _with_zero(quantiles, self.level_set)
         pinned = self._zero_level(codebook)
         if self.initialization == "kmeans":
             codebook = lloyd_max(weights, codebook, pinned)
         self.codebook, self.pinned = codebook, pinned
-        quantiles = _side_quantiles(weights, self.bit_width, self.level_set)
         # Of zeros alone there are no others to keep a distance from.
         self.ratio = torch.where(quantiles == 0, 1.0, self._free_levels() / quantiles)
         self.counts = cell_statistics(weights, assign(weights, codebook), len(codebook))[0]
@@ -349,8 +352,7 @@ class AdqWeightQuantizer(WeightQuantizer):
             # Apart from the zero, which stands elsewhere once all weights have one sign.
             target = _side_quantiles(weights, self.bit_width, self.level_set)
             free = torch.lerp(self.ratio * target, self._free_levels(), self.decay)
-            zero = free.new_zeros(len(self.codebook) - len(free))
-            self.codebook = torch.cat([zero, free]).sort().values
+            self.codebook = _with_zero(free, self.level_set)
             self.pinned = self._zero_level(self.codebook)
             return
         indices = assign(weights, self.codebook)
@@ -382,12 +384,12 @@ class AdqWeightQuantizer(WeightQuantizer):
         weight.grad.add_(error, alpha=self.commitment)
 
     def _load_from_state_dict(self, state: dict[str, Any], prefix: str, *rest: Any) -> None:
-        pinned = state.get(f"{prefix}pinned")
-        if self.level_set != "symmetric" and pinned is not None:
+        ratio = state.get(f"{prefix}ratio")
+        if self.level_set != "symmetric" and ratio is not None:
             # A zero that was not asked for is that of a layer that was pruned when calibrated.
-            has_zero = bool(pinned.any())
+            has_zero = ratio.numel() < len(self.codebook)
             self.level_set = "full" if has_zero else "no_zero"
-            self.ratio = self.ratio.new_ones(len(self.pinned) - has_zero)
+            self.ratio = self.ratio.new_ones(len(self.codebook) - has_zero)
         super()._load_from_state_dict(state, prefix, *rest)
 
     def _channel_scale(self, weight: Tensor) -> Tensor:

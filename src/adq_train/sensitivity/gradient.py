@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from adq_train.allocation.allocator import not_apart
 from adq_train.artifacts import LayerInfo, LayerSensitivity
 from adq_train.data.base import derived_seed
 from adq_train.errors import UserError
@@ -18,7 +17,7 @@ from adq_train.quantization.prepare import collect_inputs
 from adq_train.quantization.watch import Call, intercepted
 from adq_train.reporting.progress import Progress
 from adq_train.sensitivity.base import Conditions, plain_copy
-from adq_train.sensitivity.forms import TENSORS, Forms, Key, quantized_forms, row
+from adq_train.sensitivity.forms import TENSORS, FormMetric, Forms, Key, quantized_forms, row
 from adq_train.sensitivity.outputs import num_columns, rounding, summary
 
 REMEDY = "take sensitivity=perturbation, which needs no gradients"
@@ -178,7 +177,7 @@ def by_called_layer(forms: Mapping[str, Forms]) -> dict[str, list[tuple[str, Key
 
 
 @dataclass(frozen=True)
-class Gradient:
+class Gradient(FormMetric):
     """Ω[l, b] = ½ · mean over images of δᵀ F δ, the divergence of the outputs to second order.
 
     δ = J_l Δz_l is the change of the logits to first order, with Δz_l the change of the output of
@@ -211,15 +210,6 @@ class Gradient:
     def name(self) -> str:
         """The metric's name in ``sensitivity.json``."""
         return f"gradient-{self.tensors}"
-
-    def check(self, layers: Sequence[LayerInfo], bit_widths: Sequence[int], apart: bool) -> None:
-        """Refuses to tell apart what is quantized at once; see :class:`~.base.ReadsAhead`.
-
-        Raises:
-            UserError: Effects are asked for apart, and ``tensors`` is not ``separate``.
-        """
-        if apart and self.tensors != "separate":
-            raise UserError(not_apart(self.name))
 
     @torch.no_grad()
     def measure(

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from adq_train.allocation.allocator import not_apart
 from adq_train.artifacts import LayerInfo, LayerSensitivity
 from adq_train.data.base import Batch
 from adq_train.errors import UserError
@@ -18,7 +17,7 @@ from adq_train.quantization.base import check_choice
 from adq_train.quantization.layers import same_weight
 from adq_train.quantization.prepare import collect_inputs, quantize_layer, replaced, swap
 from adq_train.sensitivity.base import Conditions, plain_copy
-from adq_train.sensitivity.forms import TENSORS, Forms, Key, quantized_forms, row
+from adq_train.sensitivity.forms import TENSORS, FormMetric, Forms, Key, quantized_forms, row
 from adq_train.sensitivity.outputs import num_columns, rounding, summary
 from adq_train.sensitivity.reuse import Runs, make_runs
 from adq_train.training.batch_norm import (
@@ -48,7 +47,7 @@ class Reference:
 
 
 @dataclass(frozen=True)
-class Perturbation:
+class Perturbation(FormMetric):
     """Ω[l, b] with only layer l at b bits, on the calibration images (method.md 3).
 
     Layers are measured one after the other, each on all images, so that the finished ones can be
@@ -95,15 +94,6 @@ class Perturbation:
         suffix += "-in-context" if self.context else ""
         return f"perturbation-{self.criterion}-{self.tensors}{suffix}"
 
-    def check(self, layers: Sequence[LayerInfo], bit_widths: Sequence[int], apart: bool) -> None:
-        """Refuses to tell apart what is quantized at once; see :class:`~.base.ReadsAhead`.
-
-        Raises:
-            UserError: Effects are asked for apart, and ``tensors`` is not ``separate``.
-        """
-        if apart and self.tensors != "separate":
-            raise UserError(not_apart(self.name))
-
     @torch.no_grad()
     def measure(
         self, model: nn.Module, layers: Sequence[LayerInfo], conditions: Conditions
@@ -112,7 +102,9 @@ class Perturbation:
         model = plain_copy(model)
         batches = conditions.batches
         images = [x for x, _ in batches]
-        names = [x.name for x in layers] + [x.name for x in conditions.likely]
+        names = [x.name for x in layers]
+        if self.context:
+            names += [x.name for x in conditions.likely]
         inputs = collect_inputs(model, names, images, conditions.seed)
         if self.recalibrate_batch_norm:
             reestimate_batch_norm(model, images)

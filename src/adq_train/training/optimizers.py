@@ -60,6 +60,19 @@ def quantizer_parameters(model: nn.Module) -> list[nn.Parameter]:
     return list(found.values())
 
 
+def _other_groups(
+    model: nn.Module, of_quantizers: list[nn.Parameter], lr: float, weight_decay: float
+) -> list[dict[str, Any]]:
+    """The groups of what is no quantizer's: weights, then norms and biases, without empty ones."""
+    known = {id(p) for p in of_quantizers}
+    rest = [p for p in model.parameters() if p.requires_grad and id(p) not in known]
+    groups = [
+        {"params": [p for p in rest if p.dim() > 1], "lr": lr, "weight_decay": weight_decay},
+        {"params": [p for p in rest if p.dim() <= 1], "lr": lr, "weight_decay": 0.0},
+    ]
+    return [group for group in groups if group["params"]]
+
+
 def parameter_groups(
     model: nn.Module, lr: float, weight_decay: float, quantizer_lr: float | None = None
 ) -> list[dict[str, Any]]:
@@ -74,15 +87,11 @@ def parameter_groups(
         quantizer_lr: Learning rate of the third group; ``lr`` where none is given.
     """
     of_quantizers = quantizer_parameters(model)
-    known = {id(p) for p in of_quantizers}
-    rest = [p for p in model.parameters() if p.requires_grad and id(p) not in known]
-    rate = lr if quantizer_lr is None else quantizer_lr
-    groups = [
-        {"params": [p for p in rest if p.dim() > 1], "lr": lr, "weight_decay": weight_decay},
-        {"params": [p for p in rest if p.dim() <= 1], "lr": lr, "weight_decay": 0.0},
-        {"params": of_quantizers, "lr": rate, "weight_decay": 0.0},
-    ]
-    return [group for group in groups if group["params"]]
+    groups = _other_groups(model, of_quantizers, lr, weight_decay)
+    if of_quantizers:
+        rate = lr if quantizer_lr is None else quantizer_lr
+        groups.append({"params": of_quantizers, "lr": rate, "weight_decay": 0.0})
+    return groups
 
 
 def make_optimizers(
@@ -102,10 +111,7 @@ def make_optimizers(
         make_quantizer_optimizer: Makes the second, which brings its own learning rate.
     """
     of_quantizers = quantizer_parameters(model)
-    known = {id(p) for p in of_quantizers}
-    groups = parameter_groups(model, lr, weight_decay)
-    weights = [group for group in groups if id(group["params"][0]) not in known]
-    parts = [make_optimizer(weights)]
+    parts = [make_optimizer(_other_groups(model, of_quantizers, lr, weight_decay))]
     if of_quantizers:
         parts.append(make_quantizer_optimizer([{"params": of_quantizers, "weight_decay": 0.0}]))
     return Optimizers(*parts)
