@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,10 +16,15 @@ from adq_train.data.base import ImageData
 from adq_train.errors import UserError
 from adq_train.export.trained import FinishedRun, open_run, restored_network
 from adq_train.files import sha256
+from adq_train.kept import float_key
 from adq_train.manifest import differences
 from adq_train.quantization.layers import same_weight
-from adq_train.stages import Context, float_key, prepare_and_calibrate
+from adq_train.quantization.prepare import prepare
+from adq_train.schema import Config
+from adq_train.training.batch_norm import reestimate_batch_norm
+from adq_train.training.calibration import Makers, inputs_of
 from adq_train.training.checkpoint import CheckpointFolder
+from adq_train.weights import load_state
 
 log = logging.getLogger(__name__)
 
@@ -64,33 +69,34 @@ def checkpoint_of(init_from: str, trusted_packages: Sequence[str] = ()) -> tuple
     except UserError as error:
         raise UserError(f"init_from: {error}") from error
     folder = run.path / "checkpoints"
-    file = path if path.is_file() else folder / f"{run.config['trainer']['select']}.pt"
+    file = path if path.is_file() else folder / f"{run.config.trainer.select}.pt"
     if not file.is_file():
         raise UserError(f"init_from: there is no {file}; the run in {run.path} is not whole")
     return run, file
 
 
-def pin(config: dict[str, Any]) -> None:
-    """Notes in ``init_from_sha256`` what the checkpoint holds: a part of the run's identity.
+def pinned(config: Config) -> Config:
+    """With ``init_from_sha256`` of what the checkpoint holds: a part of the run's identity.
 
     Raises:
         UserError: There is no such checkpoint, or another digest was asked for.
     """
-    asked = config["init_from_sha256"]
-    if not config["init_from"]:
+    asked = config.init_from_sha256
+    if not config.init_from:
         if asked:
             raise UserError("init_from_sha256: it belongs to a checkpoint; give init_from too")
-        return
-    _, file = checkpoint_of(config["init_from"], config["trusted_packages"])
-    config["init_from_sha256"] = sha256(file)
-    if asked not in (None, config["init_from_sha256"]):
+        return config
+    _, file = checkpoint_of(config.init_from, config.trusted_packages)
+    found = sha256(file)
+    if asked not in (None, found):
         raise UserError(
-            f"init_from_sha256: {file} has {config['init_from_sha256']}, not {asked}; leave it out "
-            "to take the file as it is"
+            f"init_from_sha256: {file} has {found}, not {asked}; leave it out to take the file as "
+            "it is"
         )
+    return replace(config, init_from_sha256=found)
 
 
-def open_start(config: dict[str, Any], data: ImageData) -> Start | None:
+def open_start(config: Config, data: ImageData) -> Start | None:
     """What ``init_from`` names, read and checked; None where it names nothing.
 
     Args:
@@ -100,11 +106,11 @@ def open_start(config: dict[str, Any], data: ImageData) -> Start | None:
     Raises:
         UserError: Checkpoint or float model are missing or damaged, or of another network.
     """
-    if not config["init_from"]:
+    if not config.init_from:
         return None
-    source, file = checkpoint_of(config["init_from"], config["trusted_packages"])
+    source, file = checkpoint_of(config.init_from, config.trusted_packages)
     old, new = (
-        {k: v for k, v in x["model"].items() if k != "weights"} for x in (source.config, config)
+        {k: v for k, v in x.model.items() if k != "weights"} for x in (source.config, config)
     )
     known, given = (
         {"classes": x.num_classes, "channels": x.image_shape[0]}
@@ -117,9 +123,9 @@ def open_start(config: dict[str, Any], data: ImageData) -> Start | None:
             "choose the same model and as many classes"
         )
     kept = CheckpointFolder(source.path / "checkpoints").load(
-        float_key(source.config), names=("float",)
+        float_key(source.settings), names=("float",)
     )
-    if kept is None and not config["pretrain"]["checkpoint"]:
+    if kept is None and not config.pretrain.checkpoint:
         raise UserError(
             f"init_from: {source.path}/checkpoints/float.pt, its float model, is missing or "
             "damaged; give the float model as pretrain.checkpoint"
@@ -131,32 +137,49 @@ def open_start(config: dict[str, Any], data: ImageData) -> Start | None:
     return Start(source, file, network, kept and kept["model"])
 
 
-def prepare_from(
-    run: Context, start: Start, model: nn.Module, allocation: BitAllocation
+def continued(
+    start: Start,
+    config: Config,
+    model: nn.Module,
+    allocation: BitAllocation,
+    images: Sequence[Tensor],
+    make: Makers,
 ) -> nn.Module:
     """A quantized network with the weights of another run, and its quantizers where they agree.
 
     A quantizer with other bits or settings is calibrated anew: on those weights, and on the
-    inputs that its layer has in the other run's trained network.
+    inputs that its layer has in the other run's trained network. Batch norm's statistics are
+    estimated anew where there is such a quantizer.
 
     Args:
-        run: The run that begins.
-        start: What it begins with.
+        start: What the run begins with.
+        config: Of the run that begins.
         model: Its float model.
         allocation: Its bits.
+        images: Batches (N, …) to calibrate with.
+        make: Map a bit-width to a quantizer of weights and of inputs.
     """
     source = start.network.to(next(model.parameters()).device)
-    if run.config["trainer"]["channels_last"]:
+    if config.trainer.channels_last:
         source.to(memory_format=torch.channels_last)
-    anew = dict(_calibrated_anew(run.config, start.source, model, allocation))
+    anew = dict(_calibrated_anew(config, start.source, model, allocation))
     log.info("init_from: weights and quantizers of %s", start.file)
     for quantizer, why in anew.items():
         log.info("init_from: %s is calibrated anew (%s)", quantizer, why)
-    return prepare_and_calibrate(run, model, allocation, source, anew)
+    quantized, taken = copy.deepcopy(model), source.state_dict()
+    load_state(quantized, {name: taken[name] for name in quantized.state_dict()})
+    inputs = inputs_of(source, allocation, images, config.seed)
+    prepare(quantized, allocation, *make, inputs, config.seed)
+    own = tuple(f"{quantizer}." for quantizer in anew)
+    state = quantized.state_dict()
+    load_state(quantized, {k: x if k.startswith(own) else taken[k] for k, x in state.items()})
+    if anew:
+        reestimate_batch_norm(quantized, images)
+    return quantized
 
 
 def _calibrated_anew(
-    config: dict[str, Any], source: FinishedRun, model: nn.Module, allocation: BitAllocation
+    config: Config, source: FinishedRun, model: nn.Module, allocation: BitAllocation
 ) -> Iterator[tuple[str, str]]:
     """The quantizers that are not those of the source, by name, and why."""
     before = source.allocation.bits()
@@ -167,7 +190,7 @@ def _calibrated_anew(
             ("activation", bits.activation_bits, old and old.activation_bits),
         ):
             group = f"{kind}_quantizer"
-            odd = list(differences(source.config[group], config[group], group))
+            odd = list(differences(getattr(source.config, group), getattr(config, group), group))
             why = f"{old_width} → {new_width} bits" if old_width != new_width else "; ".join(odd)
             if why:
                 own = "weight" if kind == "weight" else "input"

@@ -8,10 +8,11 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
-from adq_train.allocation.budget import Bits, Problem, budget_from, figures
-from adq_train.allocation.patterns import pinned_bits
+from adq_train.allocation.budget import Bits, Problem, figures
+from adq_train.allocation.problem import problem_of
 from adq_train.artifacts import BitAllocation, LayerInfo, SensitivityTable
 from adq_train.errors import UserError
+from adq_train.schema import Config, identity
 from adq_train.stamps import digest, origin_problem
 
 # Stages' values, in the order in which they are made.
@@ -44,6 +45,22 @@ def origin(same: Mapping[str, Any], fingerprint: str, weights: str) -> str:
         weights: Digest of the float model's parameters and buffers.
     """
     return digest([same, fingerprint, weights])
+
+
+def float_key(config: dict[str, Any]) -> str:
+    """The run that a float model was kept with, from its configuration as it is kept."""
+    return digest([identity(config), "float"])
+
+
+def qat_key(config: dict[str, Any], allocation: BitAllocation, origin: str | None) -> str:
+    """What QAT depends on; its checkpoints carry it.
+
+    Args:
+        config: The configuration, as it is kept.
+        allocation: The bits.
+        origin: The run's; None for one of a version that had none.
+    """
+    return digest([identity(config), allocation.to_json(), *([origin] if origin else [])])
 
 
 def depends_on(origin: str, of: Artifact | None) -> str:
@@ -136,9 +153,8 @@ def read_bits(
     )
     require_layers(path / "allocation.json", [x.name for x in allocation.layers], layers)
     if source and all(x.num_inputs for x in table.layers):
-        bits = config["bits"]
-        pinned = pinned_bits(layers, bits["first_last"], bits["pinned"] or {})
-        problem = Problem(layers, pinned, (), budget_from(config["budget"], layers))
+        settings = Config.of(config)
+        problem = problem_of(layers, settings.bits, settings.budget)
         require_figures(path / "allocation.json", allocation, problem)
     return table, allocation
 

@@ -2,61 +2,60 @@
 
 from __future__ import annotations
 
-import copy
 import logging
 import re
 import tempfile
 from pathlib import Path
-from typing import Any
 
 import torch
 from omegaconf import DictConfig
 
-from adq_train.allocation.achieved import achieved, require_achieved
-from adq_train.allocation.budget import Problem, budget_from
-from adq_train.allocation.patterns import by_layer, pinned_bits
 from adq_train.artifacts import RunResult
-from adq_train.data.base import Loading
 from adq_train.errors import UserError
-from adq_train.files import sha256
-from adq_train.init_from import open_start, pin, prepare_from
-from adq_train.quantization.copies import unfuse
-from adq_train.quantization.describe import describe_layers
+from adq_train.init_from import pinned
 from adq_train.reporting import report
-from adq_train.run_folder import (
-    NOT_PART_OF_A_RUN,
-    RunFolder,
-    check_same_run,
-    identity,
-    input_files,
-    is_done,
-)
-from adq_train.sensitivity.base import ReadsAhead
-from adq_train.stages import (
-    Context,
-    allocate_bits,
-    evaluate_models,
-    keep_float,
-    keep_levels,
-    keep_result,
-    prepare_and_calibrate,
-    pretrain,
-    profile,
-    train_quantized,
-    train_teacher,
-)
+from adq_train.run_folder import RunFolder, check_same_run, is_done
+from adq_train.schema import NOTHING, ROUNDING, Config, identity, settings_where
+from adq_train.session import Session, smaller
+from adq_train.stages.allocate import allocate_bits
+from adq_train.stages.calibrate import calibrate
+from adq_train.stages.evaluate import evaluate_models, keep_levels, keep_result
+from adq_train.stages.float_model import pretrain, train_teacher
+from adq_train.stages.profile import profile
+from adq_train.stages.qat import train_quantized
+from adq_train.stages.setup import facts
 from adq_train.stamps import digest
-from adq_train.training.device import use
 from adq_train.training.distributed import ALONE, Ranks
-from adq_train.validate import Parts, validate
-from adq_train.weights import load_checkpoint, load_state
+from adq_train.validate import validate
 
 log = logging.getLogger(__name__)
 
-# A dry run tells whether everything runs, not whether two steps from untrained weights converge:
-# at the full rate they diverge where a whole run does not. Thresholds of an untrained deep network
-# have gradients of any size, so in QAT all is computed and no weight moves.
-DRY_RUN_RATES = {"pretrain": 1e-3, "optimizer": 0.0}
+
+def execute(session: Session, path: Path, command: list[str]) -> RunResult:
+    """Runs the stages that are not done yet, in the folder ``path``."""
+    with RunFolder(path, session.config, session.ranks) as folder:
+        log.info("run folder %s, on %s", path, session.parts.device)
+        folder.write_manifest(facts(session, command))
+        with folder.stage("pretrain"):
+            pretrain(session, folder)
+        if session.teacher and session.teacher.epochs:
+            with folder.stage("teacher"):
+                train_teacher(session, folder)
+        with folder.stage("profile"):
+            table = profile(session, folder)
+        with folder.stage("allocate"):
+            allocation = allocate_bits(session, folder, table)
+        with folder.stage("prepare"):
+            calibrated = calibrate(session, allocation)
+        with folder.stage("qat"):
+            quantized = train_quantized(session, folder, calibrated, allocation)
+        with folder.stage("evaluate"):
+            figures = evaluate_models(session, calibrated, quantized)
+            keep_levels(session, folder, quantized, allocation)
+        result = keep_result(folder, allocation, figures)
+        if session.ranks.is_main and not session.config.dry_run:
+            report.write(folder, table, allocation, result, quantized)
+    return result
 
 
 def run(
@@ -79,133 +78,29 @@ def run(
         UserError: Something outside the program is wrong; nothing is left half-written.
     """
     config, parts = validate(cfg)
-    check_ranks(ranks, config, parts.device)
-    pin(config)
-    if config["dry_run"]:
+    require_room(ranks, config, parts.device)
+    config = pinned(config)
+    if config.dry_run:
         with tempfile.TemporaryDirectory(prefix="adq-train-") as scratch:
-            config["output_root"] = scratch
-            config["pretrain"]["epochs"] = min(1, config["pretrain"]["epochs"])
-            config["trainer"]["epochs"] = min(1, config["trainer"]["epochs"])
-            for section, factor in DRY_RUN_RATES.items():
-                config[section]["lr"] *= factor
-            result = execute(config, parts, Path(scratch, "run"), command, ranks)
-        if not ranks.is_main:
-            return
-        stages = ", ".join(f"{name} {seconds:.1f} s" for name, seconds in result.seconds.items())
-        print(f"dry run passed: every stage ran on two batches ({stages}); nothing was kept")
+            session = Session.open(smaller(config, scratch), parts, ranks)
+            result = execute(session, Path(scratch, "run"), command)
+        if ranks.is_main:
+            stages = ", ".join(f"{name} {x:.1f} s" for name, x in result.seconds.items())
+            print(f"dry run passed: every stage ran on two batches ({stages}); nothing was kept")
         return
     path = run_dir(config, experiment, overrides)
     if ranks.is_main:
-        check_same_run(path, config)
+        check_same_run(path, config.plain())
     done = ranks.share(lambda: is_done(path))
     if not done:
-        execute(config, parts, path, command, ranks)
+        execute(Session.open(config, parts, ranks), path, command)
     if ranks.is_main:
         report.show(path)
     if done:
         log.info("all stages of %s are done; delete it to run it anew", path)
 
 
-def execute(
-    config: dict[str, Any], parts: Parts, path: Path, command: list[str], ranks: Ranks = ALONE
-) -> RunResult:
-    """Runs the stages that are not done yet, in the folder ``path``."""
-    use(
-        parts.device,
-        deterministic=config["trainer"]["deterministic"],
-        precision=config["trainer"]["precision"],
-    )
-    torch.manual_seed(config["seed"])
-    loading = Loading(
-        config["trainer"]["batch_size"] * config["trainer"]["accumulate_batches"],
-        config["trainer"]["eval_batch_size"],
-        config["seed"],
-        parts.device,
-        ranks.world_size,
-    )
-    with ranks.one_first():
-        data = parts.data.load(loading)
-        model = parts.model.build(data.num_classes, data.image_shape[0])
-    start = open_start(config, data)
-    data = data.for_dry_run() if config["dry_run"] else data
-    checkpoint = config["pretrain"]["checkpoint"]
-    load_checkpoint(model, config["pretrain"])
-    if start and start.float_state and not checkpoint:
-        load_state(model, start.float_state)
-    unfuse(model)
-    model.to(parts.device)
-    ranks.equalize(model)
-    torch.manual_seed(config["seed"])  # a trained teacher begins like a float model of its own run
-    teacher = parts.distillation.teacher(model, data.num_classes, data.image_shape[0])
-    if config["trainer"]["channels_last"]:  # in all stages: a resumed run has the same bits then
-        for network in (model, teacher.model) if teacher else (model,):
-            network.to(memory_format=torch.channels_last)
-
-    images, _ = next(data.calibration.epoch(0))
-    layers = describe_layers(model, images[:1])
-    bits = config["bits"]
-    own = by_layer("bits.candidates_per_layer", bits["candidates_per_layer"] or {}, layers)
-    problem = Problem(
-        layers,
-        pinned_bits(layers, bits["first_last"], bits["pinned"] or {}),
-        tuple(bits["candidates"]),
-        budget_from(config["budget"], layers),
-        {name: tuple(widths) for name, widths in own.items()},
-        bits["tied"],
-    )
-    parts.allocator.check(problem)
-    if isinstance(parts.sensitivity, ReadsAhead):
-        apart = not problem.tied and parts.allocator.needs_table
-        parts.sensitivity.check(layers, problem.candidates, apart)
-
-    with RunFolder(path, config, ranks) as folder:
-        folder.write_manifest(
-            {
-                "command": command,
-                "seed": config["seed"],
-                "device": str(parts.device),
-                "processes": ranks.world_size,
-                "compile": config["trainer"]["compile"],
-                "channels_last": config["trainer"]["channels_last"],
-                "data": {"name": data.name, "fingerprint": data.fingerprint},
-                "checkpoint_sha256": sha256(Path(checkpoint)) if checkpoint else None,
-                "files": {name: sha256(path) for name, path in input_files(config).items()}
-                | ({"init_from": config["init_from_sha256"]} if start else {}),
-                "input": data.input_format.to_dict(),
-                "model": {"num_float_values": report.num_float_values(model, layers)},
-            }
-        )
-        run = Context(config, parts, data, folder, ranks)
-        log.info("run folder %s, on %s", path, parts.device)
-        with folder.stage("pretrain"):
-            pretrain(run, model)
-            keep_float(run, model)
-        if teacher and teacher.epochs:
-            with folder.stage("teacher"):
-                train_teacher(run, teacher)
-        with folder.stage("profile"):
-            table = profile(run, model, problem)
-        with folder.stage("allocate"):
-            allocation = allocate_bits(run, problem, table)
-        with folder.stage("prepare"):
-            if start:
-                calibrated = prepare_from(run, start, model, allocation)
-            else:
-                calibrated = prepare_and_calibrate(run, model, allocation)
-            require_achieved(allocation, achieved(calibrated, images[:1], problem.pinned))
-            quantized = copy.deepcopy(calibrated)
-        with folder.stage("qat"):
-            train_quantized(run, quantized, allocation, teacher)
-        with folder.stage("evaluate"):
-            figures = evaluate_models(run, model, calibrated, quantized)
-            keep_levels(run, quantized, allocation)
-        result = keep_result(run, allocation, *figures)
-        if not config["dry_run"] and ranks.is_main:
-            report.write(folder, table, allocation, result, quantized)
-    return result
-
-
-def check_ranks(ranks: Ranks, config: dict[str, Any], device: torch.device) -> None:
+def require_room(ranks: Ranks, config: Config, device: torch.device) -> None:
     """Refuses what cannot be done by several processes.
 
     Raises:
@@ -213,9 +108,9 @@ def check_ranks(ranks: Ranks, config: dict[str, Any], device: torch.device) -> N
     """
     if ranks.world_size == 1:
         return
-    if config["trainer"]["batch_size"] < ranks.world_size:
+    if config.trainer.batch_size < ranks.world_size:
         raise UserError(
-            f"trainer.batch_size: {config['trainer']['batch_size']} images cannot be shared by "
+            f"trainer.batch_size: {config.trainer.batch_size} images cannot be shared by "
             f"{ranks.world_size} processes; it counts the images of all of them together"
         )
     if device.type == "cuda" and (device.index is not None or not ranks.has_own_gpu):
@@ -226,15 +121,15 @@ def check_ranks(ranks: Ranks, config: dict[str, Any], device: torch.device) -> N
         )
 
 
-def run_dir(config: dict[str, Any], experiment: str | None, overrides: list[str]) -> Path:
+def run_dir(config: Config, experiment: str | None, overrides: list[str]) -> Path:
     """The run's folder: as given, or ``<output_root>/<experiment>/<overrides>-<hash>``."""
-    if config["run_dir"]:
-        return Path(config["run_dir"])
-    hidden = ("experiment", *NOT_PART_OF_A_RUN)
+    if config.run_dir:
+        return Path(config.run_dir)
+    hidden = ("experiment", *settings_where(lambda x: x.affects in (NOTHING, ROUNDING)))
     readable = ",".join(
         text.lstrip("+") for text in overrides if text.lstrip("+").split("=")[0] not in hidden
     )
     # 255 bytes is the longest name that file systems take.
     safe = re.sub(r"[^\w.=,+-]+", "_", readable, flags=re.ASCII)[:200] or "default"
-    name = f"{safe}-{digest(identity(config))[:8]}"
-    return Path(config["output_root"], experiment or "custom", name)
+    name = f"{safe}-{digest(identity(config.plain()))[:8]}"
+    return Path(config.output_root, experiment or "custom", name)

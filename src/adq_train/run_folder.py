@@ -27,6 +27,7 @@ from adq_train.kept import ARTIFACTS, Artifact, depends_on, origin, read, read_b
 from adq_train.locks import LOCK, FolderLock
 from adq_train.manifest import differences, note_float_model, read_manifest, write_manifest
 from adq_train.printable import PrintableFormatter
+from adq_train.schema import Config, Content, identity, settings_where
 from adq_train.stamps import digest, stamped
 from adq_train.yaml_files import read_yaml
 
@@ -35,43 +36,12 @@ if TYPE_CHECKING:  # adq-report reads runs without torch
 
 log = logging.getLogger(__name__)
 
-# Settings that change where or how a run goes, but not what comes out of it.
-NOT_PART_OF_A_RUN = (
-    "run_dir",
-    "output_root",
-    "init_from",
-    "dry_run",
-    "debug",
-    "trusted_packages",
-    "data.num_workers",
-    "trainer.device",
-    "trainer.channels_last",
-    "trainer.compile",
-    "trainer.checkpoint_every_steps",
-    "trainer.checkpoint_every_minutes",
-    "trainer.check_ranks",
-)
-
-# Settings that name a file besides ``pretrain.checkpoint``: what it holds is part of a run.
-INPUT_FILES = ("distillation.checkpoint", "allocator.path", "sensitivity.path")
-
-
 A = TypeVar("A", bound=Artifact)
 
 
-def identity(config: dict[str, Any]) -> dict[str, Any]:
-    """What a run is: its resolved configuration without places and switches."""
-    same = {k: v for k, v in config.items() if k not in NOT_PART_OF_A_RUN}
-    for section in ("data", "trainer"):
-        same[section] = {
-            k: v for k, v in config[section].items() if f"{section}.{k}" not in NOT_PART_OF_A_RUN
-        }
-    return same
-
-
 def input_files(config: dict[str, Any]) -> dict[str, Path]:
-    """The files that :data:`INPUT_FILES` name in a configuration, by setting."""
-    named = {name: name.split(".") for name in INPUT_FILES}
+    """The files that a configuration names besides ``pretrain.checkpoint``, by setting."""
+    named = {name: name.split(".") for name in settings_where(lambda x: x.path is Content.INPUT)}
     values = {name: config[section].get(key) for name, (section, key) in named.items()}
     return {name: Path(x) for name, x in values.items() if x and Path(x).is_file()}
 
@@ -93,18 +63,18 @@ class RunFolder:
             be written.
     """
 
-    def __init__(self, path: Path, config: dict[str, Any], ranks: Ranks | None = None) -> None:
+    def __init__(self, path: Path, config: Config, ranks: Ranks | None = None) -> None:
         from adq_train.training.distributed import ALONE
 
         ranks = ranks or ALONE
         self.path = path
-        self.config = config
+        self.config = config.plain()
         self.ranks = ranks
-        self.origin = digest(identity(config))
+        self.origin = digest(identity(self.config))
         self.stage_name = "setup"
         self.seconds: dict[str, float] = {}
         if ranks.is_main:
-            check_same_run(path, config)
+            check_same_run(path, self.config)
 
     def __enter__(self) -> RunFolder:
         if self.ranks.is_main:

@@ -14,59 +14,34 @@ from torch import nn
 from adq_train.errors import UserError
 from adq_train.files import sha256, write_text, written_whole
 from adq_train.manifest import environment
+from adq_train.schema import Config, float_settings
 from adq_train.stamps import STAMP, digest
 from adq_train.weights import load_state
 
-# Settings of the trainer that float training does not look at, or that change when and where it
-# runs. Every other one, and what is added to the section later, is part of a float model's key.
-# The kernels are not: they compute quantizers, and a float model has none.
-NOT_FOR_FLOAT_TRAINING = (
-    "epochs",
-    "device",  # its kind is in the key
-    "select",
-    "check_ranks",
-    "checkpoint_every_steps",
-    "checkpoint_every_minutes",
-)
-
 
 def float_inputs(
-    config: dict[str, Any],
-    source: dict[str, Any],
-    epochs: int,
-    fingerprint: str,
-    device: str,
-    processes: int,
+    config: Config, fingerprint: str, device: str, processes: int, checkpoint: str | None = None
 ) -> dict[str, Any]:
     """Everything that the bits of a float model depend on.
 
     Args:
-        config: The resolved configuration.
-        source: The configuration of the network.
-        epochs: Of float training.
+        config: With the network and the epochs of this float model.
         fingerprint: Of the data set.
         device: Where it is trained.
         processes: How many train it together.
+        checkpoint: SHA-256 of the file that its weights come from.
     """
-    here = environment(device)
+    here, settings = environment(device), float_settings(config.plain())
+    versions = {name: x for name, x in here["versions"].items() if name != "python"}
+    # The kernels are not among them: they compute quantizers, and a float model has none.
     return {
-        "seed": config["seed"],
-        "pretrain": {
-            **_without(config["pretrain"], "head", "checkpoint_key"),
-            "checkpoint": None,
-            "epochs": epochs,
-        },
-        "model": source,
-        "scheduler": config["scheduler"],
-        # Float training has a rate and a decay of its own, in the section pretrain.
-        "optimizer": _without(config["optimizer"], "lr", "weight_decay"),
-        "data": _without(config["data"], "root", "num_workers"),
+        **settings,
+        "pretrain": {**settings["pretrain"], "checkpoint": checkpoint},
         "fingerprint": fingerprint,
-        "trainer": _without(config["trainer"], *NOT_FOR_FLOAT_TRAINING),
         "processes": processes,
         "hardware": here["hardware"],
         "cpu_threads": here["cpu_threads"] if here["hardware"].startswith("cpu") else None,
-        "versions": _without(here["versions"], "python"),
+        "versions": versions,
     }
 
 
@@ -148,8 +123,3 @@ class SharedModel:
     def _write(self, weights: str | None) -> None:
         content = {**self.inputs, STAMP: {self.weights.name: weights}}
         write_text(self.folder / "depends_on.json", json.dumps(content, indent=2) + "\n")
-
-
-def _without(node: dict[str, Any], *names: str) -> dict[str, Any]:
-    """A configuration node without some of its settings."""
-    return {key: value for key, value in node.items() if key not in names}

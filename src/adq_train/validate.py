@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -34,7 +34,7 @@ from adq_train.quantization.base import (
     MakeActivationQuantizer,
     MakeWeightQuantizer,
 )
-from adq_train.schema import GROUPS, SECTIONS, Range, is_path
+from adq_train.schema import GROUPS, SECTIONS, Config, about, is_path
 from adq_train.sensitivity.base import SensitivityMetric
 from adq_train.training.compiling import compiler_problem
 from adq_train.training.distillation import Distillation
@@ -70,14 +70,14 @@ class Parts:
     device: torch.device
 
 
-def validate(cfg: DictConfig) -> tuple[dict[str, Any], Parts]:
+def validate(cfg: DictConfig) -> tuple[Config, Parts]:
     """Checks a composed configuration and builds its parts.
 
     Args:
         cfg: The composed configuration.
 
     Returns:
-        The configuration as plain dictionaries, resolved, and its parts.
+        The configuration, typed and resolved, and its parts.
 
     Raises:
         ConfigError: Lists every problem that was found.
@@ -91,11 +91,10 @@ def validate(cfg: DictConfig) -> tuple[dict[str, Any], Parts]:
             ["an interpolation (${name}) leads back to itself; write the value"]
         ) from error
     lacking = [
-        f"{section}.{field.name}".strip(".")
-        for section, schema in SECTIONS.items()
-        for field in fields(schema)
-        if field.default is not MISSING
-        and field.name not in (config[section] if section else config)
+        f"{section}.{name}".strip(".")
+        for section, of in {"": Config, **SECTIONS}.items()
+        for name in about(of)
+        if name not in (*GROUPS, *(config[section] if section else config))
     ]
     if lacking:
         raise ConfigError(f"{name}: a value is required; give {name}=…" for name in lacking)
@@ -131,35 +130,31 @@ def validate(cfg: DictConfig) -> tuple[dict[str, Any], Parts]:
         distillation=built["distillation"],
         device=device,
     )
-    return config, parts
+    return Config.of(config), parts
 
 
 def _section_problems(config: dict[str, Any]) -> Iterator[str]:
     """Ranges and choices of the fixed sections, and numbers that are none."""
-    for section, schema in SECTIONS.items():
-        values = config[section] if section else config
-        known = {field.name for field in fields(schema)}
-        for name in values.keys() - known:
+    for section, of in {"": Config, **SECTIONS}.items():
+        values, settings = config[section] if section else config, about(of)
+        for name in values.keys() - settings.keys():
             prefix = f"{section}.{name}".strip(".")
-            yield f"{prefix}: there is no such setting{did_you_mean(name, known)}"
-        for field in fields(schema):
-            name = f"{section}.{field.name}".strip(".")
-            value = values[field.name]
-            allowed: Range | None = field.metadata.get("range")
-            if allowed:
-                for _, number in leaves(value):
-                    if isinstance(number, str) and section == "budget":
-                        try:
-                            share_of_float(number)
-                        except ValueError as error:
-                            yield f"{name}: {error}"
-                    elif isinstance(number, str | bool):
-                        yield f"{name}: must be a number, got {number!r}"
-                    elif number is not None and (wrong := allowed.problem(number)):
-                        yield f"{name}: {wrong}"
-            choices = field.metadata.get("choices")
-            if choices and value not in choices:
-                yield f"{name}: must be one of {', '.join(choices)}, got {value!r}"
+            yield f"{prefix}: there is no such setting{did_you_mean(name, settings)}"
+        for setting, declared in settings.items():
+            name, value = f"{section}.{setting}".strip("."), values.get(setting)
+            allowed = declared.range
+            for _, number in leaves(value) if allowed else ():
+                if isinstance(number, str) and section == "budget":
+                    try:
+                        share_of_float(number)
+                    except ValueError as error:
+                        yield f"{name}: {error}"
+                elif isinstance(number, str | bool):
+                    yield f"{name}: must be a number, got {number!r}"
+                elif allowed and number is not None and (wrong := allowed.problem(number)):
+                    yield f"{name}: {wrong}"
+            if declared.choices and value not in declared.choices:
+                yield f"{name}: must be one of {', '.join(declared.choices)}, got {value!r}"
     for key, value in leaves(config):
         if isinstance(value, float) and not math.isfinite(value):
             yield f"{key}: must be a finite number, got {value}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import hashlib
 import logging
 import re
 from collections import Counter, OrderedDict
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 from adq_train.checkpoint_file import read_checkpoint
 from adq_train.errors import UserError
 from adq_train.models import last_layer
+from adq_train.schema import PretrainConfig
 
 log = logging.getLogger(__name__)
 
@@ -64,7 +66,7 @@ def with_tied(own: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> dict[st
     return full
 
 
-def load_checkpoint(model: nn.Module, pretrain: Mapping[str, Any]) -> None:
+def load_checkpoint(model: nn.Module, pretrain: PretrainConfig) -> None:
     """Loads the file that ``pretrain.checkpoint`` names, if it names one, into ``model``.
 
     Args:
@@ -74,12 +76,12 @@ def load_checkpoint(model: nn.Module, pretrain: Mapping[str, Any]) -> None:
     Raises:
         UserError: See :func:`load_weights`.
     """
-    if pretrain["checkpoint"]:
+    if pretrain.checkpoint:
         load_weights(
             model,
-            Path(pretrain["checkpoint"]),
-            key=pretrain["checkpoint_key"],
-            new_head=pretrain["head"] == "new",
+            Path(pretrain.checkpoint),
+            key=pretrain.checkpoint_key,
+            new_head=pretrain.head == "new",
         )
 
 
@@ -344,3 +346,13 @@ def _list(problems: Any) -> str:
     """The first three problems, and how many more there are."""
     texts = list(problems.values() if isinstance(problems, dict) else problems)
     return "; ".join(texts[:3]) + (f" and {len(texts) - 3} more" if len(texts) > 3 else "")
+
+
+def weights_digest(model: nn.Module) -> str:
+    """Hexadecimal SHA-256 of all parameters and buffers with their names."""
+    digest = hashlib.sha256()
+    for name, value in model.state_dict().items():
+        digest.update(f"{name} {tuple(value.shape)} {value.dtype}\n".encode())
+        flat = value.detach().cpu().contiguous().flatten()
+        digest.update(flat.view(torch.uint8).numpy().data)
+    return digest.hexdigest()

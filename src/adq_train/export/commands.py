@@ -14,7 +14,7 @@ from adq_train.errors import ConfigError, UserError
 from adq_train.export.settings import parse
 from adq_train.files import typed_path
 from adq_train.printable import one_line, printable
-from adq_train.schema import choice, number
+from adq_train.schema import setting
 
 EXPORT_HELP = """adq-export RUN_FOLDER [key=value ...]
 
@@ -52,11 +52,15 @@ class ExportSettings:
     """The command line of ``adq-export``."""
 
     path: str
-    format: str = choice("packed", "onnx")
+    format: str = setting("packed", "The form of the file.", choices=("packed", "onnx"))
     output: str = ""
-    float_type: str = choice("float32", "float16")
+    float_type: str = setting(
+        "float32", "Precision of what stays float.", choices=("float32", "float16")
+    )
     fold_batch_norm: bool = False
-    tolerance: float = number(0.001, minimum=0, maximum=1)
+    tolerance: float = setting(
+        0.001, "Share of images that may get another class.", minimum=0, maximum=1
+    )
     data_changes: dict[str, str] = field(default_factory=dict)
     trusted_packages: tuple[str, ...] = ()
     json: bool = False
@@ -70,7 +74,7 @@ class EvalSettings:
     path: str
     data: str = ""
     data_changes: dict[str, str] = field(default_factory=dict)
-    batch_size: int = number(500, minimum=1)
+    batch_size: int = setting(500, "Images of a batch.", minimum=1)
     predict: str = ""
     trusted_packages: tuple[str, ...] = ()
     json: bool = False

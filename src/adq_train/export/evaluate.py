@@ -61,7 +61,7 @@ def open_path(path: Path, trusted_packages: Sequence[str] = ()) -> Evaluable:
         run = open_run(path, trusted_packages)
         recorded = (run.manifest.get("data") or {}).get("fingerprint")
         network = trained_network(run)
-        data = run.config["data"]
+        data = run.config.data
         return Evaluable("run", network, run.input_format(), data, recorded, run.trusted)
     if path.suffix == ".onnx":
         onnx = OnnxApart(path)

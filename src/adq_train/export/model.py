@@ -58,8 +58,8 @@ def table_model(run: FinishedRun, network: nn.Module | None = None) -> TableMode
     facts = {key: run.manifest.get(key) for key in ("command", "seed", "git", "versions", "data")}
     allocation = run.allocation
     return TableModel(
-        model=run.config["model"],
-        data=run.config["data"],
+        model=run.config.model,
+        data=run.config.data,
         expects=run.input_format(),
         layers={name: tables_of(name, layer) for name, layer in layers.items()},
         floats={k: v.detach() for k, v in float_state(network, layers).items()},

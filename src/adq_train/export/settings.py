@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from adq_train.errors import ConfigError, did_you_mean
+from adq_train.schema import About
 
 T = TypeVar("T")
 
@@ -57,26 +58,24 @@ def parse(kind: type[T], arguments: Sequence[str]) -> T:
 
 def _value(field: Any, text: str) -> Any:
     """A setting's value from its text, checked."""
-    choices = field.metadata.get("choices")
-    if choices and text not in choices:
-        raise ValueError(f"must be one of {', '.join(choices)}, got {text!r}")
+    about: About = field.metadata.get("about", About(""))
+    if about.choices and text not in about.choices:
+        raise ValueError(f"must be one of {', '.join(about.choices)}, got {text!r}")
     if isinstance(field.default, bool):
         if text.lower() not in ("true", "false"):
             raise ValueError(f"must be true or false, got {text!r}")
         return text.lower() == "true"
     if isinstance(field.default, int):
-        allowed = field.metadata["range"]
-        if not text.isdecimal() or allowed.problem(int(text)):
-            raise ValueError(f"must be a whole number, {allowed}, got {text!r}")
+        if not text.isdecimal() or (about.range and about.range.problem(int(text))):
+            raise ValueError(f"must be a whole number, {about.range}, got {text!r}")
         return int(text)
     if isinstance(field.default, float):
-        allowed = field.metadata["range"]
         try:
             value = float(text)
         except ValueError:
             value = math.nan
-        if allowed.problem(value):
-            raise ValueError(f"must be a number, {allowed}, got {text!r}")
+        if about.range and about.range.problem(value):
+            raise ValueError(f"must be a number, {about.range}, got {text!r}")
         return value
     if isinstance(field.default, tuple):
         names = tuple(x.strip() for x in text.strip("[]").split(",") if x.strip())

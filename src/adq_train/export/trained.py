@@ -15,11 +15,11 @@ from adq_train.data.base import ImageData, InputFormat
 from adq_train.errors import UserError
 from adq_train.export.architecture import build_network, limited_to
 from adq_train.export.datasets import data_section, load_data
-from adq_train.kept import read_bits
+from adq_train.kept import qat_key, read_bits
 from adq_train.manifest import read_manifest
 from adq_train.quantization.prepare import keep_weights, prepare
 from adq_train.run_folder import origin_of, read_status
-from adq_train.stages import qat_key
+from adq_train.schema import Config
 from adq_train.training.checkpoint import CheckpointFolder
 from adq_train.validate import build, trust_problems, trusted_prefixes
 from adq_train.weights import load_state
@@ -32,14 +32,16 @@ class FinishedRun:
 
     Attributes:
         path: Its folder.
-        config: Its resolved configuration.
+        config: Its configuration.
+        settings: The same as it is kept, by the version that made the run.
         manifest: Command, versions, seed, data fingerprint.
         allocation: Bits per layer.
         trusted: Where its parts may be defined.
     """
 
     path: Path
-    config: dict[str, Any]
+    config: Config
+    settings: dict[str, Any]
     manifest: dict[str, Any]
     allocation: BitAllocation
     trusted: tuple[str, ...]
@@ -55,9 +57,9 @@ class FinishedRun:
         Args:
             changes: Settings of it to change, by name, in YAML.
         """
-        section, download = data_section(self.config["data"], None, changes or {})
-        batch_size = int(self.config["trainer"]["eval_batch_size"])
-        return load_data(section, batch_size, self.trusted, download)
+        section, download = data_section(self.config.data, None, changes or {})
+        together = self.config.trainer.eval_batch_size
+        return load_data(section, together, self.trusted, download)
 
 
 def open_run(path: Path, trusted_packages: Sequence[str] = ()) -> FinishedRun:
@@ -80,19 +82,19 @@ def open_run(path: Path, trusted_packages: Sequence[str] = ()) -> FinishedRun:
             "command in its manifest.json"
         )
     try:
-        config: Any = read_yaml(path / "config.yaml")
-        config["trusted_packages"] = list(trusted_packages)
-        problems = list(trust_problems(config))
-        if config["trainer"]["select"] not in ("last", "best"):
-            problems.append(
-                f"trainer.select: must be last or best, got {config['trainer']['select']!r}"
-            )
+        settings: Any = read_yaml(path / "config.yaml")
+        settings["trusted_packages"] = list(trusted_packages)
+        problems = list(trust_problems(settings))
+        config = Config.of(settings)
+        if config.trainer.select not in ("last", "best"):
+            problems.append(f"trainer.select: must be last or best, got {config.trainer.select!r}")
     except Exception as error:  # a section that is missing, or something else
         raise UserError(f"the run in {path} is damaged ({error})") from error
     if problems:
         raise UserError(f"{path / 'config.yaml'}: {'; '.join(problems)}")
-    _, allocation = read_bits(path, config, origin_of(path, config))
-    return FinishedRun(path, config, read_manifest(path), allocation, trusted_prefixes(config))
+    _, allocation = read_bits(path, settings, origin_of(path, settings))
+    trusted = trusted_prefixes(settings)
+    return FinishedRun(path, config, settings, read_manifest(path), allocation, trusted)
 
 
 def trained_network(run: FinishedRun) -> nn.Module:
@@ -117,10 +119,10 @@ def restored_network(run: FinishedRun, name: str | None = None) -> nn.Module:
         UserError: There is no intact checkpoint, or it does not fit the configuration.
     """
     config, expects = run.config, run.input_format()
-    name = name or config["trainer"]["select"]
+    name = name or config.trainer.select
     checkpoints = CheckpointFolder(run.path / "checkpoints")
     state = checkpoints.load(
-        qat_key(config, run.allocation, origin_of(run.path, config)), names=(name,)
+        qat_key(run.settings, run.allocation, origin_of(run.path, run.settings)), names=(name,)
     )
     if state is None:
         raise UserError(
@@ -128,13 +130,13 @@ def restored_network(run: FinishedRun, name: str | None = None) -> nn.Module:
             "there is nothing to export"
         )
     make_weight_quantizer, make_activation_quantizer = (
-        build(config[group], group, lambda part: part, run.trusted)
+        build(getattr(config, group), group, lambda part: part, run.trusted)
         for group in ("weight_quantizer", "activation_quantizer")
     )
     weights = state["model"]
     with limited_to(len(weights), sum(x.numel() for x in weights.values())):
         network = build_network(
-            config["model"], expects.num_classes, expects.image_shape[0], run.trusted
+            config.model, expects.num_classes, expects.image_shape[0], run.trusted
         )
     try:
         load_state(network, {key: weights[key] for key in network.state_dict()})

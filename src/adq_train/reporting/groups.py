@@ -12,10 +12,10 @@ from adq_train.errors import UserError, did_you_mean
 from adq_train.reporting.gather import Run
 from adq_train.reporting.names import data_name, model_key, model_name, names_of, natural, terms
 from adq_train.reporting.statistics import Difference, Summary, compare, judge, summarize
-from adq_train.run_folder import INPUT_FILES, identity
+from adq_train.schema import INPUT, PLACE, identity, settings_where
 
 # Besides the distillation: settings that make a training loss another figure.
-LOSS_SETTINGS = ("trainer.label_smoothing", "trainer.mixup_alpha", "trainer.cutmix_alpha")
+LOSS_SETTINGS = settings_where(lambda x: x.in_loss)
 
 
 @dataclass(frozen=True)
@@ -133,14 +133,11 @@ def sections(runs: Iterable[Run], reference: str | None = None) -> list[Section]
 
 def settings_of(run: Run) -> dict[str, Any]:
     """What decides the outcome of a run besides its seed, flat; places are left out."""
-    config = identity(run.config)
-    config["pretrain"] = {k: v for k, v in config["pretrain"].items() if k != "checkpoint"}
-    config["data"] = {k: v for k, v in config["data"].items() if k != "root"}
-    del config["seed"]
-    config.pop("init_from_sha256", None)  # among the files
+    # init_from_sha256 is among the files.
+    left_out = {"seed", "init_from_sha256", *settings_where(lambda x: x.path is PLACE)}
+    flat = {k: v for k, v in _flatten(identity(run.config)) if k not in left_out}
     data = run.manifest.get("data")
     fingerprint = data.get("fingerprint") if isinstance(data, dict) else None
-    flat = dict(_flatten(config))
     files, checkpoint = run.manifest.get("files"), run.manifest.get("checkpoint_sha256")
     return {
         **flat,
@@ -162,7 +159,7 @@ def _rows(runs: Sequence[Run]) -> tuple[list[Row], str, list[str]]:
     """The rows of one section, what all its runs share, and its problems."""
     settings = [settings_of(run) for run in runs]
     problems = []
-    for name in ("pretrain.checkpoint", "init_from", *INPUT_FILES):
+    for name in ("pretrain.checkpoint", "init_from", *settings_where(lambda x: x.path is INPUT)):
         settings, of_seeds = _without_files_of_seeds(runs, settings, name)
         if of_seeds:
             problems.append(f"each seed has a file of its own as {name}")

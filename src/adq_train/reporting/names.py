@@ -8,13 +8,16 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from adq_train.reporting.gather import Run
-from adq_train.run_folder import NOT_PART_OF_A_RUN
+from adq_train.schema import NOTHING, PLACE, ROUNDING, settings_where
 
 # Overrides that change where a run goes or which of several equal ones it is.
-HIDDEN = {*NOT_PART_OF_A_RUN, "seed", "data.root", "pretrain.checkpoint"}
+HIDDEN = {
+    "seed",
+    *settings_where(lambda x: x.affects in (NOTHING, ROUNDING) or x.path is PLACE),
+}
 AS_IS = "as configured"
 # Choices that change nothing.
-NOTHING = {"ablation=none", "ablation=null", "comparison=null", "experiment=null"}
+DEFAULTS = {"ablation=none", "ablation=null", "comparison=null", "experiment=null"}
 
 
 def data_name(run: Run) -> str:
@@ -81,7 +84,7 @@ def names_of(
             for key, found in shared.items()
         }
         return names, dict.fromkeys(names, 0), in_order
-    counts = {key: len(set(found) - NOTHING) for key, found in own.items()}
+    counts = {key: len(set(found) - DEFAULTS) for key, found in own.items()}
     return names, counts, in_order
 
 

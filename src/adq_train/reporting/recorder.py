@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 
-from torch import nn
 from torch.utils.tensorboard import SummaryWriter
 
 from adq_train.files import write_text
@@ -16,7 +17,8 @@ from adq_train.quantization.prepare import quantized_layers
 from adq_train.quantization.weights import used_weight
 from adq_train.reporting import plots
 from adq_train.run_folder import read_metrics
-from adq_train.training.loop import EpochReport
+from adq_train.training.hook import EpochReport, Hook
+from adq_train.training.trainer import Trainer
 
 # A curve per level is readable up to here; the 8-bit layers have 255 levels.
 MOST_CURVES = 16
@@ -24,31 +26,31 @@ MOST_CURVES = 16
 PICTURES = 4
 
 
-class Recorder:
+class Recorder(Hook):
     """Writes what a stage reports, after every epoch.
 
     Args:
         folder: The run's folder (or the shared one of a float model).
         stage: ``pretrain`` or ``qat``; TensorBoard shows each as a run of its own.
-        epochs: Of the whole stage.
-        model: Prepared and calibrated, to see how far training moves its quantizers; or float.
     """
 
-    def __init__(self, folder: Path, stage: str, epochs: int, model: nn.Module) -> None:
+    def __init__(self, folder: Path, stage: str) -> None:
         self.metrics = folder / "metrics.jsonl"
         self.stage = stage
-        self.epochs = epochs
         self.tensorboard = folder / "tensorboard" / stage
         self.writer: SummaryWriter | None = None
-        self.meter = MovementMeter(model)
+        self.meter: MovementMeter | None = None
         self.movement: dict[str, dict[str, float]] = {}
 
-    def start(self, done: int) -> None:
-        """Drops what an interrupted run recorded after its last checkpoint, and goes on.
+    def restore(self, trainer: Trainer) -> None:
+        """Looks at the quantizers as they were calibrated, to see how far training moves them."""
+        self.meter = MovementMeter(trainer.model)
 
-        Args:
-            done: Epochs that are done and checkpointed.
-        """
+    def on_start(self, trainer: Trainer) -> None:
+        """Drops what an interrupted run recorded after its last checkpoint, and goes on."""
+        if not trainer.ranks.is_main:
+            return
+        done = trainer.epoch
         keep = [
             line
             for line in read_metrics(self.metrics)
@@ -58,14 +60,21 @@ class Recorder:
         write_text(self.metrics, "".join(json.dumps(line) + "\n" for line in keep))
         self.writer = SummaryWriter(str(self.tensorboard), purge_step=done + 1)
 
-    def epoch(self, report: EpochReport, model: nn.Module) -> None:
-        """Records one epoch.
+    @contextmanager
+    def around(self, trainer: Trainer) -> Iterator[None]:
+        """Finishes the event file in the end."""
+        try:
+            yield
+        finally:
+            if self.writer is not None:
+                self.writer.close()
 
-        Args:
-            report: Its figures.
-            model: Float or prepared; codebooks and weights are recorded of a prepared one.
-        """
-        assert self.writer is not None
+    def after_epoch(self, trainer: Trainer, report: EpochReport) -> None:
+        """Records one epoch; codebooks and weights of a prepared network alone."""
+        if self.writer is None:
+            return
+        assert self.meter is not None
+        model, epochs = trainer.evaluated, trainer.settings.epochs
         values = asdict(report)
         layers = quantized_layers(model)
         levels = {name: layer.weight_quantizer.levels().tolist() for name, layer in layers.items()}
@@ -96,7 +105,7 @@ class Recorder:
             # One chart per layer on the Custom Scalars page, instead of one per level.
             charts = {x: ["Multiline", [f"codebook/{re.escape(x)}/.*"]] for x in codebooks}
             self.writer.add_custom_scalars({"codebooks": charts})
-        due = report.epoch % -(-self.epochs // PICTURES) == 0 or report.epoch == self.epochs
+        due = report.epoch % -(-epochs // PICTURES) == 0 or report.epoch == epochs
         if layers and due:
             for name, layer in layers.items():
                 self.writer.add_histogram(f"weights/{name}", used_weight(layer), report.epoch)
@@ -104,8 +113,3 @@ class Recorder:
                 "weights_and_levels", plots.weights_and_levels(model), report.epoch
             )
         self.writer.flush()
-
-    def close(self) -> None:
-        """Finishes the event file."""
-        if self.writer is not None:
-            self.writer.close()

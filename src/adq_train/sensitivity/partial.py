@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 from pathlib import Path
-
-import torch
-from torch import nn
 
 from adq_train.artifacts import LayerSensitivity, SensitivityTable
 from adq_train.errors import UserError
@@ -65,13 +61,3 @@ class PartialTable:
             log.warning("%s belongs to another model or other settings; not used", self.path)
             return ()
         return table.layers
-
-
-def weights_digest(model: nn.Module) -> str:
-    """Hexadecimal SHA-256 of all parameters and buffers with their names."""
-    digest = hashlib.sha256()
-    for name, value in model.state_dict().items():
-        digest.update(f"{name} {tuple(value.shape)} {value.dtype}\n".encode())
-        flat = value.detach().cpu().contiguous().flatten()
-        digest.update(flat.view(torch.uint8).numpy().data)
-    return digest.hexdigest()

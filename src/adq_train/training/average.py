@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +13,9 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 from adq_train.quantization.base import WeightQuantizer
 from adq_train.quantization.prepare import Upkeep
 from adq_train.training.batch_norm import batch_norms
+from adq_train.training.hook import Hook
+from adq_train.training.trainer import Trainer
+from adq_train.weights import load_state
 
 
 def decay_at(step: int, decay: float) -> float:
@@ -31,7 +35,7 @@ def move_towards(averages: Iterable[Tensor], values: Iterable[Tensor], decay: fl
     update(tuple(averages), tuple(values), 0)
 
 
-class WeightAverage:
+class WeightAverage(Hook):
     """An exponential moving average of a network's parameters, as a network of its own.
 
     Its running statistics of batch norm are averages at the same rate. Its codebooks are not:
@@ -44,18 +48,19 @@ class WeightAverage:
     """
 
     def __init__(self, model: nn.Module, decay: float) -> None:
+        self.trained = model
         self.decay = decay
         self.model = copy.deepcopy(model).requires_grad_(False)
         self._upkeep = Upkeep(self.model)
 
-    @torch.no_grad()
-    def update(self, model: nn.Module, step: int) -> None:
-        """Takes in the weights after optimizer step number ``step``, from 1.
+    def evaluated(self) -> nn.Module:
+        """The averaged network."""
+        return self.model
 
-        Args:
-            model: The network that is trained.
-            step: Finished optimizer steps.
-        """
+    @torch.no_grad()
+    def after_update(self, trainer: Trainer, step: int) -> None:
+        """Takes in the weights after optimizer step number ``step``, from 1."""
+        model = self.trained
         statistics = [f"{name}.running_{x}" for name in batch_norms(model) for x in ("mean", "var")]
         own = [x.lstrip(".") for x in statistics]  # the network may be a batch norm itself
         codebooks = {
@@ -73,3 +78,15 @@ class WeightAverage:
         for name in theirs.keys() - codebooks - set(own):
             mine[name].copy_(theirs[name])
         self._upkeep.after_step(step)
+
+    def on_end(self, trainer: Trainer) -> None:
+        """Gives the trained network the averaged weights."""
+        load_state(self.trained, self.model.state_dict())
+
+    def state_dict(self) -> dict[str, Any]:
+        """The weights that are trained; a checkpoint's model has the averaged ones."""
+        return {"trained": self.trained.state_dict()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Takes them back."""
+        load_state(self.trained, state["trained"])

@@ -6,7 +6,6 @@ import logging
 import os
 import pickle
 import shutil
-import time
 from pathlib import Path
 from typing import Any
 
@@ -124,29 +123,6 @@ class CheckpointFolder:
     def _digest(self, name: str) -> str | None:
         path = self.folder / name
         return sha256(path) if path.exists() else None
-
-
-class Rhythm:
-    """When to save within an epoch.
-
-    Args:
-        steps: After every so many steps of an epoch; None: not by steps.
-        minutes: When so much time has passed since the last checkpoint; None: not by time.
-    """
-
-    def __init__(self, steps: int | None = None, minutes: float | None = None) -> None:
-        self.steps, self.minutes = steps, minutes
-        self.saved()
-
-    def saved(self) -> None:
-        """Starts to count the minutes anew."""
-        self.since = time.monotonic()
-
-    def due(self, step: int) -> bool:
-        """Whether to save after step number ``step`` of an epoch, from 1."""
-        by_steps = self.steps is not None and step % self.steps == 0
-        waited = time.monotonic() - self.since
-        return by_steps or (self.minutes is not None and waited >= 60 * self.minutes)
 
 
 def _write(state: dict[str, Any], path: Path) -> None:

@@ -16,6 +16,7 @@ from torch.nn import functional as F
 from adq_train.errors import UserError
 from adq_train.models import ModelSource, TorchvisionModel
 from adq_train.quantization.functional import at_least_float32
+from adq_train.training.hook import Hook
 from adq_train.weights import load_weights
 
 
@@ -38,7 +39,7 @@ def divergence(logits: Tensor, teacher_logits: Tensor, temperature: float) -> Te
     return kl * temperature**2
 
 
-class Teacher:
+class Teacher(Hook):
     """A float network and how much it has to say.
 
     Args:
@@ -56,20 +57,20 @@ class Teacher:
         self.weight = weight
         self.epochs = epochs
 
-    def loss(self, logits: Tensor, images: Tensor, label_loss: Callable[[], Tensor]) -> Tensor:
+    def loss(self, logits: Tensor, images: Tensor, loss: Callable[[], Tensor]) -> Tensor:
         """The loss w T² KL + (1 - w) · label loss, (); with w = 1 the labels are not looked at.
 
         Args:
             logits: (N, K) of the student.
             images: (N, C, H, W) that it saw.
-            label_loss: Computes the loss against the labels.
+            loss: Computes the loss against the labels.
         """
         if self.model.training:
             self.model.eval()
         with torch.no_grad():
             teacher_logits = self.model(images)
-        loss = self.weight * divergence(logits, teacher_logits, self.temperature)
-        return loss if self.weight == 1 else loss + (1 - self.weight) * label_loss()
+        distance = self.weight * divergence(logits, teacher_logits, self.temperature)
+        return distance if self.weight == 1 else distance + (1 - self.weight) * loss()
 
 
 class Distillation(Protocol):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections import deque
 from collections.abc import Callable, Iterable
@@ -12,6 +13,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils import get_total_norm
+
+from adq_train.errors import UserError
+from adq_train.training.hook import EpochReport, Hook
+from adq_train.training.trainer import Trainer
+
+log = logging.getLogger(__name__)
 
 # Where this many further steps are queued, reading the flag of a step leaves no gap on a GPU.
 STEPS_AHEAD = 2
@@ -143,3 +150,129 @@ class LateFlags:
             if not oldest.finite:
                 return oldest
         return None
+
+
+class FiniteWatch(Hook):
+    """Stops a training where loss, gradients or batch norm's statistics are not finite.
+
+    On a GPU this is noticed two steps later, since reading a value at once would stall it;
+    gradients are cleared until then, and no checkpoint is written.
+
+    Args:
+        stage: Shown in its messages.
+        skip: So many steps that are not finite are left out before one stops the training; with
+            more than 0 each step waits for its flag.
+    """
+
+    def __init__(self, stage: str = "training", skip: int = 0) -> None:
+        self.stage = stage
+        self.skip = skip
+        self.skipped = 0
+        self._late: LateFlags | None = None
+        self._statistics: list[tuple[Tensor, Tensor]] = []
+
+    def on_batch(self, trainer: Trainer, images: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        """Keeps batch norm's statistics, where the step may be undone."""
+        if self.skip:
+            buffers = [x for norm in trainer.norms for x in norm.buffers()]
+            self._statistics = [(x, x.clone()) for x in buffers]
+        return images, targets
+
+    def on_gradients(self, trainer: Trainer, batch: tuple[Tensor, Tensor], loss: Tensor) -> bool:
+        """Whether all is finite, or may be: a GPU's flag is read later.
+
+        Raises:
+            UserError: This step or one shortly before it is not finite, and none is to be left
+                out any more.
+        """
+        finite = all_finite(loss, trainer.model.parameters(), trainer.norms)
+        if trainer.scaler.is_enabled() or self.skip:
+            return bool(finite) or self._leave_out(trainer, batch, loss)
+        if self._late is None:
+            self._late = LateFlags(STEPS_AHEAD if trainer.device.type == "cuda" else 0)
+        if self._late.steps_ahead:
+            clear_unless(finite, trainer.model.parameters())
+        self._late.add(trainer.steps, finite, *batch)
+        self._require_finite(trainer, self._late.steps_ahead)
+        return True
+
+    def _leave_out(self, trainer: Trainer, batch: tuple[Tensor, Tensor], loss: Tensor) -> bool:
+        """Skips a step that is not finite, within the limit.
+
+        Raises:
+            UserError: The limit is exceeded.
+        """
+        scaler, step = trainer.scaler, trainer.steps
+        # A scale that was too large for fp16 is not a fault: the scaler finds a smaller one.
+        overflow = scaler.is_enabled() and scaler.get_scale() > 1
+        if scaler.is_enabled():
+            scaler.update()
+        if overflow and all_finite(loss, (), trainer.norms):
+            log.debug("step %d: the gradients exceed fp16; the scale is halved", step + 1)
+            return False
+        self.skipped += 1
+        if self.skipped > self.skip:
+            self._stop(trainer, batch, step)
+        for buffer, value in self._statistics:
+            buffer.copy_(value)
+        log.warning(
+            "step %d is not finite and left out (%d of at most %d, trainer.skip_nonfinite_steps)",
+            step + 1,
+            self.skipped,
+            self.skip,
+        )
+        return False
+
+    def _require_finite(self, trainer: Trainer, steps_ahead: int) -> None:
+        late = self._late.failed(steps_ahead) if self._late else None
+        if late is not None:
+            self._stop(trainer, (late.images, late.targets), late.step)
+
+    def _stop(self, trainer: Trainer, batch: tuple[Tensor, Tensor], step: int) -> None:
+        """Names the layer where it began.
+
+        Raises:
+            UserError: Always.
+        """
+        where = NOWHERE
+        if len(batch[0]):
+            where = origin(trainer.model, batch[0], lambda: trainer.gradients(*batch))
+        found = [x for x in trainer.ranks.gather(where) if x != NOWHERE]
+        where = found[0] if found else NOWHERE
+        raise UserError(
+            f"step {step + 1}: the loss or a gradient is not finite; it began in {where}; the last "
+            "good checkpoint is kept; try a lower learning rate (optimizer.lr, pretrain.lr), "
+            "trainer.gradient_clip_norm=1, trainer.precision=float32, or leave such steps out with "
+            "trainer.skip_nonfinite_steps=10"
+        )
+
+    def flush(self, trainer: Trainer) -> None:
+        """Waits for the steps whose outcome is still on its way.
+
+        Raises:
+            UserError: One of them is not finite.
+        """
+        self._require_finite(trainer, 0)
+
+    def after_epoch(self, trainer: Trainer, report: EpochReport) -> None:
+        """Looks at the losses of an epoch.
+
+        Raises:
+            UserError: One is not finite.
+        """
+        losses = (("training", report.train_loss), ("validation", report.validation_loss))
+        for what, loss in losses:
+            if not math.isfinite(loss):
+                raise UserError(
+                    f"{self.stage}: the {what} loss is {loss} in epoch {report.epoch}; the last "
+                    "good checkpoint is kept; try a lower learning rate or "
+                    "trainer.gradient_clip_norm=1"
+                )
+
+    def state_dict(self) -> dict[str, Any]:
+        """How many steps were left out."""
+        return {"skipped": self.skipped}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Takes that back."""
+        self.skipped = state["skipped"]

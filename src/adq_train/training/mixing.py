@@ -7,6 +7,8 @@ from torch import Tensor
 from torchvision.transforms import v2
 
 from adq_train.data.base import derived_seed
+from adq_train.training.hook import Hook
+from adq_train.training.trainer import Trainer
 
 
 def blended(
@@ -30,7 +32,7 @@ def blended(
         return mixed
 
 
-class Mixing:
+class Mixing(Hook):
     """Mixup (Zhang et al. 2018, arXiv 1710.09412), cutmix (Yun et al. 2019, arXiv 1905.04899).
 
     With λ from Beta(α, α), mixup gives λ x_i + (1 - λ) x_(i-1), and cutmix replaces a rectangle
@@ -40,33 +42,28 @@ class Mixing:
 
     Args:
         num_classes: K.
-        seed: The run's.
         mixup_alpha: α of mixup; 0 is none.
         cutmix_alpha: α of cutmix; 0 is none.
     """
 
     def __init__(
-        self, num_classes: int, seed: int, *, mixup_alpha: float = 0.0, cutmix_alpha: float = 0.0
+        self, num_classes: int, *, mixup_alpha: float = 0.0, cutmix_alpha: float = 0.0
     ) -> None:
         alphas = {v2.MixUp: mixup_alpha, v2.CutMix: cutmix_alpha}
         chosen = [
             kind(alpha=alpha, num_classes=num_classes) for kind, alpha in alphas.items() if alpha
         ]
-        self.seed = seed
         self.transform = v2.RandomChoice(chosen) if chosen else None
 
-    def __call__(self, images: Tensor, targets: Tensor, step: int) -> tuple[Tensor, Tensor]:
-        """The batch of one step.
+    def on_batch(self, trainer: Trainer, images: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        """Images of the same shape and class probabilities (N, K); as they are where both are off.
 
         Args:
+            trainer: Its seed and its step decide the draw.
             images: (N, C, H, W).
             targets: (N,) int64.
-            step: Finished optimizer steps.
-
-        Returns:
-            Images of the same shape, and class probabilities (N, K); the batch as it is where
-            both are off.
         """
-        if self.transform is None:
+        if self.transform is None or not len(images):
             return images, targets
-        return blended(images, targets, self.transform, derived_seed(self.seed, "mixing", step))
+        seed = derived_seed(trainer.seed, "mixing", trainer.steps)
+        return blended(images, targets, self.transform, seed)

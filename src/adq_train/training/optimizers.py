@@ -17,11 +17,23 @@ class Optimizers:
     """Several optimizers that step as one, each over parameters of its own.
 
     Args:
-        parts: The optimizers, at least one.
+        parts: The optimizers, at least one, each with its base rates.
+        schedule: Maps progress in [0, 1) to a factor on all base rates; by default 1.
     """
 
-    def __init__(self, *parts: Optimizer) -> None:
+    def __init__(
+        self, *parts: Optimizer, schedule: Callable[[float], float] = lambda progress: 1.0
+    ) -> None:
         self.parts = parts
+        self.schedule = schedule
+        for group in self.param_groups:
+            group["initial_lr"] = group["lr"]
+
+    def at(self, progress: float) -> None:
+        """Sets the rates for the step after a share of all steps in [0, 1)."""
+        factor = self.schedule(progress)
+        for group in self.param_groups:
+            group["lr"] = group["initial_lr"] * factor
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:
@@ -100,6 +112,7 @@ def make_optimizers(
     weight_decay: float,
     make_optimizer: MakeOptimizer,
     make_quantizer_optimizer: MakeOptimizer,
+    schedule: Callable[[float], float] = lambda progress: 1.0,
 ) -> Optimizers:
     """One optimizer for a float model; for a prepared one, a second for its quantizers.
 
@@ -109,9 +122,10 @@ def make_optimizers(
         weight_decay: Of the weights.
         make_optimizer: Makes the first optimizer from groups.
         make_quantizer_optimizer: Makes the second, which brings its own learning rate.
+        schedule: Maps progress in [0, 1) to a factor on all rates.
     """
     of_quantizers = quantizer_parameters(model)
     parts = [make_optimizer(_other_groups(model, of_quantizers, lr, weight_decay))]
     if of_quantizers:
         parts.append(make_quantizer_optimizer([{"params": of_quantizers, "weight_decay": 0.0}]))
-    return Optimizers(*parts)
+    return Optimizers(*parts, schedule=schedule)

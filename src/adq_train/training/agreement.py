@@ -1,0 +1,38 @@
+"""A check that all processes of a run hold the same bits."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from adq_train.errors import UserError
+from adq_train.training.distributed import Ranks
+from adq_train.training.hook import Hook
+from adq_train.training.trainer import Trainer
+from adq_train.weights import weights_digest
+
+
+class RanksAgree(Hook):
+    """Compares the models of all processes after every step."""
+
+    def after_batch(self, trainer: Trainer) -> None:
+        """Compares them.
+
+        Raises:
+            UserError: A process differs from rank 0.
+        """
+        require_equal(trainer.ranks, trainer.model, trainer.steps)
+
+
+def require_equal(ranks: Ranks, model: nn.Module, step: int) -> None:
+    """Checks that all processes hold the same bits.
+
+    Raises:
+        UserError: A process differs from rank 0.
+    """
+    digests = ranks.gather(weights_digest(model))
+    odd = [str(rank) for rank, digest in enumerate(digests) if digest != digests[0]]
+    if odd:
+        raise UserError(
+            f"trainer.check_ranks: after step {step} the model of rank {', '.join(odd)} differs "
+            "from that of rank 0; the last checkpoint is from before; please report this"
+        )

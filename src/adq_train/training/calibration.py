@@ -1,0 +1,45 @@
+"""A quantized copy of a float network, with batch norm's statistics as quantization makes them."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+
+from torch import Tensor, nn
+
+from adq_train.artifacts import BitAllocation
+from adq_train.quantization.base import MakeActivationQuantizer, MakeWeightQuantizer
+from adq_train.quantization.layers import same_weight
+from adq_train.quantization.prepare import collect_inputs, prepare
+from adq_train.training.batch_norm import reestimate_batch_norm
+
+Makers = tuple[MakeWeightQuantizer, MakeActivationQuantizer]
+
+
+def inputs_of(
+    model: nn.Module, allocation: BitAllocation, images: Sequence[Tensor], seed: int
+) -> dict[str, Tensor]:
+    """Samples of what the allocated layers see; see :func:`~.prepare.collect_inputs`."""
+    names = [name for x in allocation.layers for name in same_weight(model, x.name)]
+    return collect_inputs(model, names, images, seed)
+
+
+def calibrated(
+    model: nn.Module, allocation: BitAllocation, make: Makers, images: Sequence[Tensor], seed: int
+) -> nn.Module:
+    """A quantized copy of a float network, initialised from images.
+
+    Args:
+        model: The float network; left as it was.
+        allocation: The bits of its layers.
+        make: Map a bit-width to a quantizer of weights and of inputs.
+        images: Batches (N, …); each counts the same in batch norm's statistics.
+        seed: For the sample of inputs, and for random initialisations.
+
+    Raises:
+        UserError: Weights or inputs are NaN or infinite; the layer is named.
+    """
+    quantized = copy.deepcopy(model)
+    prepare(quantized, allocation, *make, inputs_of(model, allocation, images, seed), seed)
+    reestimate_batch_norm(quantized, images)
+    return quantized
