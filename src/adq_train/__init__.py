@@ -6,16 +6,20 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from adq_train.api import follow, quantize
     from adq_train.export.packed import load_packed
+    from adq_train.lifecycle import export, load, save
     from adq_train.training.optimizers import parameter_groups
 
 __version__ = "0.1.0"
-__all__ = ["follow", "load_packed", "parameter_groups", "quantize"]
+__all__ = ["export", "follow", "load", "load_packed", "parameter_groups", "quantize", "save"]
 
 _HOMES = {
+    "export": "adq_train.lifecycle",
     "follow": "adq_train.api",
+    "load": "adq_train.lifecycle",
     "load_packed": "adq_train.export.packed",
     "parameter_groups": "adq_train.training.optimizers",
     "quantize": "adq_train.api",
+    "save": "adq_train.lifecycle",
 }
 
 

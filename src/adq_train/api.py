@@ -11,23 +11,25 @@ from torch.optim import Optimizer
 
 from adq_train.allocation.achieved import achieved, require_achieved
 from adq_train.allocation.allocator import allocate
-from adq_train.allocation.budget import Budget, Problem
 from adq_train.allocation.ilp import IlpAllocator
-from adq_train.allocation.patterns import pinned_bits
+from adq_train.allocation.problem import problem_of
 from adq_train.allocation.uniform import likely_bits
 from adq_train.artifacts import SensitivityTable, require_finite
 from adq_train.errors import UserError
+from adq_train.lifecycle import Quantized, described
 from adq_train.quantization.adq import AdqWeightQuantizer
 from adq_train.quantization.base import MakeActivationQuantizer, MakeWeightQuantizer
 from adq_train.quantization.copies import own_copy
 from adq_train.quantization.describe import describe_layers
 from adq_train.quantization.n2uq import N2uqActivationQuantizer
-from adq_train.quantization.prepare import Upkeep, collect_inputs, prepare, quantized_layers
+from adq_train.quantization.prepare import Upkeep, quantized_layers
+from adq_train.schema import BitsConfig, BudgetConfig
 from adq_train.sensitivity.base import Conditions
 from adq_train.sensitivity.gradient import Gradient
 from adq_train.sensitivity.noise import settle
 from adq_train.sensitivity.outputs import caveat, float_outputs, num_columns
 from adq_train.sensitivity.perturbation import Perturbation
+from adq_train.training.calibration import calibrated
 
 log = logging.getLogger(__name__)
 
@@ -49,7 +51,8 @@ def quantize(
 
     Measures the sensitivity of every convolution and linear layer, chooses the bit-widths that
     make its sum smallest within the average (an integer program, method.md 3), and initialises
-    codebooks and thresholds from the batches. Print the result to see each layer's bits.
+    codebooks, thresholds and batch norm's statistics from the batches. Print the result to see
+    each layer's bits; ``result.adq`` has the sensitivities, and the bits with sizes and averages.
 
     Args:
         model: A trained float network from one tensor to logits (N, classes, …), or to one value
@@ -78,12 +81,8 @@ def quantize(
     model = own_copy(model)
     image = batches[0][0][:1]
     layers = describe_layers(model, image)
-    problem = Problem(
-        layers,
-        pinned_bits(layers, first_last_bits, pinned or {}),
-        tuple(sorted(bit_widths)),
-        Budget(average_weight_bits=average_bits),
-    )
+    bits = BitsConfig(sorted(bit_widths), first_last=first_last_bits, pinned=dict(pinned or {}))
+    problem = problem_of(layers, bits, BudgetConfig(average_weight_bits=average_bits))
     problem.check()
     outputs = float_outputs(model, batches)
     if doubt := caveat(outputs, [targets for _, targets in batches]):
@@ -97,10 +96,11 @@ def quantize(
     table = SensitivityTable(metric.name, problem.candidates, tuple(map(settle, rows)))
     require_finite(table)
     allocation = allocate(IlpAllocator(), problem, table)
-    inputs = collect_inputs(model, [x.name for x in layers], [x for x, _ in batches], seed)
-    prepare(model, allocation, *quantizers, inputs, seed)
-    require_achieved(allocation, achieved(model, image, problem.pinned))
-    return model
+    quantized = calibrated(model, allocation, quantizers, [x for x, _ in batches], seed)
+    require_achieved(allocation, achieved(quantized, image, problem.pinned))
+    made = described(make_weight_quantizer), described(make_activation_quantizer)
+    quantized.adq = Quantized(table, allocation, made)  # type: ignore[assignment]
+    return quantized
 
 
 def _default_metric(outputs: Tensor) -> Perturbation:

@@ -18,11 +18,12 @@ from adq_train.export.trained import FinishedRun, open_run, restored_network
 from adq_train.files import sha256
 from adq_train.kept import float_key
 from adq_train.manifest import differences
+from adq_train.quantization.base import Makers
 from adq_train.quantization.layers import same_weight
 from adq_train.quantization.prepare import prepare
 from adq_train.schema import Config
 from adq_train.training.batch_norm import reestimate_batch_norm
-from adq_train.training.calibration import Makers, inputs_of
+from adq_train.training.calibration import inputs_of
 from adq_train.training.checkpoint import CheckpointFolder
 from adq_train.weights import load_state
 

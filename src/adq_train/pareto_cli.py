@@ -13,16 +13,17 @@ from typing import Any
 
 from rich.console import Console
 
-from adq_train.allocation.budget import Problem, budget_from
+from adq_train.allocation.budget import Problem
 from adq_train.allocation.greedy import GreedyAllocator
 from adq_train.allocation.ilp import IlpAllocator
 from adq_train.allocation.pareto import BUDGETS, front, solve, uniform
-from adq_train.allocation.patterns import by_layer, pinned_bits
+from adq_train.allocation.problem import problem_of
 from adq_train.artifacts import LayerInfo, SensitivityTable
 from adq_train.errors import UserError
 from adq_train.files import typed_path, write_text, written_whole
 from adq_train.printable import printable
 from adq_train.reporting import why
+from adq_train.schema import BitsConfig, BudgetConfig
 from adq_train.yaml_files import read_yaml
 
 ALLOCATORS = (IlpAllocator(), GreedyAllocator())
@@ -171,10 +172,6 @@ def problem_from(
         name: text if text.endswith("x") else number("--limit", text)
         for name, text in limits.items()
     }
-    try:
-        budget = budget_from(amounts, layers)
-    except ValueError as error:
-        raise UserError(f"--limit: {error}") from error
     first_last = bits.get("first_last", 8)
     if options.first_last is not None:
         first_last = None if options.first_last == "null" else width(options.first_last)
@@ -188,15 +185,14 @@ def problem_from(
         candidates = tuple(sorted({width(x) for x in options.candidates.split(",")}))
         own = {}
     tied = bits.get("tied", True) if options.separate is None else False
-    own_by_layer = by_layer("bits.candidates_per_layer", own, layers)
-    problem = Problem(
-        layers,
-        pinned_bits(layers, first_last, pins),
-        candidates,
-        budget,
-        {name: tuple(widths) for name, widths in own_by_layer.items()},
-        tied,
-    )
+    try:
+        problem = problem_of(
+            layers,
+            BitsConfig(list(candidates), own, tied, first_last, pins),
+            BudgetConfig(**amounts),
+        )
+    except ValueError as error:
+        raise UserError(f"--limit: {error}") from error
     problem.check()
     return problem
 

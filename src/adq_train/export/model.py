@@ -15,6 +15,7 @@ from adq_train.export.architecture import build_network
 from adq_train.export.layers import packed_layer
 from adq_train.export.tables import LayerTables, tables_of
 from adq_train.export.trained import FinishedRun, trained_network
+from adq_train.quantization.copies import own_copy
 from adq_train.quantization.prepare import keep_weights, quantized_layers, swap
 
 QUANTIZED = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose2d)
@@ -25,9 +26,11 @@ class TableModel:
     """Everything that evaluation needs, and nothing that training needs.
 
     Attributes:
-        model: The config's ``model`` section, which rebuilds the architecture.
-        data: The config's ``data`` section, to evaluate on.
-        expects: What the network expects of an image, and its classes.
+        model: The config's ``model`` section, which rebuilds the architecture; empty where only
+            its owner can.
+        data: The config's ``data`` section, to evaluate on; empty where there is none.
+        expects: What the network expects of an image, and its classes; None where that is not
+            known.
         layers: The quantized layers by name.
         floats: What stays float, by its name in the float network: norms, biases, other layers.
         folded: Batch norms that went into a convolution: norm → convolution.
@@ -36,7 +39,7 @@ class TableModel:
 
     model: dict[str, Any]
     data: dict[str, Any]
-    expects: InputFormat
+    expects: InputFormat | None
     layers: dict[str, LayerTables]
     floats: dict[str, Tensor]
     folded: dict[str, str] = field(default_factory=dict)
@@ -71,6 +74,26 @@ def table_model(run: FinishedRun, network: nn.Module | None = None) -> TableMode
     )
 
 
+def tables_of_network(network: nn.Module) -> TableModel:
+    """A quantized network of any class as tables.
+
+    Args:
+        network: On the CPU, in evaluation mode; its weights become parameters.
+
+    Raises:
+        UserError: A quantizer cannot be put in tables.
+    """
+    keep_weights(network)
+    layers = quantized_layers(network)
+    return TableModel(
+        model={},
+        data={},
+        expects=None,
+        layers={name: tables_of(name, layer) for name, layer in layers.items()},
+        floats={k: v.detach() for k, v in float_state(network, layers).items()},
+    )
+
+
 def float_state(network: nn.Module, layers: Mapping[str, Any]) -> dict[str, Tensor]:
     """The float parameters and kept buffers outside the quantized weights and their quantizers.
 
@@ -92,19 +115,26 @@ def float_state(network: nn.Module, layers: Mapping[str, Any]) -> dict[str, Tens
 
 
 @torch.no_grad()
-def assemble(model: TableModel, dense: bool = True) -> nn.Module:
+def assemble(model: TableModel, dense: bool = True, network: nn.Module | None = None) -> nn.Module:
     """The network that evaluates from the tables, on the CPU.
 
     Args:
         model: The tables.
         dense: Whether to unpack the weights once; otherwise they stay codes of one byte each.
+        network: The architecture, with any weights, float or quantized; left as it was. None:
+            the one that ``model.model`` names.
 
     Raises:
         UserError: Names or shapes are not those of the architecture.
     """
-    network = build_network(
-        model.model, model.expects.num_classes, model.expects.image_shape[0]
-    ).requires_grad_(False)
+    if network is not None:
+        network = own_copy(network).cpu().eval()
+    elif model.expects:
+        expects = model.expects
+        network = build_network(model.model, expects.num_classes, expects.image_shape[0])
+    else:
+        raise UserError("network: the file holds a network of your own; give it, or its builder")
+    network.requires_grad_(False)
     keep_weights(network)
     modules = dict(network.named_modules())
     unknown = [name for name in (*model.layers, *model.folded) if name not in modules]

@@ -110,24 +110,34 @@ class OnnxSteps(Steps):
         return look_up(self.levels, codes)
 
 
-def onnx_network(model: TableModel) -> nn.Module:
+def onnx_network(model: TableModel, network: nn.Module | None = None) -> nn.Module:
     """The network in operations that ONNX has: lookups, comparisons and the float layers."""
-    network = assemble(model, dense=False)
+    network = assemble(model, dense=False, network=network)
     for module in network.modules():
         if isinstance(module, PackedLayer):
             module.steps = OnnxSteps(module.steps.stairs)
     return network
 
 
-def onnx_bytes(model: TableModel) -> bytes:
+def onnx_bytes(
+    model: TableModel, network: nn.Module | None = None, example: Tensor | None = None
+) -> bytes:
     """The network as an ONNX model with inputs ``images`` (N, C, H, W) and ``logits``; N is free.
+
+    Args:
+        model: The tables.
+        network: The architecture, where the tables do not name it.
+        example: Inputs (N, …), where the tables do not say their shape.
 
     Raises:
         UserError: The packages are missing, or the model cannot be exported.
     """
     require("onnx")
     require("onnxscript")
-    network, images = onnx_network(model), torch.zeros(2, *model.expects.image_shape)
+    if example is None:
+        assert model.expects is not None
+        example = torch.zeros(1, *model.expects.image_shape)
+    network, images = onnx_network(model, network), torch.cat([example[:1]] * 2)
     try:
         with _quietly():
             program = torch.onnx.export(
@@ -153,7 +163,8 @@ def onnx_bytes(model: TableModel) -> bytes:
         node.ClearField("metadata_props")
         node.ClearField("doc_string")
     del proto.graph.value_info[:]  # runtimes infer the shapes between the layers
-    facts = {"input": model.expects.to_dict(), "data": model.data, "run": model.run}
+    known = {"input": model.expects.to_dict()} if model.expects else {}
+    facts = {**known, "data": model.data or None, "run": model.run}
     entry = proto.metadata_props.add()
     entry.key, entry.value = METADATA_KEY, json.dumps(facts)
     content: bytes = proto.SerializeToString()

@@ -6,7 +6,7 @@ import hashlib
 import json
 import math
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -51,7 +51,11 @@ class Sizes:
     file: int
 
 
-def load_packed(path: str | Path, unpack_weights: bool = True) -> nn.Module:
+def load_packed(
+    path: str | Path,
+    unpack_weights: bool = True,
+    network: nn.Module | Callable[[], nn.Module] | None = None,
+) -> nn.Module:
     """The network of a packed file, ready to evaluate on the CPU.
 
     No code comes from the file: it names one of adq-train's model builders, and tensors. Its
@@ -59,9 +63,11 @@ def load_packed(path: str | Path, unpack_weights: bool = True) -> nn.Module:
     norms were folded or float parts rounded when it was written.
 
     Args:
-        path: A file that ``adq-export`` wrote.
+        path: A file that ``adq-export`` or ``adq_train.export`` wrote.
         unpack_weights: Whether to unpack the weights to float32 now. Otherwise they stay codes
             of one byte each, and are looked up whenever their layer runs: less memory, slower.
+        network: The architecture of a network of your own, float with any weights, or what
+            builds it; None: the builder of adq-train's that the file names.
 
     Returns:
         A module that maps images (N, C, H, W), normalised as in training, to logits
@@ -70,10 +76,13 @@ def load_packed(path: str | Path, unpack_weights: bool = True) -> nn.Module:
     Raises:
         UserError: The file is missing, damaged, something else, or of a newer version.
     """
-    return open_packed(Path(path), unpack_weights)[1]
+    own = network() if callable(network) and not isinstance(network, nn.Module) else network
+    return open_packed(Path(path), unpack_weights, own)[1]
 
 
-def open_packed(path: Path, unpack_weights: bool = True) -> tuple[TableModel, nn.Module]:
+def open_packed(
+    path: Path, unpack_weights: bool = True, network: nn.Module | None = None
+) -> tuple[TableModel, nn.Module]:
     """A packed file's content and its network, as :func:`load_packed` gives it.
 
     Raises:
@@ -86,7 +95,7 @@ def open_packed(path: Path, unpack_weights: bool = True) -> tuple[TableModel, nn
             sum(x.weight.codes.numel() for x in model.layers.values())
             + sum(x.numel() for x in model.floats.values()),
         ):
-            return model, assemble(model, dense=unpack_weights)
+            return model, assemble(model, unpack_weights, network)
     except UserError as error:
         raise UserError(f"{path} does not fit its own architecture: {error}") from error
     except Exception as error:  # a bent file may lead to anything
@@ -104,7 +113,8 @@ def packed_bytes(model: TableModel, float_type: torch.dtype = torch.float32) -> 
         UserError: The model is of no builder of this package, or a value does not fit the
             precision.
     """
-    check_builder(model.model)
+    if model.model:
+        check_builder(model.model)
     floats = [x.to(float_type).flatten() for x in model.floats.values()]
     for name, values in zip(model.floats, floats, strict=True):
         if not values.isfinite().all():
@@ -147,7 +157,8 @@ def read_packed(path: Path) -> TableModel:
     try:
         tensors = load_tensors(data)
         node, run = strict_json(metadata["model"]), strict_json(metadata["run"])
-        check_builder(node)
+        if node:
+            check_builder(node)
         unzip = zlib.decompressobj()
         text = unzip.decompress(tensors["index"].numpy().tobytes(), LARGEST_INDEX)
         if unzip.unconsumed_tail:
@@ -227,7 +238,7 @@ def tables_in_order(layer: LayerTables) -> Iterator[Tensor]:
 def _index(model: TableModel) -> bytes:
     """What says how to cut the three tensors into layers."""
     content = {
-        "input": model.expects.to_dict(),
+        "input": model.expects and model.expects.to_dict(),
         "data": model.data,
         "layers": [
             {
@@ -312,6 +323,8 @@ def _parsed(
     for reader in (codes, tables, floats):
         reader.finish()
     folded = {str(norm): str(convolution) for norm, convolution in index["folded"].items()}
+    if index["input"] is None and not node:
+        return TableModel(node, index["data"], None, layers, kept, folded, run)
     expects = InputFormat.from_dict(index["input"])
     if math.prod(expects.image_shape) > LARGEST_IMAGE:
         raise ValueError(

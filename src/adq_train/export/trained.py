@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
 from adq_train.artifacts import BitAllocation
@@ -17,12 +16,12 @@ from adq_train.export.architecture import build_network, limited_to
 from adq_train.export.datasets import data_section, load_data
 from adq_train.kept import qat_key, read_bits
 from adq_train.manifest import read_manifest
-from adq_train.quantization.prepare import keep_weights, prepare
+from adq_train.quantization.prepare import keep_weights
+from adq_train.quantization.restore import restored
 from adq_train.run_folder import origin_of, read_status
 from adq_train.schema import Config
 from adq_train.training.checkpoint import CheckpointFolder
 from adq_train.validate import build, trust_problems, trusted_prefixes
-from adq_train.weights import load_state
 from adq_train.yaml_files import read_yaml
 
 
@@ -129,28 +128,19 @@ def restored_network(run: FinishedRun, name: str | None = None) -> nn.Module:
             f"{checkpoints.folder / name}.pt is missing, damaged or of another run; without it "
             "there is nothing to export"
         )
-    make_weight_quantizer, make_activation_quantizer = (
+    make = [
         build(getattr(config, group), group, lambda part: part, run.trusted)
         for group in ("weight_quantizer", "activation_quantizer")
-    )
+    ]
     weights = state["model"]
     with limited_to(len(weights), sum(x.numel() for x in weights.values())):
         network = build_network(
             config.model, expects.num_classes, expects.image_shape[0], run.trusted
         )
     try:
-        load_state(network, {key: weights[key] for key in network.state_dict()})
-        # Quantizers get their shapes from calibration; the checkpoint then replaces the values.
-        sample = torch.linspace(-1, 1, 1024)
-        prepare(
-            network,
-            run.allocation,
-            make_weight_quantizer,
-            make_activation_quantizer,
-            {layer.name: sample for layer in run.allocation.layers},
-            seed=0,
+        restored(
+            network, run.allocation, (make_weight_quantizer, make_activation_quantizer), weights
         )
-        load_state(network, weights)
     except (KeyError, RuntimeError) as error:
         raise UserError(
             f"{checkpoints.folder / name}.pt does not fit the configuration: {error}"

@@ -153,7 +153,7 @@ def export_run(
             temporary.write_bytes(content)
             images = torch.randn(
                 RANDOM_IMAGES,
-                *model.expects.image_shape,
+                *run.input_format().image_shape,
                 generator=torch.Generator().manual_seed(0),
             )
             agreement = compare(network, load_packed(temporary), [images])

@@ -132,6 +132,7 @@ class RangedActivationQuantizer(ActivationQuantizer):
 
 MakeWeightQuantizer = Callable[[int], WeightQuantizer]
 MakeActivationQuantizer = Callable[[int], ActivationQuantizer]
+Makers = tuple[MakeWeightQuantizer, MakeActivationQuantizer]
 
 
 def check_choice(name: str, value: str, allowed: tuple[str, ...]) -> None:

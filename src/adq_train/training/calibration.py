@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Sequence
 
 from torch import Tensor, nn
 
 from adq_train.artifacts import BitAllocation
-from adq_train.quantization.base import MakeActivationQuantizer, MakeWeightQuantizer
+from adq_train.quantization.base import Makers
+from adq_train.quantization.copies import copied
 from adq_train.quantization.layers import same_weight
 from adq_train.quantization.prepare import collect_inputs, prepare
 from adq_train.training.batch_norm import reestimate_batch_norm
-
-Makers = tuple[MakeWeightQuantizer, MakeActivationQuantizer]
 
 
 def inputs_of(
@@ -39,7 +37,7 @@ def calibrated(
     Raises:
         UserError: Weights or inputs are NaN or infinite; the layer is named.
     """
-    quantized = copy.deepcopy(model)
+    quantized = copied(model)
     prepare(quantized, allocation, *make, inputs_of(model, allocation, images, seed), seed)
     reestimate_batch_norm(quantized, images)
     return quantized

@@ -11,7 +11,7 @@ class ReestimateBatchNorm(Hook):
     """Batch norm's statistics of the evaluated network, from training images of the epoch.
 
     Args:
-        num_images: So many of them, at least.
+        num_images: So many of them, at least; 0: the statistics stay those of training.
         together: So many make one batch. Averages over small batches mislead a network whose
             values cross thresholds.
     """
@@ -21,6 +21,8 @@ class ReestimateBatchNorm(Hook):
 
     def before_evaluation(self, trainer: Trainer) -> None:
         """Estimates them."""
+        if not self.num_images:
+            return
         images = first_images(trainer.data.train, trainer.epoch, self.num_images, self.together)
         reestimate_batch_norm(trainer.evaluated, images)
         trainer.ranks.equalize(trainer.evaluated)

@@ -1,0 +1,213 @@
+"""A quantized network of any class to a file and back, and into a form that other programs run."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save as save_tensors
+from torch import Tensor, nn
+
+from adq_train.artifacts import BitAllocation, SensitivityTable
+from adq_train.building import build
+from adq_train.errors import ConfigError, UserError
+from adq_train.export.model import tables_of_network
+from adq_train.export.onnx import OnnxModel, onnx_bytes
+from adq_train.export.packed import load_packed, packed_bytes
+from adq_train.export.verify import Agreement, compare
+from adq_train.files import written_whole
+from adq_train.quantization.base import MakeActivationQuantizer, MakeWeightQuantizer
+from adq_train.quantization.copies import own_copy
+from adq_train.quantization.prepare import quantized_layers
+from adq_train.quantization.restore import restored
+
+FORMAT = "adq-train quantized network"
+VERSION = "1"
+OURS = ("adq_train.",)
+GROUPS = ("weight_quantizer", "activation_quantizer")
+
+
+@dataclass(frozen=True)
+class Quantized:
+    """What a quantized network was made from; it carries this as ``model.adq``.
+
+    Attributes:
+        table: The sensitivities that its bits were chosen by.
+        allocation: Its bits, with averages, packed size and bit operations.
+        quantizers: How its quantizers are made, as nodes of a configuration; None for makers that
+            are no classes of this package.
+    """
+
+    table: SensitivityTable
+    allocation: BitAllocation
+    quantizers: tuple[dict[str, Any] | None, dict[str, Any] | None]
+
+
+def described(make: Callable[[int], nn.Module]) -> dict[str, Any] | None:
+    """How a maker of quantizers is written down: a class of this package and its settings."""
+    kind, settings = make, {}
+    if isinstance(make, functools.partial) and not make.args:
+        kind, settings = make.func, make.keywords
+    target = f"{getattr(kind, '__module__', '')}.{getattr(kind, '__qualname__', '')}"
+    plain = all(isinstance(x, str | bool | int | float | None) for x in settings.values())
+    if not (isinstance(kind, type) and target.startswith(OURS) and plain):
+        return None
+    return {"_target_": target, "_partial_": True, **settings}
+
+
+def of(model: nn.Module) -> Quantized:
+    """What a quantized network carries.
+
+    Raises:
+        UserError: It is none.
+    """
+    found = getattr(model, "adq", None)
+    if not isinstance(found, Quantized) or not quantized_layers(model):
+        raise UserError("model: it is not a quantized network; give what quantize() returned")
+    return found
+
+
+def save(model: nn.Module, path: str | Path) -> None:
+    """Writes a quantized network with all that training goes on from, for :func:`load`.
+
+    Args:
+        model: From :func:`~.api.quantize` or :func:`load`, trained or not.
+        path: The file, in the safetensors format: weights, quantizers, bits, sensitivities.
+
+    Raises:
+        UserError: The model is not quantized, or the file cannot be written.
+    """
+    carried = of(model)
+    known: dict[tuple[int, torch.Size], str] = {}
+    state = {}
+    for name, tensor in model.state_dict().items():  # each once, whatever its names
+        place = (tensor.data_ptr(), tensor.shape)
+        if tensor.numel() and known.setdefault(place, name) != name:
+            continue
+        state[name] = tensor.detach().cpu().contiguous()
+    metadata = {
+        "format": FORMAT,
+        "format_version": VERSION,
+        "table": carried.table.to_json(),
+        "allocation": carried.allocation.to_json(),
+        "quantizers": json.dumps(carried.quantizers),
+    }
+    with written_whole(Path(path)) as temporary:
+        temporary.write_bytes(save_tensors(state, metadata))
+
+
+def load(
+    path: str | Path,
+    network: nn.Module | Callable[[], nn.Module],
+    *,
+    make_weight_quantizer: MakeWeightQuantizer | None = None,
+    make_activation_quantizer: MakeActivationQuantizer | None = None,
+) -> nn.Module:
+    """The quantized network of a file that :func:`save` wrote, ready to train or to evaluate.
+
+    No code comes from the file: its quantizers are classes of this package, or those given here.
+
+    Args:
+        path: The file.
+        network: The float network with any weights, left as it was; or what builds it.
+        make_weight_quantizer: Maps a bit-width to a quantizer, where it was made by one of your
+            own.
+        make_activation_quantizer: The same for inputs.
+
+    Returns:
+        The network on the CPU, in evaluation mode.
+
+    Raises:
+        UserError: The file is missing, damaged or something else, does not fit the network, or
+            needs a quantizer of yours.
+    """
+    try:
+        with safe_open(str(path), "pt") as file:
+            metadata = file.metadata() or {}
+            state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{path} cannot be read ({error}); write it with adq_train.save") from error
+    if metadata.get("format") != FORMAT:
+        raise UserError(f"{path} is not a quantized network; write it with adq_train.save")
+    if metadata.get("format_version") != VERSION:
+        found = metadata.get("format_version")
+        raise UserError(f"{path} has format version {found}, this adq-train reads {VERSION}")
+    try:
+        table = SensitivityTable.from_json(metadata["table"])
+        allocation = BitAllocation.from_json(metadata["allocation"])
+        nodes: Any = json.loads(metadata["quantizers"])
+        given = (make_weight_quantizer, make_activation_quantizer)
+        make: Any = [_maker(*x) for x in zip(GROUPS, given, nodes, strict=True)]
+    except (KeyError, ValueError, TypeError, ConfigError) as error:
+        raise UserError(f"{path} is damaged ({error}); write it again") from error
+    model = own_copy(network if isinstance(network, nn.Module) else network()).cpu()
+    try:
+        restored(model, allocation, (make[0], make[1]), state)
+    except (KeyError, RuntimeError, AttributeError) as error:
+        reason = " ".join(str(error).split())
+        raise UserError(f"{path} does not fit the network: {reason}") from error
+    model.adq = Quantized(table, allocation, (described(make[0]), described(make[1])))  # type: ignore[assignment]
+    return model.eval()
+
+
+def _maker(group: str, given: Any, node: Any) -> Any:
+    """The maker that was given, or the one that the file describes."""
+    if given is not None:
+        return given
+    if node is None:
+        raise UserError(f"make_{group}: the network has one of your own; give it here too")
+    return build(node, group, lambda make: make(2), OURS)
+
+
+def export(
+    model: nn.Module, path: str | Path, example: Tensor, format: str | None = None
+) -> Agreement:
+    """Writes a quantized network in a form that other programs run, and checks what it wrote.
+
+    Args:
+        model: From :func:`~.api.quantize` or :func:`load`; left as it was.
+        path: The file.
+        example: Inputs (N, …) of the network, normalised; the file is checked on them.
+        format: ``onnx`` (one input, one output, N is free), or ``packed`` for
+            ``adq_train.load_packed(path, network=…)``; None: by the ending of the file, ``.onnx``
+            or ``.safetensors``.
+
+    Returns:
+        How the file's outputs agree with the network's on the example.
+
+    Raises:
+        UserError: The model is not quantized or cannot be exported, or the file's outputs are
+            other ones; no file is left then.
+    """
+    of(model)
+    path = Path(path)
+    kind = format or {".onnx": "onnx", ".safetensors": "packed"}.get(path.suffix)
+    if kind not in ("onnx", "packed"):
+        raise UserError(
+            f"format: must be onnx or packed, got {format!r} for {path.name}; name the file "
+            "….onnx or ….safetensors, or give format"
+        )
+    network = copy.deepcopy(model).cpu().eval()
+    tables, example = tables_of_network(network), example.detach().cpu()
+    with written_whole(path) as temporary:
+        if kind == "onnx":
+            temporary.write_bytes(onnx_bytes(tables, network, example))
+            second: nn.Module = OnnxModel(temporary)
+        else:
+            temporary.write_bytes(packed_bytes(tables)[0])
+            second = load_packed(temporary, network=network)
+        agreement = compare(network, second, [example])
+        allowed = 0.0 if kind == "packed" else 1e-3 * max(1.0, float(network(example).abs().max()))
+        if agreement.largest_difference > allowed and agreement.different:
+            raise UserError(
+                f"the {kind} file's outputs are not the network's: they differ by up to "
+                f"{agreement.largest_difference:.3g}; no file was written"
+            )
+    return agreement

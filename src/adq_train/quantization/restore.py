@@ -1,0 +1,38 @@
+"""A quantized network from its state: surgery without data, then every tensor as it was."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from adq_train.artifacts import BitAllocation
+from adq_train.quantization.base import Makers
+from adq_train.quantization.layers import same_weight
+from adq_train.quantization.prepare import prepare
+from adq_train.weights import load_state
+
+
+def restored(
+    network: nn.Module, allocation: BitAllocation, make: Makers, state: Mapping[str, Tensor]
+) -> nn.Module:
+    """Turns a float network into a quantized one with a given state, in place.
+
+    Args:
+        network: The float network, with any weights.
+        allocation: The bits of its layers.
+        make: Map a bit-width to a quantizer of weights and of inputs.
+        state: Of the quantized network.
+
+    Raises:
+        KeyError: The state lacks a tensor of the float network.
+        RuntimeError: Names or shapes do not fit.
+    """
+    load_state(network, {key: state[key] for key in network.state_dict()})
+    # Quantizers get their shapes from calibration; the state then replaces the values.
+    sample = torch.linspace(-1, 1, 1024)
+    names = [name for x in allocation.layers for name in same_weight(network, x.name)]
+    prepare(network, allocation, *make, dict.fromkeys(names, sample), seed=0)
+    load_state(network, state)
+    return network
