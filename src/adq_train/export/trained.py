@@ -138,9 +138,7 @@ def restored_network(run: FinishedRun, name: str | None = None) -> nn.Module:
             config.model, expects.num_classes, expects.image_shape[0], run.trusted
         )
     try:
-        restored(
-            network, run.allocation, (make_weight_quantizer, make_activation_quantizer), weights
-        )
+        restored(network, run.allocation, (make[0], make[1]), weights)
     except (KeyError, RuntimeError) as error:
         raise UserError(
             f"{checkpoints.folder / name}.pt does not fit the configuration: {error}"
