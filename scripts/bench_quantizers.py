@@ -20,12 +20,11 @@ from unittest import mock
 
 import torch
 from bench_step import machine
-from hydra import compose, initialize_config_module
 from torch import Tensor
 
 from adq_train.quantization import kernels
-from adq_train.schema import register
-from adq_train.validate import Parts, validate
+from adq_train.session import composed
+from adq_train.validate import Parts
 
 INPUTS = ("n2uq", "lsq", "pact", "dorefa", "apot")
 WEIGHTS = ("adq", "n2uq", "lsq", "dorefa", "apot")
@@ -33,8 +32,7 @@ WEIGHTS = ("adq", "n2uq", "lsq", "dorefa", "apot")
 
 def parts_of(group: str, name: str) -> Parts:
     """A run's parts with one quantizer chosen."""
-    with initialize_config_module("adq_train.configs", version_base="1.3"):
-        return validate(compose("config", [f"{group}={name}"]))[1]
+    return composed([f"{group}={name}"])[1]
 
 
 def input_pass(name: str, bits: int, x: Tensor, grad: Tensor) -> Callable[[], None]:
@@ -126,7 +124,6 @@ def main() -> None:
     words.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     words.add_argument("--json", action="store_true", help="print one line of JSON")
     options = words.parse_args()
-    register()
     rows = measure(options)
     facts = {"shape": options.shape, "weight_shape": options.weight_shape, "machine": machine()}
     if options.json:

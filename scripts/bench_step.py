@@ -30,7 +30,6 @@ from typing import Any
 from unittest import mock
 
 import torch
-from hydra import compose, initialize_config_module
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -38,9 +37,9 @@ from adq_train.artifacts import LayerBits
 from adq_train.quantization import kernels
 from adq_train.quantization.describe import describe_layers
 from adq_train.quantization.prepare import Upkeep, collect_inputs, quantize_layer, swap
-from adq_train.schema import register
+from adq_train.session import composed
 from adq_train.training.optimizers import parameter_groups
-from adq_train.validate import Parts, validate
+from adq_train.validate import Parts
 
 METHODS = ("adq", "n2uq", "lsq", "pact", "dorefa", "apot")
 
@@ -48,9 +47,7 @@ METHODS = ("adq", "n2uq", "lsq", "pact", "dorefa", "apot")
 def parts_of(options: argparse.Namespace, method: str) -> Parts:
     """The model and the quantizers of a method, from the configuration."""
     chosen = [] if method in ("float", "brevitas") else [f"comparison={method.split('_')[0]}"]
-    with initialize_config_module("adq_train.configs", version_base="1.3"):
-        settings = [f"model={options.model}", *chosen, *options.settings]
-        return validate(compose("config", settings))[1]
+    return composed([f"model={options.model}", *chosen, *options.settings])[1]
 
 
 def build(options: argparse.Namespace, method: str, bits: int, images: Tensor) -> nn.Module:
@@ -252,7 +249,6 @@ def table(rows: list[dict[str, Any]]) -> Iterator[str]:
 
 def main() -> None:
     options = parsed()
-    register()
     if options.own_peak:
         method, bits = options.own_peak.split(":")
         print(own_peak(options, method, int(bits)))

@@ -30,82 +30,49 @@ from typing import Any
 
 import numpy as np
 import torch
-from hydra import compose, initialize_config_module
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, NullFormatter
 from scipy.stats import spearmanr
-from torch import nn
 
 from adq_train.allocation.allocator import objective
-from adq_train.allocation.budget import Bits, Budget, Problem, budget_from, figures
-from adq_train.allocation.patterns import pinned_bits
-from adq_train.allocation.uniform import likely_bits
+from adq_train.allocation.budget import Bits, Budget, Problem, figures
 from adq_train.artifacts import BitAllocation, LayerBits, SensitivityTable, require_finite
-from adq_train.data.base import Loading, derived_seed
+from adq_train.data.base import derived_seed
 from adq_train.errors import UserError
 from adq_train.files import write_text, written_whole
-from adq_train.quantization.describe import describe_layers
 from adq_train.run_folder import RunFolder
-from adq_train.schema import register
-from adq_train.sensitivity.base import Conditions
-from adq_train.stages import Context, prepare_and_calibrate, pretrain
+from adq_train.session import Session, composed
+from adq_train.stages.calibrate import calibrate
+from adq_train.stages.float_model import pretrain
+from adq_train.stages.profile import conditions
 from adq_train.training.evaluate import evaluate
-from adq_train.training.loop import train_epoch
-from adq_train.training.optimizers import make_optimizers
-from adq_train.training.step import TrainingStep
-from adq_train.validate import validate
-from adq_train.weights import load_checkpoint
+from adq_train.training.health import FiniteWatch
+from adq_train.training.trainer import Trainer
 
 RESAMPLES = 2000
 MOST_DRAWS = 100_000
 LEAST_PAIRS = 5  # fewer have no interval worth the name
 
 
-def compose_and_validate(overrides: list[str]) -> tuple[dict[str, Any], Any]:
-    with initialize_config_module("adq_train.configs", version_base="1.3"):
-        return validate(compose("config", overrides))
-
-
-def start(options: argparse.Namespace) -> tuple[dict[str, Any], Any, Any, nn.Module]:
-    """The configuration, its parts, the data and the float model with its first weights."""
-    register()
-    config, parts = compose_and_validate(options.settings)
-    trainer = config["trainer"]
-    loading = Loading(
-        trainer["batch_size"], trainer["eval_batch_size"], config["seed"], parts.device
-    )
-    data = parts.data.load(loading)
-    torch.manual_seed(config["seed"])
-    model = parts.model.build(data.num_classes, data.image_shape[0])
-    if config["init_from"]:
-        raise UserError("init_from: a study begins with a float model; give pretrain.checkpoint")
-    load_checkpoint(model, config["pretrain"])
-    model.to(parts.device)
-    return config, parts, data, model
-
-
 def measure_tables(
-    options: argparse.Namespace, run: Context, model: nn.Module, problem: Problem
+    options: argparse.Namespace, session: Session, folder: Path
 ) -> dict[str, SensitivityTable]:
     """One table per metric, kept in ``tables/``."""
-    folder = run.folder.path / "tables"
+    folder = folder / "tables"
     folder.mkdir(exist_ok=True)
-    batches = list(run.data.calibration.epoch(0))
+    given = conditions(session)
     tables = {}
     for metric in options.metrics:
         file = folder / f"{metric.replace(':', ',')}.json"
         if not file.exists():
             name, *knobs = metric.split(":")
             overrides = [f"sensitivity={name}", *(f"sensitivity.{knob}" for knob in knobs)]
-            _, parts = compose_and_validate([*options.settings, *overrides])
+            _, parts = composed([*options.settings, *overrides])
             print(f"table: {metric}", file=sys.stderr)
-            widths = run.config["bits"]["candidates"]
-            quantizers = parts.make_weight_quantizer, parts.make_activation_quantizer
-            budget = budget_from(run.config["budget"], problem.layers)
-            likely = likely_bits(replace(problem, budget=budget))
-            conditions = Conditions(widths, batches, *quantizers, run.seed, likely)
-            rows = parts.sensitivity.measure(model, problem.layers, conditions)
-            table = SensitivityTable(parts.sensitivity.name, tuple(widths), tuple(rows))
+            model = copy.deepcopy(session.model)
+            rows = parts.sensitivity.measure(model, session.problem.layers, given)
+            widths = session.problem.candidates
+            table = SensitivityTable(parts.sensitivity.name, widths, tuple(rows))
             require_finite(table)
             write_text(file, table.to_json())
         tables[metric] = SensitivityTable.from_json(file.read_text(encoding="utf-8"))
@@ -148,42 +115,36 @@ def random_bits(
     return found
 
 
-def measure(
-    run: Context, model: nn.Module, problem: Problem, bits: dict[str, Bits], epochs: int
-) -> dict[str, float]:
+def measure(session: Session, bits: dict[str, Bits], epochs: int) -> dict[str, float]:
     """Loss and accuracy of one allocation after calibration and, with epochs, after short QAT."""
+    problem = session.problem
     costs = figures(problem.layers, bits, problem.pinned)
     layers = tuple(LayerBits(x.name, *bits[x.name]) for x in problem.layers)
     allocation = BitAllocation(
         allocator="random", budget={}, layers=layers, **vars(costs), objective=None, optimal=False
     )
-    quantized = prepare_and_calibrate(run, model, allocation)
-    if epochs:
-        trainer, optimizer_settings = run.config["trainer"], run.config["optimizer"]
-        lr, decay = optimizer_settings["lr"], optimizer_settings["weight_decay"]
-        makers = run.parts.make_optimizer, run.parts.make_quantizer_optimizer
-        optimizer = make_optimizers(quantized, lr, decay, *makers)
-        for group in optimizer.param_groups:
-            group["initial_lr"] = group["lr"]
-        total = epochs * len(run.data.train)
-        step = TrainingStep(
-            quantized,
-            optimizer,
-            label_smoothing=trainer["label_smoothing"],
-            gradient_clip_norm=trainer["gradient_clip_norm"],
-        )
-        for epoch in range(epochs):
-            train_epoch(step, run.data.train, epoch, lambda done: run.parts.scheduler(done / total))
-    found = evaluate(quantized, run.data.validation)
+    quantized = calibrate(session, allocation)
+    trainer = Trainer(
+        quantized,
+        session.optimizers(quantized),
+        session.data,
+        [FiniteWatch("study")],
+        settings=replace(session.config.trainer, epochs=epochs),
+        seed=session.config.seed,
+    )
+    for _ in range(epochs):
+        trainer.train_epoch()
+    found = evaluate(quantized, session.data.validation)
     return {"loss": found.loss, "top1_percent": found.top1_percent}
 
 
 def measure_all(
-    options: argparse.Namespace, run: Context, model: nn.Module, problem: Problem
+    options: argparse.Namespace, session: Session, folder: Path
 ) -> dict[str, dict[int, dict[str, float]]]:
     """Every allocation after calibration, and the first few after QAT; skips what is there."""
-    bits = random_bits(problem, run.seed, options.allocations, tuple(options.between))
-    file = run.folder.path / "measured.jsonl"
+    seed, between = session.config.seed, tuple(options.between)
+    bits = random_bits(session.problem, seed, options.allocations, between)
+    file = folder / "measured.jsonl"
     records = []
     if file.exists():
         lines = file.read_text(encoding="utf-8").splitlines()
@@ -194,7 +155,7 @@ def measure_all(
     for done, (stage, epochs, index) in enumerate(plan):
         if (stage, epochs, index) in found:
             continue
-        values = measure(run, model, problem, bits[index], epochs)
+        values = measure(session, bits[index], epochs)
         record = {"stage": stage, "epochs": epochs, "index": index, **values}
         found[stage, epochs, index] = record
         write_text(file, "".join(json.dumps(x) + "\n" for x in found.values()))
@@ -345,22 +306,22 @@ def main() -> None:
 
 def study(options: argparse.Namespace) -> None:
     """The whole study."""
-    config, parts, data, model = start(options)
-    images, _ = next(data.calibration.epoch(0))
-    layers = describe_layers(model, images[:1])
-    bits = config["bits"]
-    pinned = pinned_bits(layers, bits["first_last"], bits["pinned"] or {})
-    problem = Problem(layers, pinned, tuple(bits["candidates"]), Budget())
-    with RunFolder(options.output, config) as folder:
-        run = Context(config, parts, data, folder)
+    session = Session.compose(options.settings)
+    if session.start:
+        raise UserError("init_from: a study begins with a float model; give pretrain.checkpoint")
+    problem = session.problem
+    # Allocations of any cost are drawn, from the candidates of all layers.
+    free = replace(session, problem=replace(problem, budget=Budget(), candidates_by_layer={}))
+    with RunFolder(options.output, session.config) as folder:
         with folder.stage("pretrain"):
-            pretrain(run, model)
+            pretrain(session, folder)
         with folder.stage("tables"):
-            tables = measure_tables(options, run, copy.deepcopy(model), problem)
+            tables = measure_tables(options, session, folder.path)
         with folder.stage("measure"):
-            measured = measure_all(options, run, model, problem)
-        float_loss = evaluate(model, data.validation).loss
-        found = report(problem, tables, measured, float_loss, options, run.seed, folder.path)
+            measured = measure_all(options, free, folder.path)
+        float_loss = evaluate(session.model, session.data.validation).loss
+        seed = session.config.seed
+        found = report(free.problem, tables, measured, float_loss, options, seed, folder.path)
     print(f"{'':34}  rank correlation with the measured rise of the loss")
     for metric, stages in found["predicted_against_measured"].items():
         cells = [

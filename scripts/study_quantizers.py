@@ -26,26 +26,20 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-import torch
-from hydra import compose, initialize_config_module
 from torch import nn
 
 from adq_train.artifacts import LayerBits
-from adq_train.data.base import Loading
 from adq_train.errors import UserError
 from adq_train.files import write_text
-from adq_train.quantization.describe import describe_layers
 from adq_train.quantization.prepare import collect_inputs, quantize_layer, replaced
-from adq_train.run_folder import RunFolder, identity
-from adq_train.schema import register
-from adq_train.stages import Context, pretrain
+from adq_train.run_folder import RunFolder
+from adq_train.schema import identity
+from adq_train.session import Session
+from adq_train.stages.float_model import pretrain
 from adq_train.stamps import digest
 from adq_train.training.evaluate import evaluate
-from adq_train.training.loop import train_epoch
-from adq_train.training.optimizers import make_optimizers
-from adq_train.training.step import TrainingStep
-from adq_train.validate import validate
-from adq_train.weights import load_checkpoint
+from adq_train.training.health import FiniteWatch
+from adq_train.training.trainer import Trainer
 
 PLAN = ("weights", "activations", "bits", "rate", "seed")
 
@@ -56,45 +50,36 @@ def choice(group: str, text: str) -> list[str]:
     return [] if name == "float" else [f"{group}={name}", *(f"{group}.{knob}" for knob in knobs)]
 
 
-def context(options: argparse.Namespace, overrides: list[str]) -> tuple[Context, nn.Module]:
-    """A run's parts and data, and the float model that runs of one seed share."""
-    with initialize_config_module("adq_train.configs", version_base="1.3"):
-        everything = [*options.settings, *overrides, f"output_root={options.output}"]
-        config, parts = validate(compose("config", everything))
-    trainer, seed = config["trainer"], config["seed"]
-    loading = Loading(trainer["batch_size"], trainer["eval_batch_size"], seed, parts.device)
-    data = parts.data.load(loading)
-    torch.manual_seed(seed)
-    model = parts.model.build(data.num_classes, data.image_shape[0])
-    if config["init_from"]:
+def opened(options: argparse.Namespace, overrides: list[str]) -> Session:
+    """A run's data, and the trained float model that runs of one seed share."""
+    everything = [*options.settings, *overrides, f"output_root={options.output}"]
+    session = Session.compose(everything)
+    if session.start:
         raise UserError("init_from: a study begins with a float model; give pretrain.checkpoint")
-    load_checkpoint(model, config["pretrain"])
-    model.to(parts.device)
-    with RunFolder(options.output / "runs" / digest(identity(config))[:8], config) as folder:
-        run = Context(config, parts, data, folder)
-        pretrain(run, model)
-    return run, model
+    name = digest(identity(session.config.plain()))[:8]
+    with RunFolder(options.output / "runs" / name, session.config) as folder:
+        pretrain(session, folder)
+    return session
 
 
-def train(run: Context, model: nn.Module) -> dict[str, float]:
+def train(session: Session, model: nn.Module) -> dict[str, float]:
     """QAT as the configuration says; the last epoch's mean training loss and the test accuracy."""
-    trainer, settings = run.config["trainer"], run.config["optimizer"]
-    makers = run.parts.make_optimizer, run.parts.make_quantizer_optimizer
-    optimizer = make_optimizers(model, settings["lr"], settings["weight_decay"], *makers)
-    for group in optimizer.param_groups:
-        group["initial_lr"] = group["lr"]
-    steps = trainer["epochs"] * len(run.data.train)
-    step, loss = TrainingStep(model, optimizer), float("nan")
-    for epoch in range(trainer["epochs"]):
-        loss = train_epoch(
-            step, run.data.train, epoch, lambda done: run.parts.scheduler(done / steps)
-        )
-    return {"train_loss": loss, "top1_percent": evaluate(model, run.data.test).top1_percent}
+    trainer = Trainer(
+        model,
+        session.optimizers(model),
+        session.data,
+        [FiniteWatch("study")],
+        settings=session.config.trainer,
+        seed=session.config.seed,
+    )
+    reports = [trainer.train_epoch() for _ in range(session.config.trainer.epochs)]
+    top1 = evaluate(model, session.data.test).top1_percent
+    return {"train_loss": reports[-1].train_loss, "top1_percent": top1}
 
 
 def run_one(options: argparse.Namespace, plan: dict[str, Any]) -> dict[str, float]:
     """Quantizes the float model and trains it."""
-    run, model = context(
+    session = opened(
         options,
         [
             *choice("weight_quantizer", plan["weights"]),
@@ -103,15 +88,16 @@ def run_one(options: argparse.Namespace, plan: dict[str, Any]) -> dict[str, floa
             f"seed={plan['seed']}",
         ],
     )
-    images = [images for images, _ in run.data.calibration.epoch(0)]
-    names = [x.name for x in describe_layers(model, images[0][:1])]
-    inputs = collect_inputs(model, names, images, run.seed)
-    makers = run.parts.make_weight_quantizer, run.parts.make_activation_quantizer
+    model, config, parts = session.model, session.config, session.parts
+    images = [images for images, _ in session.calibration]
+    names = [x.name for x in session.problem.layers]
+    inputs = collect_inputs(model, names, images, config.seed)
+    makers = parts.make_weight_quantizer, parts.make_activation_quantizer
     layers: dict[str, nn.Module] = {}
     for name in names:
-        ends = run.config["bits"]["first_last"] if name in (names[0], names[-1]) else None
+        ends = config.bits.first_last if name in (names[0], names[-1]) else None
         bits = ends or plan["bits"]
-        forms = quantize_layer(model, LayerBits(name, bits, bits), *makers, inputs, run.seed)
+        forms = quantize_layer(model, LayerBits(name, bits, bits), *makers, inputs, config.seed)
         for layer in forms.values():
             if plan["weights"] == "float":
                 layer.weight_quantizer = Nothing()  # type: ignore[assignment]
@@ -119,7 +105,7 @@ def run_one(options: argparse.Namespace, plan: dict[str, Any]) -> dict[str, floa
                 layer.input_quantizer = Nothing()  # type: ignore[assignment]
         layers |= forms
     with replaced(model, layers):
-        return train(run, model)
+        return train(session, model)
 
 
 class Nothing(nn.Identity):
@@ -175,7 +161,6 @@ def main() -> None:
     words.add_argument("settings", nargs="*", help="settings of adq-train, after --")
     options = words.parse_args()
     logging.getLogger("adq_train").setLevel(logging.WARNING)
-    register()
     options.output.mkdir(parents=True, exist_ok=True)
     file = options.output / "runs.jsonl"
     records = [json.loads(x) for x in file.read_text().splitlines()] if file.exists() else []

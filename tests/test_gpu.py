@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from adq_train.training.step import TrainingStep
 from pretend_gpu import PretendTensor, gpu, moved, on_cpu
 from torch import nn
 from training_helpers import IMAGES, TARGETS, network, sgd
@@ -23,7 +24,6 @@ from adq_train.quantization.n2uq import N2uqActivationQuantizer, N2uqWeightQuant
 from adq_train.quantization.pact import PactActivationQuantizer
 from adq_train.quantization.prepare import Upkeep
 from adq_train.training.distillation import Teacher
-from adq_train.training.step import TrainingStep
 
 WEIGHTS = [ApotWeightQuantizer, DorefaWeightQuantizer, LsqWeightQuantizer, N2uqWeightQuantizer]
 INPUTS = [

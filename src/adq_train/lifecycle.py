@@ -208,8 +208,8 @@ def export(
             require_equal(agreement)
         elif agreement.different:
             raise UserError(
-                f"onnxruntime's outputs have their largest value elsewhere on {agreement.different} "
-                f"of {agreement.num_images} examples (largest difference of two outputs: "
-                f"{agreement.largest_difference:.3g}); no file was written"
+                "onnxruntime's outputs have their largest value elsewhere on "
+                f"{agreement.different} of {agreement.num_images} examples (largest difference of "
+                f"two outputs: {agreement.largest_difference:.3g}); no file was written"
             )
     return agreement

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
+from hydra import compose, initialize_config_module
 from torch import nn
 
 from adq_train.allocation.budget import Problem
@@ -13,13 +15,13 @@ from adq_train.data.base import Batch, ImageData, Loading
 from adq_train.init_from import Start, open_start
 from adq_train.quantization.copies import unfuse
 from adq_train.quantization.describe import describe_layers
-from adq_train.schema import Config
+from adq_train.schema import Config, register
 from adq_train.sensitivity.base import ReadsAhead
 from adq_train.training.device import use
 from adq_train.training.distillation import Teacher
 from adq_train.training.distributed import ALONE, Ranks
 from adq_train.training.optimizers import Optimizers, make_optimizers
-from adq_train.validate import Parts
+from adq_train.validate import Parts, validate
 from adq_train.weights import load_checkpoint, load_state
 
 
@@ -89,6 +91,18 @@ class Session:
             parts.sensitivity.check(problem.layers, problem.candidates, apart)
         return cls(config, parts, data, model, teacher, problem, start, ranks)
 
+    @classmethod
+    def compose(cls, overrides: Sequence[str]) -> Session:
+        """A session from overrides as ``adq-train`` takes them, for studies and notebooks.
+
+        Args:
+            overrides: ``experiment=quickstart``, ``seed=1``, …
+
+        Raises:
+            UserError: As :meth:`open`; or a setting is wrong.
+        """
+        return cls.open(*composed(overrides))
+
     @property
     def calibration(self) -> list[Batch]:
         """The calibration images with their targets."""
@@ -105,6 +119,17 @@ class Session:
             self.parts.make_quantizer_optimizer,
             self.parts.scheduler,
         )
+
+
+def composed(overrides: Sequence[str]) -> tuple[Config, Parts]:
+    """The configuration and the parts that overrides come to.
+
+    Raises:
+        ConfigError: A setting is wrong.
+    """
+    register()
+    with initialize_config_module("adq_train.configs", version_base="1.3"):
+        return validate(compose("config", list(overrides)))
 
 
 def loading(config: Config, device: torch.device, ranks: Ranks = ALONE) -> Loading:

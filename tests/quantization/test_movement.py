@@ -5,11 +5,11 @@ from dataclasses import asdict
 
 import pytest
 import torch
+from adq_train.training.step import TrainingStep
 from training_helpers import IMAGES, TARGETS, network
 
 from adq_train.quantization.movement import MovementMeter, report_movement
 from adq_train.training.optimizers import make_optimizers
-from adq_train.training.step import TrainingStep
 
 
 def trained(rate, steps=20):

@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pytest
 import torch
+from adq_train.training.loop import EpochReport
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
 
@@ -13,7 +14,6 @@ from adq_train.quantization.layers import quantized
 from adq_train.quantization.n2uq import N2uqActivationQuantizer
 from adq_train.reporting.recorder import Recorder
 from adq_train.run_folder import read_metrics
-from adq_train.training.loop import EpochReport
 
 
 def report(epoch, loss=1.0):

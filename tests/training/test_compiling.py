@@ -6,6 +6,7 @@ from functools import partial
 
 import pytest
 import torch
+from adq_train.training.step import TrainingStep
 from torch import nn
 from training_helpers import IMAGES, TARGETS, network, sgd
 
@@ -14,7 +15,6 @@ from adq_train.quantization.base import Quantizer
 from adq_train.quantization.layers import quantized
 from adq_train.quantization.n2uq import N2uqActivationQuantizer
 from adq_train.training.compiling import compiled, compiler_problem
-from adq_train.training.step import TrainingStep
 
 needs_compiler = pytest.mark.skipif(
     compiler_problem(torch.device("cpu")) is not None, reason="no C++ compiler"

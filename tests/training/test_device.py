@@ -4,10 +4,10 @@ from unittest import mock
 
 import pytest
 import torch
+from adq_train.training.loop import _seed_generators
 
 from adq_train.training.device import use
 from adq_train.training.health import LateFlags
-from adq_train.training.loop import _seed_generators
 
 
 @pytest.fixture(autouse=True)

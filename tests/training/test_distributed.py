@@ -6,6 +6,8 @@ import time
 
 import pytest
 import torch
+from adq_train.training.loop import fit, require_equal, train_epoch
+from adq_train.training.step import TrainingStep
 from ranks_helpers import run_ranks
 from torch import nn
 
@@ -28,10 +30,8 @@ from adq_train.training.distributed import (
     launch_prefix,
 )
 from adq_train.training.evaluate import evaluate
-from adq_train.training.loop import fit, require_equal, train_epoch
 from adq_train.training.optimizers import parameter_groups
 from adq_train.training.schedule import Cosine
-from adq_train.training.step import TrainingStep
 
 
 class Drawn:

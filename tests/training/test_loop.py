@@ -7,6 +7,8 @@ import signal
 
 import pytest
 import torch
+from adq_train.training.loop import fit, train_epoch
+from adq_train.training.step import TrainingStep
 from torch import nn
 from torch.nn import functional as F
 
@@ -20,10 +22,8 @@ from adq_train.quantization.pact import PactActivationQuantizer
 from adq_train.training.batch_norm import reestimate_batch_norm
 from adq_train.training.checkpoint import CheckpointFolder, Rhythm
 from adq_train.training.evaluate import evaluate
-from adq_train.training.loop import fit, train_epoch
 from adq_train.training.optimizers import parameter_groups
 from adq_train.training.schedule import Cosine
-from adq_train.training.step import TrainingStep
 
 
 class Drawn:

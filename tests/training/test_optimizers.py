@@ -4,10 +4,10 @@ import copy
 
 import pytest
 import torch
+from adq_train.training.step import TrainingStep
 from training_helpers import IMAGES, TARGETS, network
 
 from adq_train.training.optimizers import Optimizers, make_optimizers, parameter_groups
-from adq_train.training.step import TrainingStep
 
 
 def sgd(groups):

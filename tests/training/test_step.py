@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+from adq_train.training.step import TrainingStep, part_sizes
 from torch import nn
 from torch.nn import functional as F
 from training_helpers import IMAGES, TARGETS, network, sgd
@@ -14,7 +15,6 @@ from adq_train.errors import UserError
 from adq_train.quantization.base import Quantizer
 from adq_train.training.distillation import Teacher, divergence
 from adq_train.training.mixing import Mixing
-from adq_train.training.step import TrainingStep, part_sizes
 
 
 def same(first, second):

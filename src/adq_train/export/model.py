@@ -129,11 +129,10 @@ def assemble(model: TableModel, dense: bool = True, network: nn.Module | None = 
     """
     if network is not None:
         network = own_copy(network).cpu().eval()
-    elif model.expects:
+    else:
+        assert model.expects is not None
         expects = model.expects
         network = build_network(model.model, expects.num_classes, expects.image_shape[0])
-    else:
-        raise UserError("network: the file holds a network of your own; give it, or its builder")
     network.requires_grad_(False)
     keep_weights(network)
     modules = dict(network.named_modules())

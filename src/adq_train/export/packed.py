@@ -89,6 +89,8 @@ def open_packed(
         UserError: As there.
     """
     model = read_packed(path)
+    if network is None and not model.model:
+        raise UserError(f"{path} holds a network of your own; give load_packed(path, network=…)")
     try:
         with limited_to(
             len(model.layers) + len(model.floats),
