@@ -75,10 +75,36 @@ def main() -> None:
     if elsewhere and importlib.util.find_spec("submitit") is None:
         fail(ConfigError(["hydra/launcher: needs pip install 'adq-train[slurm]'"]))
     command = ["adq-train", *argv]
-    process = os.getpid()
     if not (only_words or args.cfg or args.info or elsewhere):
         importlib.import_module("adq_train.pipeline")  # while there is no folder to leave behind
+    code, outcomes = run_jobs(argv, args, command, elsewhere)
+    if len(outcomes) > 1 and speaks():
+        print(printable(table_of(outcomes)), file=sys.stderr)
+    code = code or int(any(outcome.code for outcome in outcomes))
+    if code and int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        # What PyTorch does at exit would wait for processes that may be gone.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    if code:
+        sys.exit(code)
 
+
+def run_jobs(
+    argv: list[str], args: argparse.Namespace, command: list[str], elsewhere: bool
+) -> tuple[int, list[Outcome]]:
+    """Lets Hydra run the one job of a command, or all of its sweep.
+
+    Args:
+        argv: The command line, for Hydra.
+        args: The same, read.
+        command: What was typed.
+        elsewhere: Whether a launcher runs the jobs in other processes.
+
+    Returns:
+        The exit code that Hydra asks for, and how the jobs ended.
+    """
+    process = os.getpid()
     # Jobs of a sweep may run on other machines; their outcomes come back through a folder.
     outcomes: list[Outcome] = []
     scratch = Path(tempfile.mkdtemp(dir="." if elsewhere else None, prefix=".adq-"))
@@ -107,16 +133,7 @@ def main() -> None:
         outcomes += kept(scratch)
     finally:  # a cleaned /tmp has taken it away already
         shutil.rmtree(scratch, ignore_errors=True)
-    if len(outcomes) > 1 and speaks():
-        print(printable(table_of(outcomes)), file=sys.stderr)
-    code = code or int(any(outcome.code for outcome in outcomes))
-    if code and int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        # What PyTorch does at exit would wait for processes that may be gone.
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
-    if code:
-        sys.exit(code)
+    return code, outcomes
 
 
 def hydra_main(job: Callable[[DictConfig], None]) -> None:
@@ -207,14 +224,7 @@ def run_job(cfg: DictConfig, config_dir: str | None, whole_command: list[str]) -
             show_error(UserError(reason), cfg.debug)
         return Outcome(number, " ".join(overrides), code, reason)
     try:
-        typed_trust = trust_typed(overrides)
-        if list(cfg.trusted_packages) != typed_trust:
-            raise ConfigError(
-                [
-                    f"trusted_packages: {list(cfg.trusted_packages)} comes from a file; if you "
-                    "trust them, give them on the command line"
-                ]
-            )
+        require_typed_trust(cfg, overrides)
         with contextlib.ExitStack() as stack:
             with interrupts.left_alone():  # while the others are waited for
                 ranks = stack.enter_context(joined())
@@ -245,6 +255,21 @@ def run_job(cfg: DictConfig, config_dir: str | None, whole_command: list[str]) -
             if cfg.debug:
                 traceback.print_exc()
     return Outcome(number, " ".join(overrides), code, reason)
+
+
+def require_typed_trust(cfg: DictConfig, overrides: Sequence[str]) -> None:
+    """Refuses packages that a file trusts and the command line does not.
+
+    Raises:
+        ConfigError: Names them.
+    """
+    if list(cfg.trusted_packages) != trust_typed(overrides):
+        raise ConfigError(
+            [
+                f"trusted_packages: {list(cfg.trusted_packages)} comes from a file; if you "
+                "trust them, give them on the command line"
+            ]
+        )
 
 
 def configure_logging(quiet: bool = False) -> None:

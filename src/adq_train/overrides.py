@@ -53,31 +53,8 @@ def problems_of(
 
         place = quote(f"file://{Path(search_path or '.').resolve()}")  # may hold any character
         chosen = [f"hydra.searchpath=[{place}]"] if search_path else []
-        choices: list[list[str]] = []
-        values: list[Override] = []
-        of_hydra: list[str] = []
-        for override in parsed:
-            key = override.key_or_group
-            if key == "hydra.searchpath":
-                problems.append(f"{key}: cannot be set; give the folder as --config-dir")
-                continue
-            if key.startswith("hydra"):
-                of_hydra.append(override.input_line or "")
-                continue
-            options = loader.get_group_options(key) if key in groups and key else []
-            if options and search_path:
-                options += [file.stem for file in Path(search_path, key).glob("*.yaml")]
-            if not options:
-                values.append(override)
-                continue
-            wrong = [str(v) for v in _choices(override) if str(v) not in options]
-            problems += [
-                f"{key}={value}: there is no such choice{did_you_mean(value, options)}; "
-                f"choose from {', '.join(sorted(options))}"
-                for value in wrong
-            ]
-            if not wrong:
-                choices.append([f"{key}={value}" for value in _choices(override)])
+        choices, values, of_hydra, wrong = _sorted(parsed, loader, groups, search_path)
+        problems += wrong
         # The first of each, then each of the others once: every file is seen.
         first = [*chosen, *(texts[0] for texts in choices)]
         others = [
@@ -120,6 +97,46 @@ def problems_of(
             except ConfigError as error:
                 problems += error.problems
     return list(dict.fromkeys(problems))
+
+
+def _sorted(
+    parsed: Sequence[Override], loader: Any, groups: Sequence[str], search_path: str | None
+) -> tuple[list[list[str]], list[Override], list[str], list[str]]:
+    """Overrides by what they set: choices of groups, values, Hydra's own; and what is wrong.
+
+    Args:
+        parsed: The command line.
+        loader: Knows the files of each group.
+        groups: Their names.
+        search_path: A folder with more of them.
+    """
+    problems: list[str] = []
+    choices: list[list[str]] = []
+    values: list[Override] = []
+    of_hydra: list[str] = []
+    for override in parsed:
+        key = override.key_or_group
+        if key == "hydra.searchpath":
+            problems.append(f"{key}: cannot be set; give the folder as --config-dir")
+            continue
+        if key.startswith("hydra"):
+            of_hydra.append(override.input_line or "")
+            continue
+        options = loader.get_group_options(key) if key in groups and key else []
+        if options and search_path:
+            options += [file.stem for file in Path(search_path, key).glob("*.yaml")]
+        if not options:
+            values.append(override)
+            continue
+        wrong = [str(v) for v in _choices(override) if str(v) not in options]
+        problems += [
+            f"{key}={value}: there is no such choice{did_you_mean(value, options)}; "
+            f"choose from {', '.join(sorted(options))}"
+            for value in wrong
+        ]
+        if not wrong:
+            choices.append([f"{key}={value}" for value in _choices(override)])
+    return choices, values, of_hydra, problems
 
 
 def trust_typed(overrides: Sequence[str]) -> list[str]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -51,20 +51,7 @@ def describe_layers(model: nn.Module, image: Tensor) -> tuple[LayerInfo, ...]:
         UserError: The network has no such layer, or is one itself; it does not map the image to
             logits; or it holds a layer where it cannot be replaced.
     """
-    if quantized_kind(model):
-        raise UserError(
-            "model: it is a single layer, which cannot be replaced; wrap it in a module"
-        )
-    if isinstance(model, torch.jit.ScriptModule):
-        raise UserError(
-            "model: the layers of a ScriptModule cannot be replaced; give the module that it was "
-            "made from"
-        )
-    lazy = [name for name, m in model.named_modules() if isinstance(m, LazyModuleMixin)]
-    if lazy:
-        raise UserError(
-            f"model: {lazy[0]} has no weights yet; run the network once, and train it first"
-        )
+    require_replaceable(model)
     trial = own_copy(model)
     names = [name for name, module in trial.named_modules() if quantized_kind(module)]
     layers: dict[str, nn.Module] = {
@@ -107,9 +94,50 @@ def describe_layers(model: nn.Module, image: Tensor) -> tuple[LayerInfo, ...]:
                 f"{image.dtype} ({type(error).__name__}: {error}); it must take one tensor (N, …)"
             ) from error
     check_logits(output, len(image))
-    if aliases:
+    require_reachable(aliases, reads)
+    if not found:
+        raise UserError("model: it has no convolution or linear layer that could be quantized")
+    warn_full_precision(trial, name_of)
+    past = [weight_identity(layers[name]) for name in reads.past]
+    warn_used_elsewhere(trial, {name_of[x]: x for x in past if x in name_of})
+    return tuple(found.values())
+
+
+def require_replaceable(model: nn.Module) -> None:
+    """Refuses a network whose layers cannot be replaced.
+
+    Raises:
+        UserError: It is a single layer or a ScriptModule, or has weights that are not made yet.
+    """
+    if quantized_kind(model):
         raise UserError(
-            f"model: the layer {next(iter(aliases))} is also called from a place where it cannot "
+            "model: it is a single layer, which cannot be replaced; wrap it in a module"
+        )
+    if isinstance(model, torch.jit.ScriptModule):
+        raise UserError(
+            "model: the layers of a ScriptModule cannot be replaced; give the module that it was "
+            "made from"
+        )
+    lazy = [name for name, m in model.named_modules() if isinstance(m, LazyModuleMixin)]
+    if lazy:
+        raise UserError(
+            f"model: {lazy[0]} has no weights yet; run the network once, and train it first"
+        )
+
+
+def require_reachable(aliases: Iterable[str], reads: Reads) -> None:
+    """Refuses a network that calls layers, or uses weights, past its own modules.
+
+    Args:
+        aliases: Layers that were called elsewhere.
+        reads: What the network has read.
+
+    Raises:
+        UserError: Names one of them.
+    """
+    for name in aliases:
+        raise UserError(
+            f"model: the layer {name} is also called from a place where it cannot "
             "be replaced, such as a plain list, a dict or an object that is no module; call it "
             "by its name, or hold it in an nn.ModuleList or nn.ModuleDict"
         )
@@ -120,12 +148,6 @@ def describe_layers(model: nn.Module, image: Tensor) -> tuple[LayerInfo, ...]:
             "parameters(); hold modules in an nn.ModuleList or nn.ModuleDict, not in a plain list, "
             "dict or function"
         )
-    if not found:
-        raise UserError("model: it has no convolution or linear layer that could be quantized")
-    warn_full_precision(trial, name_of)
-    past = [weight_identity(layers[name]) for name in reads.past]
-    warn_used_elsewhere(trial, {name_of[x]: x for x in past if x in name_of})
-    return tuple(found.values())
 
 
 def warn_full_precision(trial: nn.Module, name_of: Mapping[object, str]) -> None:

@@ -83,6 +83,32 @@ def render(
         folder: Where everything was written.
         init_from: Whether QAT began with the weights of another run.
     """
+    places = Text(
+        f"written to  {folder}\n"
+        f"picture     {folder / 'plots' / 'summary.png'}\n"
+        f"look at it  tensorboard --logdir {folder}",
+        no_wrap=True,
+        overflow="ignore",  # a path that is cut short cannot be copied
+    )
+    blank = Text()
+    return Group(
+        blank,
+        Text(f"Layers (Ω: {table.metric}; bits: {solved(allocation)})", style="bold blue"),
+        layer_table(table, allocation),
+        *(Text(one_line(x)) for x in unused_levels(levels)),
+        blank,
+        Text("Top-1 accuracy on the test set", style="bold blue"),
+        accuracy_table(result, init_from),
+        blank,
+        Text("Size", style="bold blue"),
+        size_table(table, allocation, result, num_float_values),
+        blank,
+        places,
+    )
+
+
+def layer_table(table: SensitivityTable, allocation: BitAllocation) -> Table:
+    """Sensitivities and bits, a row for each layer."""
     layers = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
     # On a narrow terminal the bars give way, not the names.
     layers.add_column("layer", style="bold", min_width=max(len(x.name) for x in table.layers))
@@ -103,7 +129,11 @@ def render(
             Text("■" * bits.weight_bits, style="blue"),
             kilobytes(packed_bytes(layer.num_weights, bits.weight_bits)),
         )
+    return layers
 
+
+def accuracy_table(result: RunResult, init_from: bool) -> Table:
+    """Accuracies before and after QAT, to as many digits as the test set can tell apart."""
     # Two digits mean something only where the test set can tell them apart.
     error = 100 * math.sqrt(
         max(result.qat_top1_percent, 1e-9) / 100 * (1 - min(result.qat_top1_percent, 100) / 100)
@@ -122,7 +152,13 @@ def render(
         ),
     ):
         accuracy.add_row(label, Text(f"{value:.2f} %", style="bold"), note)
+    return accuracy
 
+
+def size_table(
+    table: SensitivityTable, allocation: BitAllocation, result: RunResult, num_float_values: int
+) -> Table:
+    """Averages, bytes, bit operations, and the time of every stage."""
     num_weights = sum(x.num_weights for x in table.layers)
     whole = total_bytes(allocation, num_float_values)
     float_whole = FLOAT_BYTES * (num_weights + num_float_values)
@@ -147,29 +183,7 @@ def render(
     )
     sizes.add_row("bit operations", f"{allocation.bops:.3g} per image")
     sizes.add_row("time", ", ".join(f"{k} {v:.1f} s" for k, v in result.seconds.items()))
-
-    places = Text(
-        f"written to  {folder}\n"
-        f"picture     {folder / 'plots' / 'summary.png'}\n"
-        f"look at it  tensorboard --logdir {folder}",
-        no_wrap=True,
-        overflow="ignore",  # a path that is cut short cannot be copied
-    )
-    blank = Text()
-    return Group(
-        blank,
-        Text(f"Layers (Ω: {table.metric}; bits: {solved(allocation)})", style="bold blue"),
-        layers,
-        *(Text(one_line(x)) for x in unused_levels(levels)),
-        blank,
-        Text("Top-1 accuracy on the test set", style="bold blue"),
-        accuracy,
-        blank,
-        Text("Size", style="bold blue"),
-        sizes,
-        blank,
-        places,
-    )
+    return sizes
 
 
 def show(content: RenderableType) -> None:
