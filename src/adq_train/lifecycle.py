@@ -31,7 +31,6 @@ from adq_train.quantization.restore import restored
 FORMAT = "adq-train quantized network"
 VERSION = "1"
 OURS = ("adq_train.",)
-GROUPS = ("weight_quantizer", "activation_quantizer")
 
 
 @dataclass(frozen=True)
@@ -143,13 +142,19 @@ def load(
         table = SensitivityTable.from_json(metadata["table"])
         allocation = BitAllocation.from_json(metadata["allocation"])
         nodes: Any = json.loads(metadata["quantizers"])
-        given = (make_weight_quantizer, make_activation_quantizer)
-        make: Any = [_maker(*x) for x in zip(GROUPS, given, nodes, strict=True)]
-    except (KeyError, ValueError, TypeError, ConfigError) as error:
+        of_weights, of_inputs = nodes
+    except (KeyError, ValueError, TypeError, UserError) as error:
+        raise UserError(f"{path} is damaged ({error}); write it again") from error
+    try:
+        make = (
+            _maker("weight_quantizer", make_weight_quantizer, of_weights),
+            _maker("activation_quantizer", make_activation_quantizer, of_inputs),
+        )
+    except ConfigError as error:
         raise UserError(f"{path} is damaged ({error}); write it again") from error
     model = own_copy(network if isinstance(network, nn.Module) else network()).cpu()
     try:
-        restored(model, allocation, (make[0], make[1]), state)
+        restored(model, allocation, make, state)
     except (KeyError, RuntimeError, AttributeError) as error:
         reason = " ".join(str(error).split())
         raise UserError(f"{path} does not fit the network: {reason}") from error

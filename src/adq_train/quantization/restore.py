@@ -11,7 +11,7 @@ from adq_train.artifacts import BitAllocation
 from adq_train.quantization.base import Makers
 from adq_train.quantization.layers import same_weight
 from adq_train.quantization.prepare import prepare
-from adq_train.weights import load_state
+from adq_train.weights import load_state, with_tied
 
 
 def restored(
@@ -29,7 +29,9 @@ def restored(
         KeyError: The state lacks a tensor of the float network.
         RuntimeError: Names or shapes do not fit.
     """
-    load_state(network, {key: state[key] for key in network.state_dict()})
+    own = network.state_dict()
+    full = with_tied(own, state)
+    load_state(network, {key: full[key] for key in own})
     # Quantizers get their shapes from calibration; the state then replaces the values.
     sample = torch.linspace(-1, 1, 1024)
     names = [name for x in allocation.layers for name in same_weight(network, x.name)]

@@ -1,0 +1,203 @@
+"""A network of one's own to a file and back, and out of the process."""
+
+import copy
+import functools
+import json
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import nn
+from torch.nn import functional as F
+
+import adq_train
+from adq_train.errors import UserError
+from adq_train.lifecycle import export
+from adq_train.quantization.adq import AdqWeightQuantizer
+from adq_train.quantization.lsq import LsqActivationQuantizer, LsqWeightQuantizer
+from adq_train.quantization.prepare import quantized_layers
+
+
+class Network(nn.Module):
+    """A batch norm, a weight that two layers share, and a grouped convolution."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.norm = nn.Conv2d(1, 8, 3), nn.BatchNorm2d(8)
+        self.grouped = nn.Conv2d(8, 8, 3, groups=2)
+        self.mix, self.tied = nn.Linear(8, 8), nn.Linear(8, 8)
+        self.tied.weight = self.mix.weight
+        self.head = nn.Linear(8, 5)
+
+    def forward(self, x):
+        x = torch.relu(self.norm(self.stem(x)))
+        x = torch.relu(self.grouped(x)).mean((2, 3))
+        return self.head(torch.relu(self.tied(torch.relu(self.mix(x)))))
+
+
+@pytest.fixture
+def images():
+    return torch.randn(32, 1, 8, 8, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.fixture
+def model(images):
+    torch.manual_seed(0)
+    return adq_train.quantize(Network(), [images], average_bits=3)
+
+
+def trained(model, images, steps=3):
+    """A few steps of training, whatever happened to the model before."""
+    optimizer = torch.optim.SGD(adq_train.parameter_groups(model, 0.05, 1e-4), momentum=0.9)
+    adq_train.follow(model, optimizer)
+    model.train()
+    for step in range(steps):
+        optimizer.zero_grad()
+        F.cross_entropy(model(images), torch.arange(32) % 5 * (step + 1) % 5).backward()
+        optimizer.step()
+    return model.eval()
+
+
+@pytest.mark.parametrize("given", [Network, Network()], ids=["builder", "network"])
+def test_training_goes_on_from_a_file_as_if_there_had_been_none(tmp_path, model, images, given):
+    trained(model, images)
+    adq_train.save(model, tmp_path / "model.safetensors")
+    before = copy.deepcopy(given.state_dict()) if isinstance(given, nn.Module) else {}
+    again = adq_train.load(tmp_path / "model.safetensors", given)
+    assert torch.equal(again(images), model(images))
+    assert again.adq == model.adq
+    for name, tensor in before.items():
+        assert torch.equal(given.state_dict()[name], tensor), name
+    ends = [trained(x, images).state_dict() for x in (model, again)]
+    for name, tensor in ends[0].items():
+        assert torch.equal(tensor, ends[1][name]), name
+
+
+def test_a_quantized_network_carries_its_table_its_bits_and_its_sizes(model):
+    carried = model.adq
+    layers = quantized_layers(model)
+    assert {x.name for x in carried.table.layers} <= set(layers)
+    for name, bits in carried.allocation.bits().items():
+        assert layers[name].weight_quantizer.bit_width == bits.weight_bits
+    codes = sum(
+        -(-layers[x.name].weight.numel() * x.weight_bits // 8) for x in carried.allocation.layers
+    )
+    assert carried.allocation.model_size_bytes == codes
+    assert copy.deepcopy(model).adq == carried
+
+
+def test_settings_of_quantizers_come_back(tmp_path, images):
+    make = functools.partial(AdqWeightQuantizer, decay=0.5, level_set="full", adaptation="centroid")
+    model = adq_train.quantize(Network(), [images], average_bits=3, make_weight_quantizer=make)
+    adq_train.save(model, tmp_path / "a.safetensors")
+    again = adq_train.load(tmp_path / "a.safetensors", Network)
+    for layer in quantized_layers(again).values():
+        found = layer.weight_quantizer
+        assert (found.decay, found.level_set, found.adaptation) == (0.5, "full", "centroid")
+
+
+def test_a_quantizer_of_ones_own_is_asked_for(tmp_path, images):
+    def mine(bits):
+        return LsqWeightQuantizer(bits)
+
+    model = adq_train.quantize(
+        Network(), [images], average_bits=3,
+        make_weight_quantizer=mine, make_activation_quantizer=LsqActivationQuantizer,
+    )  # fmt: skip
+    file = tmp_path / "a.safetensors"
+    adq_train.save(model, file)
+    with pytest.raises(UserError, match=r"make_weight_quantizer: .* one of your own; give it here"):
+        adq_train.load(file, Network)
+    again = adq_train.load(file, Network, make_weight_quantizer=mine)
+    assert torch.equal(again(images), model.eval()(images))
+
+
+FOREIGN = ("os.system", "subprocess.Popen", "adq_train.files.os.system")
+
+
+@pytest.mark.parametrize("target", [*FOREIGN, "adq_train.models.CifarResNetModel", "adq_train.X"])
+def test_no_code_comes_from_a_file(tmp_path, model, target):
+    file = tmp_path / "a.safetensors"
+    adq_train.save(model, file)
+    with safe_open(str(file), "pt") as content:
+        metadata = content.metadata()
+    bad = {"_target_": target, "_partial_": True, "command": f"touch {tmp_path}/was-here"}
+    metadata["quantizers"] = json.dumps([bad, None])
+    save_file(load_file(file), file, metadata)
+    with pytest.raises(UserError, match="weight_quantizer"):
+        adq_train.load(file, Network)
+    assert not (tmp_path / "was-here").exists()
+
+
+def test_files_that_are_something_else(tmp_path, model):
+    file = tmp_path / "a.safetensors"
+    adq_train.save(model, file)
+    with pytest.raises(UserError, match="does not fit the network: "):
+        adq_train.load(file, nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3)))
+    whole = file.read_bytes()
+    for wrong, message in (
+        (whole[: len(whole) // 2], "cannot be read"),
+        (b"", "cannot be read"),
+        (whole.replace(b'"format_version":"1"', b'"format_version":"9"'), "version 9"),
+        (whole.replace(b"adq-train quantized", b"adq-train_quantized"), "is not a quantized"),
+        (whole.replace(b"weight_bits", b"weight_bitz"), "is damaged"),
+    ):
+        file.write_bytes(wrong)
+        with pytest.raises(UserError, match=message):
+            adq_train.load(file, Network)
+    with pytest.raises(UserError, match="cannot be read"):
+        adq_train.load(tmp_path / "none", Network)
+
+
+def test_only_quantized_networks_have_such_a_life(tmp_path, images):
+    for act in (lambda: adq_train.save(Network(), tmp_path / "a"),
+                lambda: export(Network(), tmp_path / "a.onnx", images)):  # fmt: skip
+        with pytest.raises(UserError, match="model: it is not a quantized network"):
+            act()
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_packed_file_of_ones_own_network(tmp_path, model, images):
+    trained(model, images)
+    file = tmp_path / "model.safetensors"
+    assert export(model, file, images).largest_difference == 0
+    for network in (Network, Network(), model):
+        packed = adq_train.load_packed(file, network=network)
+        assert torch.equal(packed(images), model(images))
+    num_bytes = sum(x.numel() * x.element_size() for x in Network().state_dict().values())
+    assert file.stat().st_size < num_bytes * 4  # a header of names outweighs a tiny network
+    with pytest.raises(UserError, match=r"holds a network of your own; .*network="):
+        adq_train.load_packed(file)
+    with pytest.raises(UserError, match="not fit its own architecture"):
+        adq_train.load_packed(file, network=nn.Linear(3, 3))
+
+
+def test_an_onnx_file_of_ones_own_network(tmp_path, model, images):
+    onnxruntime = pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxscript")
+    trained(model, images)
+    file = tmp_path / "model.onnx"
+    agreement = export(model, file, images)
+    assert (agreement.num_images, agreement.different) == (32, 0)
+    session = onnxruntime.InferenceSession(str(file))
+    (name,) = (x.name for x in session.get_inputs())
+    for count in (1, 7):  # N is free
+        (found,) = session.run(None, {name: images[:count].numpy()})
+        torch.testing.assert_close(
+            torch.from_numpy(found), model(images[:count]), atol=1e-4, rtol=1e-4
+        )
+    with pytest.raises(UserError, match=r"format: must be onnx or packed, got None for model\.pb"):
+        export(model, tmp_path / "model.pb", images)
+    assert [x.name for x in tmp_path.iterdir()] == ["model.onnx"]
+
+
+def test_the_model_is_left_as_it_was(tmp_path, model, images):
+    model.train()
+    before = copy.deepcopy(model.state_dict())
+    adq_train.save(model, tmp_path / "a")
+    export(model, tmp_path / "b.safetensors", images)
+    assert model.training
+    assert list(before) == list(model.state_dict())
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(before[name], tensor), name
