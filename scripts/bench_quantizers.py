@@ -23,8 +23,8 @@ from bench_step import machine
 from torch import Tensor
 
 from adq_train.quantization import kernels
-from adq_train.session import composed
-from adq_train.validate import Parts
+from adq_train.run.session import composed
+from adq_train.settings.validate import Parts
 
 INPUTS = ("n2uq", "lsq", "pact", "dorefa", "apot")
 WEIGHTS = ("adq", "n2uq", "lsq", "dorefa", "apot")

@@ -39,12 +39,12 @@ from adq_train.allocation.budget import Bits, Budget, Problem, figures
 from adq_train.artifacts import BitAllocation, LayerBits, SensitivityTable, require_finite
 from adq_train.data.base import derived_seed
 from adq_train.errors import UserError
-from adq_train.files import write_text, written_whole
-from adq_train.run_folder import RunFolder
-from adq_train.session import Session, composed
-from adq_train.stages.calibrate import calibrate
-from adq_train.stages.float_model import pretrain
-from adq_train.stages.profile import conditions
+from adq_train.run.folder import RunFolder
+from adq_train.run.session import Session, composed
+from adq_train.run.stages.calibrate import calibrate
+from adq_train.run.stages.float_model import pretrain
+from adq_train.run.stages.profile import conditions
+from adq_train.storage.files import write_text, written_whole
 from adq_train.training.evaluate import evaluate
 from adq_train.training.health import FiniteWatch
 from adq_train.training.trainer import Trainer

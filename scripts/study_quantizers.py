@@ -30,13 +30,13 @@ from torch import nn
 
 from adq_train.artifacts import LayerBits
 from adq_train.errors import UserError
-from adq_train.files import write_text
 from adq_train.quantization.prepare import collect_inputs, quantize_layer, replaced
-from adq_train.run_folder import RunFolder
-from adq_train.schema import identity
-from adq_train.session import Session
-from adq_train.stages.float_model import pretrain
-from adq_train.stamps import digest
+from adq_train.run.folder import RunFolder
+from adq_train.run.session import Session
+from adq_train.run.stages.float_model import pretrain
+from adq_train.settings.schema import identity
+from adq_train.storage.files import write_text
+from adq_train.storage.stamps import digest
 from adq_train.training.evaluate import evaluate
 from adq_train.training.health import FiniteWatch
 from adq_train.training.trainer import Trainer

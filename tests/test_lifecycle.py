@@ -113,7 +113,7 @@ def test_a_quantizer_of_ones_own_is_asked_for(tmp_path, images):
     assert torch.equal(again(images), model.eval()(images))
 
 
-FOREIGN = ("os.system", "subprocess.Popen", "adq_train.files.os.system")
+FOREIGN = ("os.system", "subprocess.Popen", "adq_train.storage.files.os.system")
 
 
 @pytest.mark.parametrize("target", [*FOREIGN, "adq_train.models.CifarResNetModel", "adq_train.X"])

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from adq_train.api import follow, quantize
-    from adq_train.export.packed import load_packed
+    from adq_train.deploy.packed import load_packed
     from adq_train.lifecycle import export, load, save
     from adq_train.training.optimizers import parameter_groups
 
@@ -16,7 +16,7 @@ _HOMES = {
     "export": "adq_train.lifecycle",
     "follow": "adq_train.api",
     "load": "adq_train.lifecycle",
-    "load_packed": "adq_train.export.packed",
+    "load_packed": "adq_train.deploy.packed",
     "parameter_groups": "adq_train.training.optimizers",
     "quantize": "adq_train.api",
     "save": "adq_train.lifecycle",

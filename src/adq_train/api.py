@@ -23,12 +23,12 @@ from adq_train.quantization.copies import own_copy
 from adq_train.quantization.describe import describe_layers
 from adq_train.quantization.n2uq import N2uqActivationQuantizer
 from adq_train.quantization.prepare import Upkeep, quantized_layers
-from adq_train.schema import BitsConfig, BudgetConfig
 from adq_train.sensitivity.base import Conditions
 from adq_train.sensitivity.gradient import Gradient
 from adq_train.sensitivity.noise import settle
 from adq_train.sensitivity.outputs import caveat, float_outputs, num_columns
 from adq_train.sensitivity.perturbation import Perturbation
+from adq_train.settings.schema import BitsConfig, BudgetConfig
 from adq_train.training.calibration import calibrated
 
 log = logging.getLogger(__name__)

@@ -16,17 +16,17 @@ from safetensors.torch import save as save_tensors
 from torch import Tensor, nn
 
 from adq_train.artifacts import BitAllocation, SensitivityTable
-from adq_train.building import build
+from adq_train.deploy.model import tables_of_network
+from adq_train.deploy.onnx import OnnxModel, onnx_bytes
+from adq_train.deploy.packed import load_packed, packed_bytes
+from adq_train.deploy.verify import Agreement, compare, require_equal
 from adq_train.errors import ConfigError, UserError
-from adq_train.export.model import tables_of_network
-from adq_train.export.onnx import OnnxModel, onnx_bytes
-from adq_train.export.packed import load_packed, packed_bytes
-from adq_train.export.verify import Agreement, compare, require_equal
-from adq_train.files import written_whole
 from adq_train.quantization.base import MakeActivationQuantizer, MakeWeightQuantizer
 from adq_train.quantization.copies import own_copy
 from adq_train.quantization.prepare import quantized_layers
 from adq_train.quantization.restore import restored
+from adq_train.settings.building import build
+from adq_train.storage.files import written_whole
 
 FORMAT = "adq-train quantized network"
 VERSION = "1"

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from adq_train.allocation.budget import Problem, budget_from
 from adq_train.allocation.patterns import by_layer, pinned_bits
 from adq_train.artifacts import LayerInfo
-from adq_train.schema import BitsConfig, BudgetConfig
+from adq_train.settings.schema import BitsConfig, BudgetConfig
 
 
 def problem_of(layers: Sequence[LayerInfo], bits: BitsConfig, budget: BudgetConfig) -> Problem:

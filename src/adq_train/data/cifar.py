@@ -22,7 +22,7 @@ from torch import Tensor
 from adq_train.data.base import ImageData, Loading
 from adq_train.data.in_memory import Augmentation, Limited, require_padding, split_in_memory
 from adq_train.errors import UserError
-from adq_train.files import written_whole
+from adq_train.storage.files import written_whole
 
 CACHE_FOLDER = Path("~/.cache/adq-train")
 PIXELS = 3 * 32 * 32

@@ -11,7 +11,7 @@ from adq_train.artifacts import BitAllocation
 from adq_train.quantization.base import Makers
 from adq_train.quantization.layers import same_weight
 from adq_train.quantization.prepare import prepare
-from adq_train.weights import load_state, with_tied
+from adq_train.states import load_state, with_tied
 
 
 def restored(

@@ -12,7 +12,7 @@ from adq_train.errors import UserError, did_you_mean
 from adq_train.reporting.gather import Run
 from adq_train.reporting.names import data_name, model_key, model_name, names_of, natural, terms
 from adq_train.reporting.statistics import Difference, Summary, compare, judge, summarize
-from adq_train.schema import INPUT, PLACE, identity, settings_where
+from adq_train.settings.schema import INPUT, PLACE, identity, settings_where
 
 # Besides the distillation: settings that make a training loss another figure.
 LOSS_SETTINGS = settings_where(lambda x: x.in_loss)

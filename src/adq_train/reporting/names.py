@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from adq_train.reporting.gather import Run
-from adq_train.schema import NOTHING, PLACE, ROUNDING, settings_where
+from adq_train.settings.schema import NOTHING, PLACE, ROUNDING, settings_where
 
 # Overrides that change where a run goes or which of several equal ones it is.
 HIDDEN = {

@@ -5,10 +5,10 @@ from __future__ import annotations
 from torch import nn
 
 from adq_train.errors import UserError
+from adq_train.states import weights_digest
 from adq_train.training.distributed import Ranks
 from adq_train.training.hook import Hook
 from adq_train.training.trainer import Trainer
-from adq_train.weights import weights_digest
 
 
 class RanksAgree(Hook):

@@ -12,10 +12,10 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from adq_train.quantization.base import WeightQuantizer
 from adq_train.quantization.prepare import Upkeep
+from adq_train.states import load_state
 from adq_train.training.batch_norm import batch_norms
 from adq_train.training.hook import Hook
 from adq_train.training.trainer import Trainer
-from adq_train.weights import load_state
 
 
 def decay_at(step: int, decay: float) -> float:

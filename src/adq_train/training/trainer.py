@@ -17,7 +17,7 @@ from adq_train.data.base import ImageData, derived_seed
 from adq_train.errors import UserError
 from adq_train.quantization.functional import at_least_float32
 from adq_train.quantization.prepare import Upkeep
-from adq_train.schema import TrainerConfig
+from adq_train.settings.schema import TrainerConfig
 from adq_train.training.batch_norm import batch_norms
 from adq_train.training.compiling import compiled
 from adq_train.training.distributed import ALONE, Ranks
