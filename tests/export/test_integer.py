@@ -9,9 +9,8 @@ output are left. See docs/export.md for what hardware can make of that. The pack
 compute this way; the reference below proves that its tables allow it.
 """
 
-import itertools
+from itertools import product
 
-import pytest
 import torch
 from export_helpers import quantized_network
 from torch.nn import functional as F
@@ -74,17 +73,17 @@ def integer_convolution(x, tables, bias=None, **how):
     )
 
 
-@pytest.mark.parametrize("how", GEOMETRIES)
-def test_sums_are_exact_by_brute_force(how):
-    generator = torch.Generator().manual_seed(0)
-    inputs = torch.randint(-8, 8, (2, 4, 5, 6), generator=generator)
-    codes = torch.randint(3, (4, 4 // how.get("groups", 1), 3, 2), generator=generator)
-    sums = partial_sums(inputs, codes.to(torch.uint8), 3, **how)
-    for k in range(3):
-        # Integers below 2^53 are exact in float64, whatever the order of the sum.
-        expected = F.conv2d(inputs.double(), (codes == k).double(), **how)
-        assert torch.equal(sums[:, :, k].double(), expected)
-    assert sums.dtype is torch.int64
+def test_sums_are_exact_by_brute_force():
+    for how in GEOMETRIES:
+        generator = torch.Generator().manual_seed(0)
+        inputs = torch.randint(-8, 8, (2, 4, 5, 6), generator=generator)
+        codes = torch.randint(3, (4, 4 // how.get("groups", 1), 3, 2), generator=generator)
+        sums = partial_sums(inputs, codes.to(torch.uint8), 3, **how)
+        for k in range(3):
+            # Integers below 2^53 are exact in float64, whatever the order of the sum.
+            expected = F.conv2d(inputs.double(), (codes == k).double(), **how)
+            assert torch.equal(sums[:, :, k].double(), expected)
+        assert sums.dtype is torch.int64
 
 
 def test_sums_by_hand():
@@ -96,26 +95,24 @@ def test_sums_by_hand():
     assert output.item() == 2 * (10 * 1 + 1 * 5 - 1 * 4)
 
 
-@pytest.mark.parametrize(
-    ("how", "scaled", "zero_point"), itertools.product(GEOMETRIES, [True, False], [0, 3])
-)
-def test_the_integer_path_is_the_fake_quantized_convolution(how, scaled, zero_point):
-    generator = torch.Generator().manual_seed(1)
-    levels = (torch.arange(8) - zero_point) * torch.tensor(0.37)
-    stairs = Staircase(3, torch.randn(7, generator=generator).sort().values, levels)
-    codebook = torch.randn(7, generator=generator).sort().values
-    codes = torch.randint(7, (4, 4 // how.get("groups", 1), 3, 3), generator=generator)
-    scale = torch.rand(4, generator=generator) + 0.5 if scaled else None
-    table = WeightTable(3, codes.to(torch.uint8), codebook, scale)
-    x, bias = torch.randn(2, 4, 7, 8, generator=generator), torch.randn(4, generator=generator)
-    quantized = levels[torch.bucketize(x, stairs.thresholds)].double()
-    weight = codebook.double()[codes]
-    if scale is not None:
-        weight = weight * scale.double().view(-1, 1, 1, 1)
-    expected = F.conv2d(quantized, weight, bias.double(), **how)
-    actual = integer_convolution(x, LayerTables(table, stairs), bias, **how)
-    # Levels are float32, so step * code is rounded there and exact here.
-    torch.testing.assert_close(actual, expected, rtol=1e-6, atol=1e-6)
+def test_the_integer_path_is_the_fake_quantized_convolution():
+    for how, scaled, zero_point in product(GEOMETRIES, (True, False), (0, 3)):
+        generator = torch.Generator().manual_seed(1)
+        levels = (torch.arange(8) - zero_point) * torch.tensor(0.37)
+        stairs = Staircase(3, torch.randn(7, generator=generator).sort().values, levels)
+        codebook = torch.randn(7, generator=generator).sort().values
+        codes = torch.randint(7, (4, 4 // how.get("groups", 1), 3, 3), generator=generator)
+        scale = torch.rand(4, generator=generator) + 0.5 if scaled else None
+        table = WeightTable(3, codes.to(torch.uint8), codebook, scale)
+        x, bias = torch.randn(2, 4, 7, 8, generator=generator), torch.randn(4, generator=generator)
+        quantized = levels[torch.bucketize(x, stairs.thresholds)].double()
+        weight = codebook.double()[codes]
+        if scale is not None:
+            weight = weight * scale.double().view(-1, 1, 1, 1)
+        expected = F.conv2d(quantized, weight, bias.double(), **how)
+        actual = integer_convolution(x, LayerTables(table, stairs), bias, **how)
+        # Levels are float32, so step * code is rounded there and exact here.
+        torch.testing.assert_close(actual, expected, rtol=1e-6, atol=1e-6)
 
 
 def test_trained_layers_take_the_integer_path():
