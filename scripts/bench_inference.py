@@ -30,10 +30,10 @@ from torch import Tensor, nn
 
 from adq_train.artifacts import BitAllocation, LayerBits
 from adq_train.data.base import InputFormat
-from adq_train.export.model import TableModel, float_state
-from adq_train.export.onnx import OnnxModel, onnx_bytes
-from adq_train.export.packed import load_packed, packed_bytes
-from adq_train.export.tables import tables_of
+from adq_train.deploy.layer_tables import tables_of
+from adq_train.deploy.model import TableModel, float_state
+from adq_train.deploy.onnx import OnnxModel, onnx_bytes
+from adq_train.deploy.packed import load_packed, packed_bytes
 from adq_train.models import CifarResNetModel
 from adq_train.quantization.adq import AdqWeightQuantizer
 from adq_train.quantization.describe import describe_layers

@@ -24,8 +24,8 @@ from hydra import compose, initialize_config_module
 from torch import Tensor
 
 from adq_train.quantization import kernels
-from adq_train.schema import register
-from adq_train.validate import Parts, validate
+from adq_train.settings.schema import register
+from adq_train.settings.validate import Parts, validate
 
 INPUTS = ("n2uq", "lsq", "pact", "dorefa", "apot")
 WEIGHTS = ("adq", "n2uq", "lsq", "dorefa", "apot")

@@ -38,9 +38,9 @@ from adq_train.artifacts import LayerBits
 from adq_train.quantization import kernels
 from adq_train.quantization.describe import describe_layers
 from adq_train.quantization.prepare import Upkeep, collect_inputs, quantize_layer, swap
-from adq_train.schema import register
+from adq_train.settings.schema import register
+from adq_train.settings.validate import Parts, validate
 from adq_train.training.optimizers import parameter_groups
-from adq_train.validate import Parts, validate
 
 METHODS = ("adq", "n2uq", "lsq", "pact", "dorefa", "apot")
 

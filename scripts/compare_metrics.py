@@ -30,6 +30,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from adq_train.run.stages import Context, prepare_and_calibrate, pretrain
 from hydra import compose, initialize_config_module
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, NullFormatter
@@ -43,18 +44,17 @@ from adq_train.allocation.uniform import likely_bits
 from adq_train.artifacts import BitAllocation, LayerBits, SensitivityTable, require_finite
 from adq_train.data.base import Loading, derived_seed
 from adq_train.errors import UserError
-from adq_train.files import write_text, written_whole
 from adq_train.quantization.describe import describe_layers
-from adq_train.run_folder import RunFolder
-from adq_train.schema import register
+from adq_train.run.folder import RunFolder
 from adq_train.sensitivity.base import Conditions
-from adq_train.stages import Context, prepare_and_calibrate, pretrain
+from adq_train.settings.schema import register
+from adq_train.settings.validate import validate
+from adq_train.states import load_checkpoint
+from adq_train.storage.files import write_text, written_whole
 from adq_train.training.evaluate import evaluate
 from adq_train.training.loop import train_epoch
 from adq_train.training.optimizers import make_optimizers
 from adq_train.training.step import TrainingStep
-from adq_train.validate import validate
-from adq_train.weights import load_checkpoint
 
 RESAMPLES = 2000
 MOST_DRAWS = 100_000

@@ -26,11 +26,11 @@ from hydra import compose, initialize_config_module
 from hydra.core.global_hydra import GlobalHydra
 from omegaconf import OmegaConf
 
-from adq_train.cli import main as adq_train
+from adq_train.cli.train import main as adq_train
 from adq_train.errors import UserError
-from adq_train.run_folder import RunFolder
-from adq_train.schema import register
-from adq_train.validate import leaves
+from adq_train.run.folder import RunFolder
+from adq_train.settings.schema import register
+from adq_train.settings.validate import leaves
 
 SMALL = (
     "data=synthetic",
@@ -69,7 +69,7 @@ VALUES = (
     "[2,2]", "[[2],[3]]", "[nan]", "[word]", "{}", "{fc: 4}", "{fc: [2, 4]}", "{nothing: 3}",
     "{'*': 2}", "{fc: word}", "0.1x", "-1x", "x", "???", "${seed}", "${nothing}", "${oc.env:HOME}",
     "/dev/null", "/proc/nothing", ".", "../../etc/passwd", "9" * 30, "os.system",
-    "adq_train.cli.main", "adq_train.errors.UserError", "torch.optim.SGD", "a=b", "1,", "[1", "{",
+    "adq_train.cli.train.main", "adq_train.errors.UserError", "torch.optim.SGD", "a=b", "1,", "[1", "{",
     "'",
 )  # fmt: skip
 # Deep in memory or time: more of it is slow, not wrong.

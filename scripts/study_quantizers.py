@@ -27,25 +27,25 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from adq_train.run.stages import Context, pretrain
 from hydra import compose, initialize_config_module
 from torch import nn
 
 from adq_train.artifacts import LayerBits
 from adq_train.data.base import Loading
 from adq_train.errors import UserError
-from adq_train.files import write_text
 from adq_train.quantization.describe import describe_layers
 from adq_train.quantization.prepare import collect_inputs, quantize_layer, replaced
-from adq_train.run_folder import RunFolder, identity
-from adq_train.schema import register
-from adq_train.stages import Context, pretrain
-from adq_train.stamps import digest
+from adq_train.run.folder import RunFolder, identity
+from adq_train.settings.schema import register
+from adq_train.settings.validate import validate
+from adq_train.states import load_checkpoint
+from adq_train.storage.files import write_text
+from adq_train.storage.stamps import digest
 from adq_train.training.evaluate import evaluate
 from adq_train.training.loop import train_epoch
 from adq_train.training.optimizers import make_optimizers
 from adq_train.training.step import TrainingStep
-from adq_train.validate import validate
-from adq_train.weights import load_checkpoint
 
 PLAN = ("weights", "activations", "bits", "rate", "seed")
 

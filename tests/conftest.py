@@ -16,7 +16,7 @@ import pytest
 from helpers import QUICK
 from hydra.core.global_hydra import GlobalHydra
 
-from adq_train.cli import main
+from adq_train.cli.train import main
 
 # Tests that run side by side, each with a thread for every core, would wait for one another.
 if "PYTEST_XDIST_WORKER" in os.environ:
@@ -111,4 +111,4 @@ def finished(finished_once: tuple[Path, Outcome], tmp_path: Path) -> tuple[Outco
 @pytest.fixture
 def no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
     """Leaves out the pictures at the end of a run, most of a short run's time."""
-    monkeypatch.setattr("adq_train.pipeline.report.write", lambda *_: None)
+    monkeypatch.setattr("adq_train.run.pipeline.report.write", lambda *_: None)

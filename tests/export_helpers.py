@@ -11,11 +11,11 @@ from torch import nn
 
 from adq_train.artifacts import BitAllocation, LayerBits
 from adq_train.data.base import InputFormat, Pixels
-from adq_train.export.model import TableModel, float_state
-from adq_train.export.tables import tables_of
+from adq_train.deploy.layer_tables import tables_of
+from adq_train.deploy.model import TableModel, float_state
 from adq_train.quantization.describe import describe_layers
 from adq_train.quantization.prepare import prepare, quantized_layers
-from adq_train.validate import build
+from adq_train.settings.validate import build
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 RESNET8 = {"_target_": "adq_train.models.CifarResNetModel", "depth": 8, "width": 4}

@@ -6,8 +6,8 @@ import pytest
 from hydra import compose, initialize_config_module
 
 from adq_train.data.synthetic import SHAPES
-from adq_train.schema import GROUPS, register
-from adq_train.validate import Parts, validate
+from adq_train.settings.schema import GROUPS, register
+from adq_train.settings.validate import Parts, validate
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 CHOICES = [

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from adq_train.overrides import problems_of
+from adq_train.cli.overrides import problems_of
 
 ROOT = Path(__file__).parents[1]
 SCRIPT = ROOT / "scripts" / "reproduce.sh"

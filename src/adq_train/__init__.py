@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from adq_train.api import follow, quantize
-    from adq_train.export.packed import load_packed
+    from adq_train.deploy.packed import load_packed
     from adq_train.training.optimizers import parameter_groups
 
 __version__ = "0.1.0"
@@ -13,7 +13,7 @@ __all__ = ["follow", "load_packed", "parameter_groups", "quantize"]
 
 _HOMES = {
     "follow": "adq_train.api",
-    "load_packed": "adq_train.export.packed",
+    "load_packed": "adq_train.deploy.packed",
     "parameter_groups": "adq_train.training.optimizers",
     "quantize": "adq_train.api",
 }

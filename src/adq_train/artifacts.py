@@ -8,9 +8,9 @@ from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import Annotated, Any
 
-from adq_train.decoding import Within, decode
 from adq_train.errors import UserError
-from adq_train.stamps import content_problem
+from adq_train.storage.decoding import Within, decode
+from adq_train.storage.stamps import content_problem
 
 Count = Annotated[int, Within(0)]
 AtLeastOne = Annotated[int, Within(1)]

@@ -26,26 +26,28 @@ from adq_train.artifacts import (
 )
 from adq_train.data.base import ImageData
 from adq_train.errors import UserError
-from adq_train.files import sha256, write_text
-from adq_train.kept import require_figures, require_layers
-from adq_train.locks import exclusive
 from adq_train.quantization.layers import same_weight
 from adq_train.quantization.levels import count_levels
 from adq_train.quantization.movement import MovementMeter, report_movement
 from adq_train.quantization.prepare import collect_inputs, prepare
-from adq_train.reporting import why
+from adq_train.reporting import allocation_text as why
 from adq_train.reporting.progress import Progress
 from adq_train.reporting.recorder import Recorder
-from adq_train.run_folder import RunFolder, identity, read_metrics
+from adq_train.run.artifact_files import require_figures, require_layers
+from adq_train.run.folder import RunFolder, identity, read_metrics
+from adq_train.run.shared_model import SharedModel, float_inputs
 from adq_train.sensitivity.base import Conditions, Training
 from adq_train.sensitivity.noise import evened_out, oddities, settle
 from adq_train.sensitivity.outputs import caveat, float_outputs
 from adq_train.sensitivity.partial import PartialTable, weights_digest
 from adq_train.sensitivity.split import measure_split
-from adq_train.shared import SharedModel, float_inputs
-from adq_train.stamps import digest
+from adq_train.settings.validate import Parts
+from adq_train.states import load_state
+from adq_train.storage.files import sha256, write_text
+from adq_train.storage.locks import exclusive
+from adq_train.storage.stamps import digest
 from adq_train.training.batch_norm import first_images, reestimate_batch_norm
-from adq_train.training.checkpoint import CheckpointFolder, Rhythm
+from adq_train.training.checkpoint_folder import CheckpointFolder, Rhythm
 from adq_train.training.distillation import Teacher
 from adq_train.training.distributed import ALONE, Ranks
 from adq_train.training.evaluate import Evaluation, evaluate
@@ -53,8 +55,6 @@ from adq_train.training.loop import fit
 from adq_train.training.mixing import Mixing
 from adq_train.training.optimizers import Optimizers, make_optimizers
 from adq_train.training.step import TrainingStep
-from adq_train.validate import Parts
-from adq_train.weights import load_state
 
 log = logging.getLogger(__name__)
 

@@ -10,8 +10,8 @@ from torchvision.transforms import v2
 from adq_train.data import pictures
 from adq_train.data.base import Loading
 from adq_train.data.image_folder import Folders
+from adq_train.deploy.evaluable import read_image
 from adq_train.errors import UserError
-from adq_train.export.evaluate import read_image
 
 CLASSES = ("bird", "cat", "dog")
 KINDS = (("RGB", "JPEG"), ("L", "png"), ("RGBA", "png"), ("L", "jpg"), ("RGB", "png"))

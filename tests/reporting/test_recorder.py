@@ -12,7 +12,7 @@ from adq_train.quantization.adq import AdqWeightQuantizer
 from adq_train.quantization.layers import quantized
 from adq_train.quantization.n2uq import N2uqActivationQuantizer
 from adq_train.reporting.recorder import Recorder
-from adq_train.run_folder import read_metrics
+from adq_train.run.folder import read_metrics
 from adq_train.training.loop import EpochReport
 
 

@@ -18,7 +18,7 @@ from adq_train.quantization.layers import quantized
 from adq_train.quantization.n2uq import N2uqActivationQuantizer
 from adq_train.sensitivity.partial import weights_digest
 from adq_train.sensitivity.split import measure_split
-from adq_train.training.checkpoint import CheckpointFolder, Rhythm
+from adq_train.training.checkpoint_folder import CheckpointFolder, Rhythm
 from adq_train.training.distributed import (
     ALONE,
     RankLostError,

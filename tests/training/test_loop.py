@@ -18,7 +18,7 @@ from adq_train.quantization.layers import quantized
 from adq_train.quantization.n2uq import N2uqActivationQuantizer
 from adq_train.quantization.pact import PactActivationQuantizer
 from adq_train.training.batch_norm import reestimate_batch_norm
-from adq_train.training.checkpoint import CheckpointFolder, Rhythm
+from adq_train.training.checkpoint_folder import CheckpointFolder, Rhythm
 from adq_train.training.evaluate import evaluate
 from adq_train.training.loop import fit, train_epoch
 from adq_train.training.optimizers import parameter_groups
@@ -304,7 +304,7 @@ def test_checkpoints_within_an_epoch_by_steps(tmp_path, monkeypatch):
 
 def test_checkpoints_by_the_clock(monkeypatch):
     now = [100.0]
-    monkeypatch.setattr("adq_train.training.checkpoint.time.monotonic", lambda: now[0])
+    monkeypatch.setattr("adq_train.training.checkpoint_folder.time.monotonic", lambda: now[0])
     rhythm = Rhythm(minutes=0.5)
     assert not rhythm.due(1)
     now[0] += 30

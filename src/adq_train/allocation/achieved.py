@@ -13,9 +13,9 @@ from adq_train.allocation.budget import Bits, Figures, figures
 from adq_train.artifacts import BitAllocation, LayerInfo
 from adq_train.errors import UserError
 from adq_train.quantization.describe import count_macs
+from adq_train.quantization.layer_weights import used_weight, weight_identity
 from adq_train.quantization.prepare import quantized_layers
 from adq_train.quantization.watch import run_with_hooks
-from adq_train.quantization.weights import used_weight, weight_identity
 
 
 @torch.no_grad()

@@ -13,15 +13,15 @@ from torch.nn.modules.lazy import LazyModuleMixin
 from adq_train.artifacts import LayerInfo
 from adq_train.errors import UserError
 from adq_train.quantization.copies import own_copy
-from adq_train.quantization.layers import QuantLayer, quantized, quantized_kind
-from adq_train.quantization.prepare import swap
-from adq_train.quantization.watch import Call, Reads, first_input, intercepted, is_matrix
-from adq_train.quantization.weights import (
+from adq_train.quantization.layer_weights import (
     evaluating,
     used_weight,
     weight_identity,
     weight_sources,
 )
+from adq_train.quantization.layers import QuantLayer, quantized, quantized_kind
+from adq_train.quantization.prepare import swap
+from adq_train.quantization.watch import Call, Reads, first_input, intercepted, is_matrix
 
 log = logging.getLogger(__name__)
 

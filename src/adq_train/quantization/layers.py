@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from torch.nn.utils.parametrize import type_before_parametrizations
 
 from adq_train.quantization.base import ActivationQuantizer, WeightQuantizer
-from adq_train.quantization.weights import weight_identity
+from adq_train.quantization.layer_weights import weight_identity
 
 Operation = Callable[[Tensor, Tensor, Tensor | None], Tensor]
 

@@ -10,9 +10,9 @@ from torch import Tensor, nn
 
 from adq_train.artifacts import LayerLevels
 from adq_train.quantization.base import Quantizer
+from adq_train.quantization.layer_weights import used_weight
 from adq_train.quantization.prepare import quantized_layers
 from adq_train.quantization.watch import run_with_hooks
-from adq_train.quantization.weights import used_weight
 
 
 @torch.no_grad()

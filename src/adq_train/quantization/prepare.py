@@ -21,14 +21,14 @@ from adq_train.quantization.base import (
     is_pruned,
 )
 from adq_train.quantization.copies import unfuse
-from adq_train.quantization.layers import QuantLayer, quantized, quantized_kind, same_weight
-from adq_train.quantization.watch import run_with_hooks
-from adq_train.quantization.weights import (
+from adq_train.quantization.layer_weights import (
     kept_weight,
     made_by_hooks,
     used_weight,
     with_kept_weight,
 )
+from adq_train.quantization.layers import QuantLayer, quantized, quantized_kind, same_weight
+from adq_train.quantization.watch import run_with_hooks
 
 log = logging.getLogger(__name__)
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from adq_train.quantization.weights import evaluating
+from adq_train.quantization.layer_weights import evaluating
 
 Call = Callable[..., Any]
 

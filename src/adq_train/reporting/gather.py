@@ -10,10 +10,10 @@ from typing import Any, TypeVar
 
 from adq_train.artifacts import BitAllocation, RunResult, SensitivityTable
 from adq_train.errors import UserError
-from adq_train.files import oddity
-from adq_train.manifest import read_manifest
-from adq_train.run_folder import identity, read_metrics, read_status, read_values
-from adq_train.yaml_files import read_yaml
+from adq_train.run.folder import identity, read_metrics, read_status, read_values
+from adq_train.run.manifest import read_manifest
+from adq_train.storage.files import oddity
+from adq_train.storage.yaml_files import read_yaml
 
 # What status.json may say; a run that was stopped or is running is unfinished here.
 STATES = ("done", "failed", "running", "stopped")

@@ -12,7 +12,7 @@ from adq_train.errors import UserError, did_you_mean
 from adq_train.reporting.gather import Run
 from adq_train.reporting.names import data_name, model_key, model_name, names_of, natural, terms
 from adq_train.reporting.statistics import Difference, Summary, compare, judge, summarize
-from adq_train.run_folder import INPUT_FILES, identity
+from adq_train.run.folder import INPUT_FILES, identity
 
 # Besides the distillation: settings that make a training loss another figure.
 LOSS_SETTINGS = ("trainer.label_smoothing", "trainer.mixup_alpha", "trainer.cutmix_alpha")

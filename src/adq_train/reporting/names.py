@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from adq_train.reporting.gather import Run
-from adq_train.run_folder import NOT_PART_OF_A_RUN
+from adq_train.run.folder import NOT_PART_OF_A_RUN
 
 # Overrides that change where a run goes or which of several equal ones it is.
 HIDDEN = {*NOT_PART_OF_A_RUN, "seed", "data.root", "pretrain.checkpoint"}

@@ -81,7 +81,7 @@ def draw_allocation(axes: Axes, allocation: BitAllocation) -> None:
 
 def draw_layer(axes: Axes, name: str, layer: QuantLayer) -> None:
     """A histogram of one layer's weights with its levels drawn on it."""
-    from adq_train.quantization.weights import used_weight
+    from adq_train.quantization.layer_weights import used_weight
 
     weight = used_weight(layer).detach()
     scale = layer.weight_quantizer.output_scale(weight)

@@ -10,12 +10,12 @@ from pathlib import Path
 from torch import nn
 from torch.utils.tensorboard import SummaryWriter
 
-from adq_train.files import write_text
+from adq_train.quantization.layer_weights import used_weight
 from adq_train.quantization.movement import MovementMeter
 from adq_train.quantization.prepare import quantized_layers
-from adq_train.quantization.weights import used_weight
 from adq_train.reporting import plots
-from adq_train.run_folder import read_metrics
+from adq_train.run.folder import read_metrics
+from adq_train.storage.files import write_text
 from adq_train.training.loop import EpochReport
 
 # A curve per level is readable up to here; the 8-bit layers have 255 levels.

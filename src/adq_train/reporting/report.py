@@ -15,11 +15,11 @@ from torch.utils.tensorboard.summary import hparams
 
 from adq_train.artifacts import BitAllocation, LayerInfo, RunResult, SensitivityTable
 from adq_train.errors import UserError
-from adq_train.files import written_whole
-from adq_train.manifest import read_manifest
 from adq_train.reporting import plots, summary
-from adq_train.run_folder import RunFolder, read_metrics, read_values
-from adq_train.yaml_files import read_yaml
+from adq_train.run.folder import RunFolder, read_metrics, read_values
+from adq_train.run.manifest import read_manifest
+from adq_train.storage.files import written_whole
+from adq_train.storage.yaml_files import read_yaml
 
 
 def num_float_values(model: nn.Module, layers: Sequence[LayerInfo]) -> int:

@@ -16,7 +16,7 @@ from rich.text import Text
 from adq_train.allocation.budget import packed_bytes
 from adq_train.artifacts import BitAllocation, LevelCounts, RunResult, SensitivityTable
 from adq_train.printable import one_line
-from adq_train.reporting.why import solved
+from adq_train.reporting.allocation_text import solved
 
 log = logging.getLogger(__name__)
 

@@ -18,8 +18,8 @@ from adq_train.data.base import Batch, Batches, derived_seed
 from adq_train.errors import UserError
 from adq_train.quantization.base import MakeActivationQuantizer, MakeWeightQuantizer
 from adq_train.quantization.copies import own_copy
+from adq_train.quantization.layer_weights import kept_weight, used_weight
 from adq_train.quantization.prepare import keep_weights
-from adq_train.quantization.weights import kept_weight, used_weight
 from adq_train.training.optimizers import Optimizers
 
 

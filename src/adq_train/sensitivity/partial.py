@@ -12,8 +12,8 @@ from torch import nn
 
 from adq_train.artifacts import LayerSensitivity, SensitivityTable
 from adq_train.errors import UserError
-from adq_train.files import write_text
-from adq_train.stamps import origin_problem, stamped
+from adq_train.storage.files import write_text
+from adq_train.storage.stamps import origin_problem, stamped
 from adq_train.training.distributed import ALONE, Ranks
 
 log = logging.getLogger(__name__)

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from adq_train.errors import UserError
 from adq_train.models import ModelSource, TorchvisionModel
 from adq_train.quantization.functional import at_least_float32
-from adq_train.weights import load_weights
+from adq_train.states import load_weights
 
 
 def divergence(logits: Tensor, teacher_logits: Tensor, temperature: float) -> Tensor:

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, distributed, nn
 
 from adq_train.errors import UserError
-from adq_train.weights import load_state
+from adq_train.states import load_state
 
 T = TypeVar("T")
 

@@ -16,14 +16,14 @@ from adq_train.errors import UserError
 from adq_train.interrupts import Interrupted, held
 from adq_train.reporting.progress import Progress
 from adq_train.sensitivity.partial import weights_digest
+from adq_train.states import load_state
 from adq_train.training.batch_norm import first_images, reestimate_batch_norm
-from adq_train.training.checkpoint import CheckpointFolder, Rhythm
+from adq_train.training.checkpoint_folder import CheckpointFolder, Rhythm
 from adq_train.training.distributed import Ranks
 from adq_train.training.evaluate import evaluate
 from adq_train.training.schedule import Schedule
 from adq_train.training.step import TrainingStep
 from adq_train.training.throughput import TimedBatches, duration
-from adq_train.weights import load_state
 
 log = logging.getLogger(__name__)
 

@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 from adq_train.errors import UserError
 from adq_train.quantization.functional import at_least_float32
 from adq_train.quantization.prepare import Upkeep
+from adq_train.states import load_state
 from adq_train.training.average import WeightAverage
 from adq_train.training.batch_norm import batch_norms
 from adq_train.training.compiling import compiled
@@ -28,7 +29,6 @@ from adq_train.training.health import (
     origin,
 )
 from adq_train.training.optimizers import Optimizers
-from adq_train.weights import load_state
 
 log = logging.getLogger(__name__)
 

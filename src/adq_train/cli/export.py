@@ -1,0 +1,195 @@
+"""Entry points of ``adq-export`` and ``adq-eval``; torch waits until the arguments are read."""
+
+from __future__ import annotations
+
+import json
+import sys
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import TypeVar
+
+from adq_train.cli.arguments import parse
+from adq_train.cli.train import configure_logging, show_error
+from adq_train.errors import ConfigError, UserError
+from adq_train.printable import one_line, printable
+from adq_train.settings.schema import choice, number
+from adq_train.storage.files import typed_path
+
+EXPORT_HELP = """adq-export RUN_FOLDER [key=value ...]
+
+Writes the trained model of a finished run as one small file.
+
+  format=packed|onnx        packed: export/model.safetensors, for adq_train.load_packed
+                            onnx: export/model.onnx, verified in onnxruntime on the test set
+  output=FILE               another place
+  float_type=float32|float16   precision of norms, biases and layers that are not quantized
+  fold_batch_norm=true      fold batch norms into convolutions; logits then differ by rounding
+  tolerance=0.001           onnx: share of the test images that may get another top-1 class, near
+                            ties aside (docs/export.md)
+  data.KEY=VALUE            onnx: other settings of the run's data set: data.root=/data/cifar10;
+                            data.download=true fetches it where it is not there
+  trusted_packages=[NAME]   packages of your own whose classes the run uses; they will be imported
+  json=true                 the report as one line of JSON
+  debug=true                show where an error comes from
+"""
+EVAL_HELP = """adq-eval PATH [key=value ...]
+
+Evaluates a run folder, a packed file or an .onnx file on the test images of its data set.
+
+  data=NAME data.KEY=VALUE  another data set, or other settings of it: data.root=/data/imagenet;
+                            data.download=true fetches it where it is not there
+  trusted_packages=[NAME]   packages of your own whose classes a run uses; they will be imported
+  batch_size=500            images of a batch
+  predict=FILE_OR_FOLDER    classify images of your own instead
+  json=true                 one line of JSON
+  debug=true                show where an error comes from
+"""
+
+
+@dataclass(frozen=True)
+class ExportSettings:
+    """The command line of ``adq-export``."""
+
+    path: str
+    format: str = choice("packed", "onnx")
+    output: str = ""
+    float_type: str = choice("float32", "float16")
+    fold_batch_norm: bool = False
+    tolerance: float = number(0.001, minimum=0, maximum=1)
+    data_changes: dict[str, str] = field(default_factory=dict)
+    trusted_packages: tuple[str, ...] = ()
+    json: bool = False
+    debug: bool = False
+
+
+@dataclass(frozen=True)
+class EvalSettings:
+    """The command line of ``adq-eval``."""
+
+    path: str
+    data: str = ""
+    data_changes: dict[str, str] = field(default_factory=dict)
+    batch_size: int = number(500, minimum=1)
+    predict: str = ""
+    trusted_packages: tuple[str, ...] = ()
+    json: bool = False
+    debug: bool = False
+
+
+S = TypeVar("S", ExportSettings, EvalSettings)
+
+
+def export_main() -> None:
+    """``adq-export``: a run's trained model as one small file."""
+    _main(ExportSettings, EXPORT_HELP, export)
+
+
+def eval_main() -> None:
+    """``adq-eval``: the accuracy of a model in any of its forms."""
+    _main(EvalSettings, EVAL_HELP, evaluate)
+
+
+def _main(kind: type[S], text: str, act: Callable[[S], None]) -> None:
+    """Reads the command line, acts, and reports errors as messages."""
+    arguments = sys.argv[1:]
+    if not arguments or {"-h", "--help"} & set(arguments):
+        print(text, end="")
+        sys.exit(0 if arguments else 2)
+    try:
+        settings = parse(kind, arguments)
+    except ConfigError as error:
+        show_error(error, debug=False)
+        sys.exit(2)
+    configure_logging()
+    try:
+        act(settings)
+    except UserError as error:
+        show_error(error, settings.debug)
+        sys.exit(1)
+    except Exception as error:  # another program's file may fail in any way
+        if settings.debug:
+            traceback.print_exc()
+        reason = f"{type(error).__name__}: {next(iter(str(error).strip().splitlines()), '')}"
+        print(printable(f"error: {reason} (debug=true shows where)"), file=sys.stderr)
+        sys.exit(1)
+
+
+def export(settings: ExportSettings) -> None:
+    """Writes the file and prints what it took.
+
+    Raises:
+        UserError: The run cannot be exported; no file is left.
+    """
+    from adq_train.deploy.write import export_run
+
+    report = export_run(
+        typed_path(settings.path),
+        typed_path(settings.output) if settings.output else None,
+        settings.format,
+        settings.float_type,
+        settings.fold_batch_norm,
+        settings.tolerance,
+        settings.data_changes,
+        settings.trusted_packages,
+    )
+    print(json.dumps(report.to_dict()) if settings.json else printable(report.to_text()))
+
+
+def evaluate(settings: EvalSettings) -> None:
+    """Prints accuracies, or the classes of some images.
+
+    Raises:
+        UserError: The model or its data set cannot be read.
+    """
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.table import Table
+
+    from adq_train.deploy import evaluable as forms
+    from adq_train.deploy.datasets import data_section
+    from adq_train.training.evaluate import evaluate as measure
+
+    opened = forms.open_path(typed_path(settings.path), settings.trusted_packages)
+    if settings.predict:
+        predictions = forms.predict(opened, typed_path(settings.predict))
+        if settings.json:
+            rows = [
+                {"image": x.image, "classes": [list(c) for c in x.classes]} for x in predictions
+            ]
+            print(json.dumps({"form": opened.form, "predictions": rows}))
+            return
+        for x in predictions:
+            found = "  ".join(f"{one_line(name)} {100 * p:.1f} %" for name, p in x.classes)
+            print(f"{one_line(x.image)}  {found}")
+        return
+    section, download = data_section(
+        opened.data, settings.data or None, settings.data_changes, opened.form != "run"
+    )
+    data = forms.open_data(opened, section, settings.batch_size, download)
+    same_data = None if opened.fingerprint is None else opened.fingerprint == data.fingerprint
+    figures = measure(opened.network, data.test)
+    if settings.json:
+        row = {
+            "form": opened.form,
+            "top1_percent": figures.top1_percent,
+            "top5_percent": figures.top5_percent,
+            "num_images": figures.num_images,
+        }
+        print(json.dumps(row))
+    else:
+        table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
+        for name in ("form", "data", "top-1", "top-5", "loss", "images"):
+            table.add_column(name, justify="left" if name in ("form", "data") else "right")
+        table.add_row(
+            opened.form,
+            escape(one_line(data.name)),
+            f"{figures.top1_percent:.2f} %",
+            f"{figures.top5_percent:.2f} %",
+            f"{figures.loss:.4f}",
+            f"{figures.num_images:,}",
+        )
+        Console(width=None if sys.stdout.isatty() else 120).print(table)
+    if same_data is False:
+        name = one_line(data.name)
+        print(f"note: {name} is not the data that the model was trained on", file=sys.stderr)

@@ -1,0 +1,204 @@
+"""Checks the command line before Hydra does, so that all its errors are told at once.
+
+Hydra stops at the first override that it cannot apply, and does not suggest a name. Imports
+nothing heavy.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from hydra import initialize_config_module
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.override_parser.types import Override, QuotedString, Sweep
+from hydra.errors import HydraException
+from hydra.types import RunMode
+from omegaconf import DictConfig, OmegaConf, open_dict
+from omegaconf.errors import OmegaConfBaseException
+
+from adq_train.cli.sources import check_files, composed, interpolation_problems
+from adq_train.cli.sources import of_hydra as hydra_section
+from adq_train.cli.values import how_to_write, parse, quote
+from adq_train.errors import ConfigError, did_you_mean
+from adq_train.settings.schema import register
+
+
+def problems_of(
+    overrides: Sequence[str], search_path: str | None = None, sweep: bool = False
+) -> list[str]:
+    """One sentence for each override that cannot be applied.
+
+    Args:
+        overrides: The command line without Hydra's flags.
+        search_path: A folder with more configs (``--config-dir``).
+        sweep: Whether a setting may have several values.
+    """
+    if search_path and not Path(search_path).is_dir():
+        return [f"--config-dir: there is no folder {search_path}"]
+    register()
+    check_files()
+    problems: list[str] = []
+    with initialize_config_module("adq_train.configs", version_base="1.3", job_name="adq-train"):
+        loader = GlobalHydra.instance().config_loader()
+        parsed: list[Override] = []
+        for text in overrides:
+            try:
+                parsed.append(parse(text))
+            except HydraException as error:
+                problems.append(_unreadable(text, str(error).splitlines()[0]))
+        groups = [""] + [g for g in loader.list_groups("") if not g.startswith("hydra")]
+
+        place = quote(f"file://{Path(search_path or '.').resolve()}")  # may hold any character
+        chosen = [f"hydra.searchpath=[{place}]"] if search_path else []
+        choices: list[list[str]] = []
+        values: list[Override] = []
+        of_hydra: list[str] = []
+        for override in parsed:
+            key = override.key_or_group
+            if key == "hydra.searchpath":
+                problems.append(f"{key}: cannot be set; give the folder as --config-dir")
+                continue
+            if key.startswith("hydra"):
+                of_hydra.append(override.input_line or "")
+                continue
+            options = loader.get_group_options(key) if key in groups and key else []
+            if options and search_path:
+                options += [file.stem for file in Path(search_path, key).glob("*.yaml")]
+            if not options:
+                values.append(override)
+                continue
+            wrong = [str(v) for v in _choices(override) if str(v) not in options]
+            problems += [
+                f"{key}={value}: there is no such choice{did_you_mean(value, options)}; "
+                f"choose from {', '.join(sorted(options))}"
+                for value in wrong
+            ]
+            if not wrong:
+                choices.append([f"{key}={value}" for value in _choices(override)])
+        # The first of each, then each of the others once: every file is seen.
+        first = [*chosen, *(texts[0] for texts in choices)]
+        others = [
+            [text if one.split("=")[0] == text.split("=")[0] else one for one in first]
+            for texts in choices
+            for text in texts[1:]
+        ]
+        try:
+            own = hydra_section(composed(of_hydra)) if search_path else None
+            cfgs = []
+            for selection in (first, *others):
+                cfg = composed([*selection, *of_hydra])
+                cfgs.append(cfg)
+                problems += interpolation_problems(cfg)
+                if own is not None and (more := list(_hydra_changes(own, hydra_section(cfg)))):
+                    problems.append(
+                        f"hydra.{more[0]}: set by a file below {search_path}; only the command "
+                        "line may say what Hydra does, apart from hydra.mode and "
+                        "hydra.sweeper.params"
+                    )
+                sweep = sweep or cfg.hydra.mode == RunMode.MULTIRUN
+        except ConfigError as error:
+            return [*problems, *error.problems]
+        cfg = cfgs[0]
+        with open_dict(cfg):
+            del cfg["hydra"]
+        known = [*_keys(cfg), *groups[1:]]
+        for override in values:
+            problems += _value_problems(cfg, override, known)
+        problems += [_ambiguous(x) for x in parsed if x.is_sweep_override() and not sweep]
+        if not problems and any(_is_rare(override) for override in parsed):
+            texts = [
+                override.input_line or ""
+                for override in parsed
+                if not override.is_sweep_override()
+                and not override.key_or_group.startswith("hydra")
+            ]
+            try:
+                composed([*chosen, *texts])
+            except ConfigError as error:
+                problems += error.problems
+    return list(dict.fromkeys(problems))
+
+
+def trust_typed(overrides: Sequence[str]) -> list[str]:
+    """The packages that a command line trusts.
+
+    Raises:
+        ConfigError: They are not spelled out there.
+    """
+    names: list[str] = []
+    for override in map(parse, overrides):
+        if override.key_or_group.split(".")[0] == "trusted_packages":
+            value = override.value()
+            names = value if type(value) is list else [""]
+            if not all(isinstance(x, str) and re.fullmatch(r"\w+(\.\w+)*", x) for x in names):
+                raise ConfigError(
+                    ["trusted_packages: must be names of packages, trusted_packages=[mine]"]
+                )
+    return names
+
+
+def _unreadable(text: str, reason: str) -> str:
+    """What is wrong with an override that Hydra's grammar refuses, and how to write it."""
+    key, equals, value = text.partition("=")
+    how = f"; one value is written {how_to_write(key, value)}" if equals and value else ""
+    return f"{text!r} is not of the form key=value ({reason}){how}"
+
+
+def _ambiguous(override: Override) -> str:
+    """Several values where one run is asked for."""
+    key, _, value = (override.input_line or "").partition("=")
+    return (
+        f"{key}={value}: several values are a sweep, which needs -m; a value with a comma is "
+        f"written {how_to_write(key, value)}, a list {key}=[{value}]"
+    )
+
+
+def _hydra_changes(own: Any, now: Any, path: str = "") -> Iterator[str]:
+    """The names of settings that differ."""
+    if isinstance(own, dict) and isinstance(now, dict):
+        for key in [*own, *(key for key in now if key not in own)]:
+            yield from _hydra_changes(own.get(key), now.get(key), f"{path}.{key}".strip("."))
+    elif own != now:
+        yield path
+
+
+def _is_rare(override: Override) -> bool:
+    """Whether an override adds or deletes, which Hydra judges as a whole."""
+    return override.is_add() or override.is_force_add() or override.is_delete()
+
+
+def _choices(override: Override) -> list[Any]:
+    """The values that an override stands for: one, or all of a sweep."""
+    value = override.value()
+    if override.is_sweep_override() and isinstance(value, Sweep):
+        return [x.text if isinstance(x, QuotedString) else x for x in override.sweep_iterator()]
+    return value if isinstance(value, list) and override.is_sweep_override() else [value]
+
+
+def _keys(node: DictConfig, path: str = "") -> Iterator[str]:
+    """All names of a configuration, sections included."""
+    for key in node:
+        name = f"{path}.{key!s}".strip(".")
+        yield name
+        child = node._get_node(key)
+        if isinstance(child, DictConfig) and not (child._is_none() or child._is_missing()):
+            yield from _keys(child, name)
+
+
+def _value_problems(cfg: DictConfig, override: Override, known: Sequence[str]) -> Iterator[str]:
+    """What is wrong with an override of a single value."""
+    key = override.key_or_group
+    if not override.is_add() and key not in known:
+        yield f"{key}: there is no such setting{did_you_mean(key, known)}"
+        return
+    if _is_rare(override):
+        return  # Hydra and the signature check of the group look at these
+    for value in _choices(override):
+        trial = cfg.copy()
+        try:
+            OmegaConf.update(trial, key, value)
+        except OmegaConfBaseException as error:
+            yield f"{key}: {str(error).splitlines()[0]}"

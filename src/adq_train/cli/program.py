@@ -1,0 +1,99 @@
+"""How each of the five programs begins and ends: version, signals, output, errors, exit code.
+
+Imports nothing that takes time, so that Ctrl-C is answered from the first moment.
+"""
+
+from __future__ import annotations
+
+import errno
+import importlib
+import signal
+import sys
+import traceback
+from typing import NoReturn
+
+from adq_train import __version__, interrupts
+from adq_train.cli import streams
+from adq_train.errors import UserError
+from adq_train.printable import printable
+
+
+def train() -> NoReturn:
+    """``adq-train``."""
+    # A run keeps its result in files; that nobody reads its words does not change how it ended.
+    run("adq-train", "adq_train.cli.train:main", needs_output=False)
+
+
+def report() -> NoReturn:
+    """``adq-report``."""
+    run("adq-report", "adq_train.cli.report:main")
+
+
+def pareto() -> NoReturn:
+    """``adq-pareto``."""
+    run("adq-pareto", "adq_train.cli.pareto:main")
+
+
+def export() -> NoReturn:
+    """``adq-export``."""
+    run("adq-export", "adq_train.cli.export:export_main")
+
+
+def evaluate() -> NoReturn:
+    """``adq-eval``."""
+    run("adq-eval", "adq_train.cli.export:eval_main")
+
+
+def run(name: str, function: str, needs_output: bool = True) -> NoReturn:
+    """Runs a program and ends the process.
+
+    Args:
+        name: Of the program.
+        function: ``module:function``, imported here.
+        needs_output: Whether output that is lost makes a failure of a success: exit code 141 where
+            the reader went away, as after SIGPIPE, and 1 where the output could not be written.
+    """
+    code = 1
+    try:
+        with interrupts.caught(leave_imports=True):
+            out, _ = streams.survive()
+            debug = "--debug" in sys.argv
+            sys.argv = [x for x in sys.argv if x != "--debug"]
+            code = _act(name, function, debug)
+            sys.stdout.flush()
+            sys.stderr.flush()
+            if code == 0 and out.error is not None and needs_output:
+                gone = out.error.errno in (errno.EPIPE, errno.EIO)
+                code = 128 + signal.SIGPIPE if gone else 1
+                if not gone:
+                    print(f"error: cannot write the output ({out.error.strerror})", file=sys.stderr)
+    except interrupts.Interrupted as stop:
+        code = 128 + stop.number
+        interrupts.say(stop)
+    sys.exit(code)
+
+
+def _act(name: str, function: str, debug: bool) -> int:
+    """The program itself; gives its exit code."""
+    if "--version" in sys.argv[1:]:
+        print(f"{name} {__version__}")
+        return 0
+    module, _, attribute = function.partition(":")
+    try:
+        getattr(importlib.import_module(module), attribute)()
+    except SystemExit as end:
+        if end.code is not None and not isinstance(end.code, int):
+            print(printable(str(end.code)), file=sys.stderr)
+            return 1
+        return end.code or 0
+    except Exception as error:
+        if debug:
+            traceback.print_exc()
+        reason = " ".join(str(error).split())
+        if isinstance(error, UserError):
+            print(printable(f"error: {error}"), file=sys.stderr)
+        else:
+            hint = f" ({name} --debug … shows where)"
+            print(printable(f"error: {type(error).__name__}: {reason}{hint}"), file=sys.stderr)
+        return 1
+    return 0

@@ -1,0 +1,143 @@
+"""A trained network as data: tables for the quantized layers, float values for the rest."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from adq_train.data.base import InputFormat
+from adq_train.deploy.architecture import build_network
+from adq_train.deploy.layer_tables import LayerTables, tables_of
+from adq_train.deploy.packed_layers import packed_layer
+from adq_train.deploy.trained import FinishedRun, trained_network
+from adq_train.errors import UserError
+from adq_train.quantization.prepare import keep_weights, quantized_layers, swap
+
+QUANTIZED = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose2d)
+
+
+@dataclass(frozen=True)
+class TableModel:
+    """Everything that evaluation needs, and nothing that training needs.
+
+    Attributes:
+        model: The config's ``model`` section, which rebuilds the architecture.
+        data: The config's ``data`` section, to evaluate on.
+        expects: What the network expects of an image, and its classes.
+        layers: The quantized layers by name.
+        floats: What stays float, by its name in the float network: norms, biases, other layers.
+        folded: Batch norms that went into a convolution: norm → convolution.
+        run: Where it comes from: command, seed, commit, versions, data fingerprint, bits.
+    """
+
+    model: dict[str, Any]
+    data: dict[str, Any]
+    expects: InputFormat
+    layers: dict[str, LayerTables]
+    floats: dict[str, Tensor]
+    folded: dict[str, str] = field(default_factory=dict)
+    run: dict[str, Any] = field(default_factory=dict)
+
+
+def table_model(run: FinishedRun, network: nn.Module | None = None) -> TableModel:
+    """The trained network of a run as tables.
+
+    Args:
+        run: The run.
+        network: Its trained network, where that has been read already.
+
+    Raises:
+        UserError: There is no checkpoint, or a quantizer cannot be put in tables.
+    """
+    network = network or trained_network(run)
+    layers = quantized_layers(network)
+    facts = {key: run.manifest.get(key) for key in ("command", "seed", "git", "versions", "data")}
+    allocation = run.allocation
+    return TableModel(
+        model=run.config["model"],
+        data=run.config["data"],
+        expects=run.input_format(),
+        layers={name: tables_of(name, layer) for name, layer in layers.items()},
+        floats={k: v.detach() for k, v in float_state(network, layers).items()},
+        run={
+            **facts,
+            "average_weight_bits": allocation.average_weight_bits,
+            "model_size_bytes": allocation.model_size_bytes,
+        },
+    )
+
+
+def float_state(network: nn.Module, layers: Mapping[str, Any]) -> dict[str, Tensor]:
+    """The float parameters and kept buffers outside the quantized weights and their quantizers.
+
+    Args:
+        network: A float network, or one with quantized layers.
+        layers: Names of the layers whose weights are quantized.
+
+    Returns:
+        Tensors by name; one that has several names has the first.
+    """
+    kept = network.state_dict()
+    named = dict([*network.named_parameters(), *network.named_buffers()])
+    floats = {k: v for k, v in named.items() if v.is_floating_point() and k in kept}
+    return {
+        name: tensor
+        for name, tensor in floats.items()
+        if not any(name.startswith(f"{layer}.") and name != f"{layer}.bias" for layer in layers)
+    }
+
+
+@torch.no_grad()
+def assemble(model: TableModel, dense: bool = True) -> nn.Module:
+    """The network that evaluates from the tables, on the CPU.
+
+    Args:
+        model: The tables.
+        dense: Whether to unpack the weights once; otherwise they stay codes of one byte each.
+
+    Raises:
+        UserError: Names or shapes are not those of the architecture.
+    """
+    network = build_network(
+        model.model, model.expects.num_classes, model.expects.image_shape[0]
+    ).requires_grad_(False)
+    keep_weights(network)
+    modules = dict(network.named_modules())
+    unknown = [name for name in (*model.layers, *model.folded) if name not in modules]
+    if unknown:
+        raise UserError(f"the architecture has no layer {unknown[0]!r}")
+    for norm, convolution in model.folded.items():
+        layer = modules[convolution]
+        is_norm = isinstance(modules[norm], nn.modules.batchnorm._BatchNorm)
+        if not is_norm or convolution not in model.layers:
+            raise UserError(f"{norm!r} is no batch norm that {convolution!r} could take")
+        if layer.bias is None:
+            size = len(model.layers[convolution].weight.codes)
+            layer.bias = nn.Parameter(torch.empty(size), requires_grad=False)
+        network.set_submodule(norm, nn.Identity())
+    own = float_state(network, model.layers)
+    odd = sorted(own.keys() ^ model.floats.keys())
+    if odd:
+        raise UserError(f"the architecture and the float values differ in {', '.join(odd[:3])}")
+    for name, tensor in own.items():
+        if tensor.shape != model.floats[name].shape:
+            raise UserError(
+                f"{name} has shape {tuple(model.floats[name].shape)}, the architecture's "
+                f"{tuple(tensor.shape)}"
+            )
+        tensor.copy_(model.floats[name])
+    packed = {}
+    for name, tables in model.layers.items():
+        layer = modules[name]
+        shape = getattr(getattr(layer, "weight", None), "shape", None)
+        if not isinstance(layer, QUANTIZED):
+            raise UserError(f"{name!r} is no layer that can be quantized")
+        if shape != tables.weight.codes.shape:
+            raise UserError(f"layer {name} has weights of another shape than the architecture's")
+        packed[name] = packed_layer(layer, tables, dense)
+    swap(network, packed)
+    return network.eval()

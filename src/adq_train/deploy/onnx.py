@@ -1,0 +1,217 @@
+"""ONNX: weights as codes of one byte and a lookup, inputs by comparisons.
+
+The packages onnx, onnxscript and onnxruntime are an extra: ``pip install adq-train[export]``.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import io
+import json
+import logging
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from adq_train.deploy.layer_tables import Staircase
+from adq_train.deploy.model import TableModel, assemble
+from adq_train.deploy.packed_layers import FEW, PackedLayer, Steps, look_up
+from adq_train.errors import UserError
+
+# Of the file's own metadata; the value is JSON.
+METADATA_KEY = "adq_train"
+
+
+def require(package: str) -> Any:
+    """Imports a package of the extra.
+
+    Raises:
+        UserError: It is not installed; says how to install it.
+    """
+    try:
+        return importlib.import_module(package)
+    except ImportError as error:
+        raise UserError(
+            f"ONNX needs the package {package} ({error}); pip install 'adq-train[export]'"
+        ) from error
+
+
+@torch.library.custom_op("adq_train::count_below", mutates_args=())
+def count_below(x: Tensor, thresholds: Tensor) -> Tensor:
+    """How many thresholds lie below each value, int64.
+
+    One operation, so that the exporter meets one node and not the dozens that stand for it.
+
+    Args:
+        x: Any shape.
+        thresholds: (2^b - 1,) ascending.
+    """
+    return torch.bucketize(x.contiguous(), thresholds)
+
+
+@count_below.register_fake
+def _(x: Tensor, thresholds: Tensor) -> Tensor:
+    return torch.empty(x.shape, dtype=torch.int64)
+
+
+def onnx_count_below(x: Any, thresholds: Any) -> Any:
+    """:func:`count_below` in ONNX: a comparison with each threshold, or a binary search."""
+    op = require("onnxscript").opset18
+    uint8, int64 = 2, 7
+    number = int(thresholds.shape[0])
+
+    def constant(value: int) -> Any:
+        return op.Constant(value_int=value)
+
+    if number <= FEW:
+        parts = op.Split(thresholds, num_outputs=number) if number > 1 else [thresholds]
+        count = None
+        for part in parts:
+            above = op.Cast(op.Greater(x, part), to=uint8)
+            count = above if count is None else op.Add(count, above)
+        return op.Cast(count, to=int64)
+    half = (number + 1) // 2
+    middle = op.Gather(thresholds, constant(half - 1))
+    count = op.Mul(op.Cast(op.Greater(x, middle), to=int64), constant(half))
+    while half := half // 2:
+        probe = op.Gather(thresholds, op.Add(count, constant(half - 1)))
+        above = op.Cast(op.Greater(x, probe), to=int64)
+        count = op.Add(count, op.Mul(above, constant(half)))
+    return count
+
+
+class OnnxSteps(Steps):
+    """A staircase in one operation that the exporter is told how to write.
+
+    Args:
+        stairs: Thresholds and levels.
+    """
+
+    def __init__(self, stairs: Staircase) -> None:
+        super().__init__(stairs)
+        missing = 2**stairs.bit_width - 1 - len(stairs.thresholds)
+        never = stairs.thresholds.new_full((missing,), torch.inf)
+        self.thresholds = torch.cat([stairs.thresholds, never])
+
+    def codes(self, x: Tensor) -> Tensor:
+        """The number of thresholds below each value."""
+        counts: Tensor = torch.ops.adq_train.count_below(x, self.thresholds)
+        return counts
+
+    def values(self, codes: Tensor) -> Tensor:
+        """The level of each code."""
+        if self.zero_point is not None:
+            return (codes.float() - self.zero_point) * self.grid_step
+        return look_up(self.levels, codes)
+
+
+def onnx_network(model: TableModel) -> nn.Module:
+    """The network in operations that ONNX has: lookups, comparisons and the float layers."""
+    network = assemble(model, dense=False)
+    for module in network.modules():
+        if isinstance(module, PackedLayer):
+            module.steps = OnnxSteps(module.steps.stairs)
+    return network
+
+
+def onnx_bytes(model: TableModel) -> bytes:
+    """The network as an ONNX model with inputs ``images`` (N, C, H, W) and ``logits``; N is free.
+
+    Raises:
+        UserError: The packages are missing, or the model cannot be exported.
+    """
+    require("onnx")
+    require("onnxscript")
+    network, images = onnx_network(model), torch.zeros(2, *model.expects.image_shape)
+    try:
+        with _quietly():
+            program = torch.onnx.export(
+                network,
+                (images,),
+                dynamo=True,
+                # Folding constants would put the float weights into the file.
+                optimize=False,
+                input_names=["images"],
+                output_names=["logits"],
+                dynamic_shapes=({0: torch.export.Dim("batch")},),
+                custom_translation_table={
+                    torch.ops.adq_train.count_below.default: onnx_count_below
+                },
+                verbose=False,
+            )
+    except Exception as error:  # the exporter raises whatever it meets
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(f"torch.onnx cannot export this model: {reason}") from error
+    assert program is not None
+    proto = program.model_proto
+    for node in proto.graph.node:  # stack traces, several times the size of a small model
+        node.ClearField("metadata_props")
+        node.ClearField("doc_string")
+    del proto.graph.value_info[:]  # runtimes infer the shapes between the layers
+    facts = {"input": model.expects.to_dict(), "data": model.data, "run": model.run}
+    entry = proto.metadata_props.add()
+    entry.key, entry.value = METADATA_KEY, json.dumps(facts)
+    content: bytes = proto.SerializeToString()
+    return content
+
+
+@contextlib.contextmanager
+def _quietly() -> Iterator[None]:
+    """Keeps the exporter's progress and warnings from the terminal."""
+    logger = logging.getLogger("torch.onnx")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.setLevel(level)
+
+
+class OnnxModel(nn.Module):
+    """An ONNX file, run by onnxruntime on the CPU.
+
+    Args:
+        path: The file.
+        threads: Threads of onnxruntime; None for as many as torch uses.
+
+    Raises:
+        UserError: onnxruntime is missing, or cannot read the file.
+    """
+
+    def __init__(self, path: Path, threads: int | None = None) -> None:
+        super().__init__()
+        runtime = require("onnxruntime")
+        options = runtime.SessionOptions()
+        options.intra_op_num_threads = threads or torch.get_num_threads()
+        if not path.is_file():
+            raise UserError(f"there is no file {path}")
+        try:
+            self.session = runtime.InferenceSession(
+                str(path), options, providers=["CPUExecutionProvider"]
+            )
+            (inputs,) = self.session.get_inputs()
+        except Exception as error:  # onnxruntime's exceptions have no common class
+            reason = str(error).splitlines()[0]
+            raise UserError(f"{path}: onnxruntime cannot read it ({reason})") from error
+        self.input_name: str = inputs.name
+
+    def facts(self) -> dict[str, Any]:
+        """What adq-export wrote about the model; empty for another program's file."""
+        text = self.session.get_modelmeta().custom_metadata_map.get(METADATA_KEY, "{}")
+        try:
+            facts = json.loads(text)
+        except ValueError:
+            return {}
+        return facts if isinstance(facts, dict) else {}
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Maps images (N, C, H, W) to logits (N, num_classes)."""
+        outputs = self.session.run(None, {self.input_name: images.contiguous().numpy()})
+        return torch.from_numpy(outputs[0])

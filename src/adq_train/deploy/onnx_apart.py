@@ -1,0 +1,130 @@
+"""An ONNX file that may come from anybody, run in another process (onnx_worker.py)."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import weakref
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from adq_train.data.base import InputFormat
+from adq_train.deploy.onnx import METADATA_KEY, require
+from adq_train.errors import UserError
+
+LONGEST_LINE = 1 << 24
+# Not with -m: that would import from the working folder, which may be anybody's.
+START = "import sys; sys.path[:] = filter(None, sys.path); " + (
+    "from adq_train.deploy.onnx_worker import main; main()"
+)
+
+
+class OnnxApart(nn.Module):
+    """An ONNX file; maps images (N, C, H, W) to logits (N, num_classes).
+
+    Args:
+        path: The file.
+
+    Raises:
+        UserError: The packages are missing, the file cannot be read, or its graph has other
+            shapes than its metadata say.
+    """
+
+    def __init__(self, path: Path) -> None:
+        super().__init__()
+        for package in ("onnx", "onnxruntime"):
+            require(package)
+        if not path.is_file():
+            raise UserError(f"there is no file {path}")
+        self.path = path
+        self.process = subprocess.Popen(
+            [
+                sys.executable, "-c", START, str(path.absolute()),
+                str(torch.get_num_threads()),
+            ],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            env={**os.environ, "MALLOC_ARENA_MAX": "2"},
+        )  # fmt: skip
+        # It may compute for ever, and does not hear signals then.
+        weakref.finalize(self, _end, self.process)
+        opened = self._answer()
+        self.facts = self._facts(opened["metadata"])
+        self.expects = self._expects(opened["inputs"], opened["outputs"])
+
+    def _facts(self, metadata: dict[str, str]) -> dict[str, Any]:
+        """What adq-export wrote about the model; empty for another program's file."""
+        try:
+            facts = json.loads(metadata.get(METADATA_KEY, "{}"))
+        except (ValueError, RecursionError):
+            return {}
+        return facts if isinstance(facts, dict) else {}
+
+    def _expects(self, images: list[Any], logits: list[Any]) -> InputFormat | None:
+        """What the file says it expects, checked against the graph; None where it does not."""
+        fixed = [*images[1:], *logits[1:]]
+        said = None
+        if "input" in self.facts:
+            try:
+                said = InputFormat.from_dict(self.facts["input"])
+            except UserError as error:
+                raise UserError(f"{self.path}: {error}") from error
+            told = [*said.image_shape, said.num_classes]
+            fits = len(images) == 4 and len(logits) == 2
+            if not fits or any(type(x) is int and x != y for x, y in zip(fixed, told, strict=True)):
+                raise UserError(
+                    f"{self.path}: its graph maps {images} to {logits}, its metadata say images of "
+                    f"{said.image_shape} in {said.num_classes} classes; export it again"
+                )
+        elif len(fixed) == 4 and all(type(x) is int and x > 0 for x in fixed):
+            said = InputFormat(fixed[3], (fixed[0], fixed[1], fixed[2]))
+        return said
+
+    def _answer(self) -> dict[str, Any]:
+        """The next line of the other process.
+
+        Raises:
+            UserError: It found an error, or it ended.
+        """
+        assert self.process.stdout is not None
+        try:
+            content: Any = json.loads(self.process.stdout.readline(LONGEST_LINE))
+        except ValueError as error:
+            code = self.process.wait()
+            how = signal.Signals(-code).name if code < 0 else f"exit code {code}"
+            raise UserError(f"{self.path}: onnxruntime ended without an answer ({how})") from error
+        if "error" in content:
+            raise UserError(f"{self.path}: onnxruntime cannot run it ({content['error']})")
+        return dict(content)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Maps images (N, C, H, W) to logits (N, num_classes)."""
+        assert self.process.stdin is not None
+        assert self.process.stdout is not None
+        try:
+            self.process.stdin.write(json.dumps({"shape": list(images.shape)}).encode() + b"\n")
+            self.process.stdin.write(images.float().contiguous().numpy().tobytes())
+            self.process.stdin.flush()
+        except OSError:  # it has ended; its answer says why
+            self._answer()
+        count, width = self._answer()["shape"]
+        wanted = self.expects.num_classes if self.expects else width
+        if (count, width) != (len(images), wanted):
+            raise UserError(
+                f"{self.path}: it gives {width} logits for an image, and says that there are "
+                f"{wanted} classes"
+            )
+        raw = self.process.stdout.read(4 * count * width)
+        return torch.frombuffer(bytearray(raw), dtype=torch.float32).view(count, width)
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    process.kill()
+    process.wait()

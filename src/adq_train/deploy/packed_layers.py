@@ -1,0 +1,155 @@
+"""Layers that evaluate from tables alone; nothing here knows how they were trained."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from adq_train.deploy.layer_tables import LayerTables, Staircase, WeightTable, uniform_grid
+
+# Up to this many thresholds, comparing with each is faster than a search.
+FEW = 15
+
+
+class Steps(nn.Module):
+    """Quantizes an input by its staircase.
+
+    Args:
+        stairs: Thresholds and levels.
+    """
+
+    thresholds: Tensor
+    levels: Tensor
+    grid_step: Tensor
+
+    def __init__(self, stairs: Staircase) -> None:
+        super().__init__()
+        self.stairs = stairs
+        self.register_buffer("thresholds", stairs.thresholds)
+        self.register_buffer("levels", stairs.levels)
+        grid = uniform_grid(stairs.levels)
+        self.zero_point: int | None = grid[1] if grid else None
+        if grid:
+            self.register_buffer("grid_step", grid[0])
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Maps an input of any shape to levels."""
+        return self.values(self.codes(x))
+
+    def codes(self, x: Tensor) -> Tensor:
+        """The number of thresholds below each value; the shape and the layout of ``x``."""
+        if len(self.thresholds) <= FEW:
+            return compare_all(x, self.thresholds)
+        return torch.empty_like(x, dtype=torch.int32).copy_(
+            torch.bucketize(x.contiguous(), self.thresholds, out_int32=True)
+        )
+
+    def values(self, codes: Tensor) -> Tensor:
+        """The level of each code."""
+        if self.zero_point is not None:
+            return (codes.to(self.grid_step.dtype) - self.zero_point) * self.grid_step
+        return torch.empty_like(codes, dtype=self.levels.dtype).copy_(
+            look_up(self.levels, codes.int())
+        )
+
+
+def compare_all(x: Tensor, thresholds: Tensor) -> Tensor:
+    """How many thresholds (at most 255) lie below each value, uint8, by comparing with each."""
+    count = (x > thresholds[0]).to(torch.uint8)
+    for index in range(1, len(thresholds)):
+        count = count + (x > thresholds[index]).to(torch.uint8)
+    return count
+
+
+def look_up(table: Tensor, indices: Tensor) -> Tensor:
+    """``table[indices]`` for int32 indices of any shape; ONNX's Gather."""
+    return F.embedding(indices, table[:, None]).squeeze(-1)
+
+
+class Weight(nn.Module):
+    """A weight kept as codes of one byte each; looked up whenever it is used.
+
+    Args:
+        table: Codes, codebook and scale.
+    """
+
+    codes: Tensor
+    codebook: Tensor
+    scale: Tensor | None
+
+    def __init__(self, table: WeightTable) -> None:
+        super().__init__()
+        self.register_buffer("codes", table.codes)
+        self.register_buffer("codebook", table.codebook)
+        scale = table.scale
+        if scale is not None:
+            scale = scale.view(-1, *[1] * (table.codes.dim() - 1))
+        self.register_buffer("scale", scale)
+
+    def forward(self) -> Tensor:
+        """The weight, float32."""
+        weight = look_up(self.codebook, self.codes.int())
+        return weight if self.scale is None else weight * self.scale
+
+
+class DenseWeight(nn.Module):
+    """A weight unpacked once, to float32.
+
+    Args:
+        table: Codes, codebook and scale.
+    """
+
+    value: Tensor
+
+    def __init__(self, table: WeightTable) -> None:
+        super().__init__()
+        self.register_buffer("value", table.weight())
+
+    def forward(self) -> Tensor:
+        """The weight, float32."""
+        return self.value
+
+
+class PackedLayer(nn.Module):
+    """A convolution or linear layer between a staircase and a weight from tables.
+
+    Args:
+        layer: The float layer: its geometry and its bias are used, its weight is dropped.
+        weight: Gives the weight.
+        steps: Quantizes the input.
+    """
+
+    def __init__(self, layer: nn.Module, weight: Weight | DenseWeight, steps: Steps) -> None:
+        super().__init__()
+        del layer.weight
+        self.layer = layer
+        self.weight = weight
+        self.steps = steps
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Maps an input of the float layer's shape to its output."""
+        x, weight = self.steps(x), self.weight()
+        if isinstance(self.layer, nn.Linear):
+            return F.linear(x, weight, self.layer.bias)
+        if isinstance(self.layer, nn.ConvTranspose2d):
+            of = self.layer
+            geometry: Any = (of.stride, of.padding, of.output_padding, of.groups, of.dilation)
+            return F.conv_transpose2d(x, weight, of.bias, *geometry)
+        assert isinstance(self.layer, nn.Conv1d | nn.Conv2d | nn.Conv3d)
+        output: Tensor = self.layer._conv_forward(x, weight, self.layer.bias)
+        return output
+
+
+def packed_layer(layer: nn.Module, tables: LayerTables, dense: bool = True) -> PackedLayer:
+    """The evaluation form of a float layer.
+
+    Args:
+        layer: A Conv1d, Conv2d, Conv3d or Linear; taken over.
+        tables: Its tables.
+        dense: Whether to unpack the weight once; otherwise it stays codes of one byte each.
+    """
+    weight = DenseWeight(tables.weight) if dense else Weight(tables.weight)
+    return PackedLayer(layer, weight, Steps(tables.input))

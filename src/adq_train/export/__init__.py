@@ -1,1 +1,0 @@
-"""Small models to ship: packed files, ONNX, and what reads and checks them."""

@@ -1,0 +1,158 @@
+"""Files that a run has kept, taken again only where they are what they should be."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, Protocol, TypeVar
+
+from adq_train.allocation.budget import Bits, Problem, budget_from, figures
+from adq_train.allocation.patterns import pinned_bits
+from adq_train.artifacts import BitAllocation, LayerInfo, SensitivityTable
+from adq_train.errors import UserError
+from adq_train.storage.stamps import digest, origin_problem
+
+# Stages' values, in the order in which they are made.
+ARTIFACTS = ("sensitivity.json", "allocation.json", "levels.json", "result.json")
+BY_HAND = {"sensitivity.json": "sensitivity", "allocation.json": "allocator"}
+
+
+class Artifact(Protocol):
+    """A value with a JSON form."""
+
+    def to_json(self) -> str:
+        """Its JSON."""
+        ...
+
+    @classmethod
+    def from_json(cls, text: str) -> Any:
+        """Reads it back."""
+        ...
+
+
+A = TypeVar("A", bound=Artifact)
+
+
+def origin(same: Mapping[str, Any], fingerprint: str, weights: str) -> str:
+    """Digest of what every value of a run is made from.
+
+    Args:
+        same: The run's identity, its configuration without places and switches.
+        fingerprint: Of the data set.
+        weights: Digest of the float model's parameters and buffers.
+    """
+    return digest([same, fingerprint, weights])
+
+
+def depends_on(origin: str, of: Artifact | None) -> str:
+    """Digest of what a value is made from: the run's origin, and the value before it."""
+    return digest([origin, json.loads(of.to_json()) if of else None])
+
+
+def take(path: Path, content: bytes, kind: type[A], source: str | None) -> A:
+    """The value in a file that a run has kept.
+
+    Args:
+        path: The file.
+        content: What it holds.
+        kind: Of the value.
+        source: What its stamp must say it depends on; None: not checked.
+
+    Raises:
+        UserError: It is damaged, was edited, or is another run's; the file is named.
+    """
+    section = BY_HAND.get(path.name)
+    door = f", or use it through {section}=from_file {section}.path=…" if section else ""
+    try:
+        text = content.decode()
+        value: A = kind.from_json(text)
+        problem = origin_problem(json.loads(text), source) if source else None
+    except (UserError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is {error}; delete it to make it anew{door}") from error
+    if problem:
+        raise UserError(f"{path} cannot be used: {problem}; delete it to make it anew{door}")
+    return value
+
+
+def require_figures(file: Path, allocation: BitAllocation, problem: Problem) -> None:
+    """Refuses a kept allocation that breaks the budget or the pins, or whose figures are wrong.
+
+    Raises:
+        UserError: Names the file and the field.
+    """
+    bits = {x.name: Bits(x.weight_bits, x.activation_bits) for x in allocation.layers}
+    problems = [
+        f"{name} has {given.weights}/{given.activations} bits, but is pinned to {own.weights}"
+        for name, own in problem.pinned_bits().items()
+        if (given := bits[name]) != own
+    ]
+    problems += [f"its bits exceed {phrase}" for phrase in problem.broken(bits)]
+    counted = asdict(figures(problem.layers, bits, problem.pinned))
+    problems += [
+        f"{name} is {stated}, but its bits come to {value}"
+        for name, value in counted.items()
+        if (stated := getattr(allocation, name)) != value
+    ]
+    if problems:
+        raise UserError(
+            f"{file}: {'; '.join(problems[:3])}; delete it to make it anew, or use it through "
+            "allocator=from_file allocator.path=…"
+        )
+
+
+def require_layers(file: Path, names: Sequence[str], layers: Sequence[LayerInfo]) -> None:
+    """Refuses a kept value whose layers are not the model's.
+
+    Raises:
+        UserError: Names the file and the layers.
+    """
+    odd = sorted({x.name for x in layers} ^ set(names))
+    if odd:
+        raise UserError(
+            f"{file} and the model differ in the layers {', '.join(odd[:3])}; delete the file to "
+            "make it anew"
+        )
+
+
+def read_bits(
+    path: Path, config: dict[str, Any], source: str | None
+) -> tuple[SensitivityTable, BitAllocation]:
+    """The table and the bits of a finished run, checked against each other and its settings.
+
+    Args:
+        path: The run's folder.
+        config: Its resolved configuration.
+        source: Its :func:`origin`; None for a run of a version that kept no stamps.
+
+    Raises:
+        UserError: One is missing, damaged or another run's, or its figures are wrong.
+    """
+    table = read(path / "sensitivity.json", SensitivityTable, source and depends_on(source, None))
+    allocation = read(path / "allocation.json", BitAllocation, source and depends_on(source, table))
+    layers = tuple(
+        LayerInfo(x.name, x.num_weights, x.macs, x.num_inputs or 1) for x in table.layers
+    )
+    require_layers(path / "allocation.json", [x.name for x in allocation.layers], layers)
+    if source and all(x.num_inputs for x in table.layers):
+        bits = config["bits"]
+        pinned = pinned_bits(layers, bits["first_last"], bits["pinned"] or {})
+        problem = Problem(layers, pinned, (), budget_from(config["budget"], layers))
+        require_figures(path / "allocation.json", allocation, problem)
+    return table, allocation
+
+
+def read(path: Path, kind: type[A], source: str | None) -> A:
+    """As :func:`take`, from the file itself.
+
+    Raises:
+        UserError: Also where it cannot be read.
+    """
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise UserError(
+            f"{path} cannot be read ({error.strerror}); the run's command makes it anew"
+        ) from error
+    return take(path, content, kind, source)

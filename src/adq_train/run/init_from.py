@@ -1,0 +1,175 @@
+"""QAT that begins where another run ended: ``init_from=RUN_FOLDER``, or one of its checkpoints."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from adq_train.artifacts import BitAllocation
+from adq_train.data.base import ImageData
+from adq_train.deploy.trained import FinishedRun, open_run, restored_network
+from adq_train.errors import UserError
+from adq_train.quantization.layers import same_weight
+from adq_train.run.manifest import differences
+from adq_train.run.stages import Context, float_key, prepare_and_calibrate
+from adq_train.storage.files import sha256
+from adq_train.training.checkpoint_folder import CheckpointFolder
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Start:
+    """Where QAT begins.
+
+    Attributes:
+        source: The other run.
+        file: Its checkpoint.
+        network: The trained network of that checkpoint, on the CPU.
+        float_state: The float model that it was made of; None where the run has kept none.
+    """
+
+    source: FinishedRun
+    file: Path
+    network: nn.Module
+    float_state: dict[str, Tensor] | None
+
+
+def checkpoint_of(init_from: str, trusted_packages: Sequence[str] = ()) -> tuple[FinishedRun, Path]:
+    """The run that ``init_from`` names, and the checkpoint of it.
+
+    Args:
+        init_from: The folder of a finished run, or a file of its ``checkpoints``.
+        trusted_packages: Of the run that begins; those of the other one do not count.
+
+    Raises:
+        UserError: It is neither, or the run is not finished or damaged.
+    """
+    path = Path(init_from)
+    if not path.exists():
+        raise UserError(f"init_from: there is no {path}; give the folder of a finished run")
+    if path.is_file() and (path.parent.name != "checkpoints" or path.suffix != ".pt"):
+        raise UserError(
+            f"init_from: {path} is not in the checkpoints of a run; give the folder of a finished "
+            "run, or pretrain.checkpoint for float weights"
+        )
+    try:
+        run = open_run(path.parent.parent if path.is_file() else path, trusted_packages)
+    except UserError as error:
+        raise UserError(f"init_from: {error}") from error
+    folder = run.path / "checkpoints"
+    file = path if path.is_file() else folder / f"{run.config['trainer']['select']}.pt"
+    if not file.is_file():
+        raise UserError(f"init_from: there is no {file}; the run in {run.path} is not whole")
+    return run, file
+
+
+def pin(config: dict[str, Any]) -> None:
+    """Notes in ``init_from_sha256`` what the checkpoint holds: a part of the run's identity.
+
+    Raises:
+        UserError: There is no such checkpoint, or another digest was asked for.
+    """
+    asked = config["init_from_sha256"]
+    if not config["init_from"]:
+        if asked:
+            raise UserError("init_from_sha256: it belongs to a checkpoint; give init_from too")
+        return
+    _, file = checkpoint_of(config["init_from"], config["trusted_packages"])
+    config["init_from_sha256"] = sha256(file)
+    if asked not in (None, config["init_from_sha256"]):
+        raise UserError(
+            f"init_from_sha256: {file} has {config['init_from_sha256']}, not {asked}; leave it out "
+            "to take the file as it is"
+        )
+
+
+def open_start(config: dict[str, Any], data: ImageData) -> Start | None:
+    """What ``init_from`` names, read and checked; None where it names nothing.
+
+    Args:
+        config: Of the run that begins.
+        data: Of that run.
+
+    Raises:
+        UserError: Checkpoint or float model are missing or damaged, or of another network.
+    """
+    if not config["init_from"]:
+        return None
+    source, file = checkpoint_of(config["init_from"], config["trusted_packages"])
+    old, new = (
+        {k: v for k, v in x["model"].items() if k != "weights"} for x in (source.config, config)
+    )
+    known, given = (
+        {"classes": x.num_classes, "channels": x.image_shape[0]}
+        for x in (source.input_format(), data.input_format)
+    )
+    odd = [*differences(old, new, "model"), *differences(known, given, "data")]
+    if odd:
+        raise UserError(
+            f"init_from: the run in {source.path} has another network ({'; '.join(odd[:3])}); "
+            "choose the same model and as many classes"
+        )
+    kept = CheckpointFolder(source.path / "checkpoints").load(
+        float_key(source.config), names=("float",)
+    )
+    if kept is None and not config["pretrain"]["checkpoint"]:
+        raise UserError(
+            f"init_from: {source.path}/checkpoints/float.pt, its float model, is missing or "
+            "damaged; give the float model as pretrain.checkpoint"
+        )
+    try:
+        network = restored_network(source, file.stem)
+    except UserError as error:
+        raise UserError(f"init_from: {error}") from error
+    return Start(source, file, network, kept and kept["model"])
+
+
+def prepare_from(
+    run: Context, start: Start, model: nn.Module, allocation: BitAllocation
+) -> nn.Module:
+    """A quantized network with the weights of another run, and its quantizers where they agree.
+
+    A quantizer with other bits or settings is calibrated anew: on those weights, and on the
+    inputs that its layer has in the other run's trained network.
+
+    Args:
+        run: The run that begins.
+        start: What it begins with.
+        model: Its float model.
+        allocation: Its bits.
+    """
+    source = start.network.to(next(model.parameters()).device)
+    if run.config["trainer"]["channels_last"]:
+        source.to(memory_format=torch.channels_last)
+    anew = dict(_calibrated_anew(run.config, start.source, model, allocation))
+    log.info("init_from: weights and quantizers of %s", start.file)
+    for quantizer, why in anew.items():
+        log.info("init_from: %s is calibrated anew (%s)", quantizer, why)
+    return prepare_and_calibrate(run, model, allocation, source, anew)
+
+
+def _calibrated_anew(
+    config: dict[str, Any], source: FinishedRun, model: nn.Module, allocation: BitAllocation
+) -> Iterator[tuple[str, str]]:
+    """The quantizers that are not those of the source, by name, and why."""
+    before = source.allocation.bits()
+    for bits in allocation.layers:
+        old = before.get(bits.name)
+        for kind, new_width, old_width in (
+            ("weight", bits.weight_bits, old and old.weight_bits),
+            ("activation", bits.activation_bits, old and old.activation_bits),
+        ):
+            group = f"{kind}_quantizer"
+            odd = list(differences(source.config[group], config[group], group))
+            why = f"{old_width} → {new_width} bits" if old_width != new_width else "; ".join(odd)
+            if why:
+                own = "weight" if kind == "weight" else "input"
+                for name in same_weight(model, bits.name):
+                    yield f"{name}.{own}_quantizer", why

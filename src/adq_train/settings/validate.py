@@ -1,0 +1,254 @@
+"""Every error of a configuration at once, before any data is touched.
+
+Values are checked in two steps that share one list of problems: the fixed sections against their
+schema, and each group's ``_target_`` by binding its arguments to the signature and building it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, fields
+from typing import Any
+
+import torch
+from omegaconf import MISSING, DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from torch import nn
+
+from adq_train.allocation.allocator import Allocator
+from adq_train.allocation.budget import share_of_float
+from adq_train.errors import ConfigError, did_you_mean
+from adq_train.models import ModelSource
+from adq_train.quantization.base import (
+    MakeActivationQuantizer,
+    MakeWeightQuantizer,
+)
+from adq_train.sensitivity.base import SensitivityMetric
+from adq_train.settings.building import (
+    TRUSTED_PREFIXES,
+    DataSource,
+    build,
+    fits,
+    leaves,
+    trust_problems,
+    trusted_prefixes,
+)
+from adq_train.settings.schema import GROUPS, SECTIONS, Range, is_path
+from adq_train.storage.files import with_home
+from adq_train.training.compiling import compiler_problem
+from adq_train.training.distillation import Distillation
+from adq_train.training.optimizers import MakeOptimizer
+from adq_train.training.schedule import Schedule
+
+__all__ = [
+    "TRUSTED_PREFIXES",
+    "Parts",
+    "build",
+    "fits",
+    "leaves",
+    "trust_problems",
+    "trusted_prefixes",
+    "validate",
+]
+
+
+@dataclass(frozen=True)
+class Parts:
+    """The configured pieces of a run, one per config group."""
+
+    data: DataSource
+    model: ModelSource
+    make_weight_quantizer: MakeWeightQuantizer
+    make_activation_quantizer: MakeActivationQuantizer
+    sensitivity: SensitivityMetric
+    allocator: Allocator
+    make_optimizer: MakeOptimizer
+    make_quantizer_optimizer: MakeOptimizer
+    scheduler: Schedule
+    distillation: Distillation
+    device: torch.device
+
+
+def validate(cfg: DictConfig) -> tuple[dict[str, Any], Parts]:
+    """Checks a composed configuration and builds its parts.
+
+    Args:
+        cfg: The composed configuration.
+
+    Returns:
+        The configuration as plain dictionaries, resolved, and its parts.
+
+    Raises:
+        ConfigError: Lists every problem that was found.
+    """
+    try:
+        config: Any = with_homes(without_missing(OmegaConf.to_container(cfg, resolve=True)))
+    except OmegaConfBaseException as error:
+        raise ConfigError([f"{error.full_key}: {str(error).splitlines()[0]}"]) from error
+    except RecursionError as error:
+        raise ConfigError(
+            ["an interpolation (${name}) leads back to itself; write the value"]
+        ) from error
+    lacking = [
+        f"{section}.{field.name}".strip(".")
+        for section, schema in SECTIONS.items()
+        for field in fields(schema)
+        if field.default is not MISSING
+        and field.name not in (config[section] if section else config)
+    ]
+    if lacking:
+        raise ConfigError(f"{name}: a value is required; give {name}=…" for name in lacking)
+    # Numbers are floats from here on, so that 3 and 3.0 mean the same run.
+    config["budget"] = {
+        name: float(value) if type(value) is int else value
+        for name, value in config["budget"].items()
+    }
+    problems = [*_section_problems(config), *trust_problems(config)]
+    trusted = trusted_prefixes(config)
+    device = _device(config["trainer"]["device"], problems)
+    if config["trainer"]["compile"] != "none" and (missing := compiler_problem(device)):
+        problems.append(f"trainer.compile: {missing}, or set trainer.compile=none")
+    built = {}
+    if not any("_target_" in problem for problem in problems):
+        for group in GROUPS:
+            try:
+                built[group] = build(config[group], group, _trial(group, config), trusted)
+            except ConfigError as error:
+                problems += error.problems
+    if problems:
+        raise ConfigError(dict.fromkeys(problems))
+    parts = Parts(
+        data=built["data"],
+        model=built["model"],
+        make_weight_quantizer=built["weight_quantizer"],
+        make_activation_quantizer=built["activation_quantizer"],
+        sensitivity=built["sensitivity"],
+        allocator=built["allocator"],
+        make_optimizer=built["optimizer"],
+        make_quantizer_optimizer=built["quantizer_optimizer"],
+        scheduler=built["scheduler"],
+        distillation=built["distillation"],
+        device=device,
+    )
+    return config, parts
+
+
+def _section_problems(config: dict[str, Any]) -> Iterator[str]:
+    """Ranges and choices of the fixed sections, and numbers that are none."""
+    for section, schema in SECTIONS.items():
+        values = config[section] if section else config
+        known = {field.name for field in fields(schema)}
+        for name in values.keys() - known:
+            prefix = f"{section}.{name}".strip(".")
+            yield f"{prefix}: there is no such setting{did_you_mean(name, known)}"
+        for field in fields(schema):
+            name = f"{section}.{field.name}".strip(".")
+            value = values[field.name]
+            allowed: Range | None = field.metadata.get("range")
+            if allowed:
+                for _, number in leaves(value):
+                    if isinstance(number, str) and section == "budget":
+                        try:
+                            share_of_float(number)
+                        except ValueError as error:
+                            yield f"{name}: {error}"
+                    elif isinstance(number, str | bool):
+                        yield f"{name}: must be a number, got {number!r}"
+                    elif number is not None and (wrong := allowed.problem(number)):
+                        yield f"{name}: {wrong}"
+            choices = field.metadata.get("choices")
+            if choices and value not in choices:
+                yield f"{name}: must be one of {', '.join(choices)}, got {value!r}"
+    for key, value in leaves(config):
+        if isinstance(value, float) and not math.isfinite(value):
+            yield f"{key}: must be a finite number, got {value}"
+        if value == "" and is_path(key):
+            yield f"{key}: is empty; give a path, or null for none"
+    pretrain = config["pretrain"]
+    for name, default in (("head", "keep"), ("checkpoint_key", None)):
+        if pretrain[name] != default and not pretrain["checkpoint"]:
+            yield f"pretrain.{name}: {pretrain[name]} is about pretrain.checkpoint; give that too"
+    if pretrain["head"] == "new" and config["init_from"]:
+        yield "pretrain.head: new needs float training, and init_from does none; leave one out"
+    pinned = config["bits"]["pinned"]
+    if isinstance(pinned, dict):
+        for pattern, width in pinned.items():
+            if type(width) is not int:
+                yield f"bits.pinned.{pattern}: must be a whole number of bits, got {width!r}"
+    elif pinned is not None:
+        yield f"bits.pinned: must map layer names to bits, {{fc: 4}}, got {pinned!r}"
+    candidates = config["bits"]["candidates"]
+    yield from _candidate_problems(candidates, config["bits"]["candidates_per_layer"])
+    if not any(value is not None for value in config["budget"].values()):
+        names = ", ".join(f"budget.{name}" for name in config["budget"])
+        yield f"budget: at least one limit is required, of {names}"
+
+
+def _candidate_problems(candidates: list[int], per_layer: Any) -> Iterator[str]:
+    """Lists of bit-widths that are out of order, and widths that would not be measured."""
+    rule = "must be ascending and distinct, at least one"
+    if not all(type(b) is int for b in candidates):
+        yield f"bits.candidates: must be a list of bits, [2, 4], got {candidates}"
+        return
+    if not candidates or sorted(set(candidates)) != candidates:
+        yield f"bits.candidates: {rule}, got {candidates}"
+    if not isinstance(per_layer, dict | None):
+        yield (
+            "bits.candidates_per_layer: must map layer names to lists of bits, {fc: [4, 8]}, got "
+            f"{per_layer!r}"
+        )
+        return
+    for pattern, widths in (per_layer or {}).items():
+        name = f"bits.candidates_per_layer.{pattern}"
+        if not isinstance(widths, list) or not all(type(b) is int for b in widths):
+            yield f"{name}: must be a list of bits, [2, 4], got {widths!r}"
+        elif not widths or sorted(set(widths)) != widths:
+            yield f"{name}: {rule}, got {widths}"
+        elif not set(widths) <= set(candidates):
+            more = sorted({*widths, *candidates})
+            yield (
+                f"{name}: {widths} must be among bits.candidates, which are measured; set "
+                f"bits.candidates={more}"
+            )
+
+
+def without_missing(node: Any) -> Any:
+    """Leaves out the values that still are ``???``; each part says then which it requires."""
+    if not isinstance(node, dict):
+        return node
+    return {key: without_missing(value) for key, value in node.items() if value != MISSING}
+
+
+def with_homes(node: Any, name: str = "") -> Any:
+    """Writes out ``~`` in the settings that name a file or a folder, as a shell would."""
+    if isinstance(node, dict):
+        return {key: with_homes(value, str(key)) for key, value in node.items()}
+    return with_home(node) if isinstance(node, str) and is_path(name) else node
+
+
+def _device(name: str, problems: list[str]) -> torch.device:
+    """The device that ``trainer.device`` names."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+        if device.type == "mps":
+            raise ValueError("it has no float64, in which figures are summed up")
+    except (RuntimeError, AssertionError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        problems.append(f"trainer.device: {name!r} cannot be used here ({reason}); try auto or cpu")
+        return torch.device("cpu")
+    return device
+
+
+def _trial(group: str, config: dict[str, Any]) -> Callable[[Any], Any]:
+    """How to try a part that is completed at run time, so that its errors show now."""
+    if group in ("weight_quantizer", "activation_quantizer"):
+        return lambda make: [
+            make(bits) for bits in config["bits"]["candidates"] if bits in range(2, 9)
+        ]
+    if group in ("optimizer", "quantizer_optimizer"):
+        return lambda make: make([{"params": [nn.Parameter(torch.zeros(1))]}])
+    return lambda part: part
