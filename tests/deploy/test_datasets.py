@@ -14,8 +14,8 @@ def test_data_sets_of_this_package_may_be_named():
     "section",
     [
         {"_target_": "os.system"},
-        {"_target_": "adq_train.data.cifar.pickle"},
-        {"_target_": "adq_train.data.cifar.pickle.loads"},
+        {"_target_": "adq_train.data.cifar.CIFAR10"},  # torchvision's, unpickles
+        {"_target_": "adq_train.data.cifar.torch.load"},
         {"_target_": "adq_train.data.digits.HeldOut"},  # imported there, not a data set
         {"_target_": "adq_train.data.nothing.Digits"},
         {"_target_": "adq_train.data.base.Loading"},  # cannot load anything

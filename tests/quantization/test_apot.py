@@ -39,13 +39,13 @@ def enumerated(bit_width):
     return sorted(s / max(sums) for s in sums)
 
 
-@pytest.mark.parametrize("bits", range(1, 9))
-def test_the_level_set_is_every_sum_of_powers(bits):
-    expected = enumerated(bits)
-    assert len(expected) == 2**bits
-    levels = apot_levels(bits)
-    assert levels.tolist() == pytest.approx([float(level) for level in expected], rel=1e-7)
-    assert (levels.diff() > 0).all()
+def test_the_level_set_is_every_sum_of_powers():
+    for bits in range(1, 9):
+        expected = enumerated(bits)
+        assert len(expected) == 2**bits
+        levels = apot_levels(bits)
+        assert levels.tolist() == pytest.approx([float(level) for level in expected], rel=1e-7)
+        assert (levels.diff() > 0).all()
 
 
 def test_small_level_sets_written_out():
@@ -57,13 +57,13 @@ def test_small_level_sets_written_out():
     assert (48 * apot_levels(4)).tolist() == pytest.approx(sums)
 
 
-@pytest.mark.parametrize("bits", BITS)
-def test_signed_levels_are_a_sign_and_one_bit_less(bits):
-    magnitudes = [float(level) for level in enumerated(bits - 1)]
-    expected = sorted({s * m for s in (-1, 1) for m in magnitudes})
-    levels = signed_apot_levels(bits)
-    assert len(levels) == 2**bits - 1
-    assert levels.tolist() == pytest.approx(expected, rel=1e-6)
+def test_signed_levels_are_a_sign_and_one_bit_less():
+    for bits in BITS:
+        magnitudes = [float(level) for level in enumerated(bits - 1)]
+        expected = sorted({s * m for s in (-1, 1) for m in magnitudes})
+        levels = signed_apot_levels(bits)
+        assert len(levels) == 2**bits - 1
+        assert levels.tolist() == pytest.approx(expected, rel=1e-6)
 
 
 def rcf_by_hand(x, alpha, levels):
@@ -120,26 +120,26 @@ def test_rcf_with_a_fixed_projection_agrees_with_finite_differences():
     torch.testing.assert_close(alpha.grad, expected, rtol=1e-6, atol=1e-7)
 
 
-@pytest.mark.parametrize("bits", BITS)
 @pytest.mark.parametrize("rescale", [False, True])
-def test_weights_are_normalised_projected_and_scaled(bits, rescale):
-    weight = 0.03 * torch.randn(6, 4, 3, 3) + 0.01
-    quantizer = ApotWeightQuantizer(bits, rescale=rescale)
-    quantizer.calibrate(weight)
-    alpha = quantizer.alpha.item()
-    mean, deviation = weight.double().mean(), weight.double().std(correction=0)
-    levels = [alpha * float(s * m) for s in (-1, 1) for m in enumerated(bits - 1)]
-    levels = torch.tensor(sorted(levels), dtype=torch.float64)
-    normal = (weight.double() - mean) / deviation
-    factor = deviation if rescale else 1.0
-    expected = levels[(normal[..., None] - levels).abs().argmin(-1)] * factor
-    scale = quantizer.output_scale(weight)
-    torch.testing.assert_close(scale.double(), torch.as_tensor(factor, dtype=torch.float64))
-    codes = quantizer.quantize(weight).long()
-    assert torch.equal(quantizer(weight), quantizer.levels()[codes] * scale)
-    off = (quantizer(weight).double() - expected).abs() > 1e-5 * alpha * factor
-    assert off.float().mean() < 0.01  # float32 may put a value on a border elsewhere
-    assert not off.any() or bits > 3
+def test_weights_are_normalised_projected_and_scaled(rescale):
+    for bits in BITS:
+        weight = 0.03 * torch.randn(6, 4, 3, 3) + 0.01
+        quantizer = ApotWeightQuantizer(bits, rescale=rescale)
+        quantizer.calibrate(weight)
+        alpha = quantizer.alpha.item()
+        mean, deviation = weight.double().mean(), weight.double().std(correction=0)
+        levels = [alpha * float(s * m) for s in (-1, 1) for m in enumerated(bits - 1)]
+        levels = torch.tensor(sorted(levels), dtype=torch.float64)
+        normal = (weight.double() - mean) / deviation
+        factor = deviation if rescale else 1.0
+        expected = levels[(normal[..., None] - levels).abs().argmin(-1)] * factor
+        scale = quantizer.output_scale(weight)
+        torch.testing.assert_close(scale.double(), torch.as_tensor(factor, dtype=torch.float64))
+        codes = quantizer.quantize(weight).long()
+        assert torch.equal(quantizer(weight), quantizer.levels()[codes] * scale)
+        off = (quantizer(weight).double() - expected).abs() > 1e-5 * alpha * factor
+        assert off.float().mean() < 0.01  # float32 may put a value on a border elsewhere
+        assert not off.any() or bits > 3
 
 
 def test_the_gradient_of_weights_passes_within_the_clip_in_units_of_the_output():
@@ -238,17 +238,17 @@ def test_normalisation_makes_shift_and_scale_irrelevant():
 
 
 @pytest.mark.parametrize("signed", [False, True])
-@pytest.mark.parametrize("bits", [2, 3, 4])
-def test_alpha_starts_at_the_clip_of_least_squared_error(bits, signed):
-    x = torch.randn(2000) if signed else torch.randn(2000).relu()
-    quantizer = ApotActivationQuantizer(bits)
-    quantizer.calibrate(x)
-    error = (quantizer(x) - x).square().mean().item()
-    largest = x.abs().max()
-    for share in torch.linspace(0.05, 1, 96):
-        other = reparameterized_clip(x, share * largest, quantizer.base)
-        assert error <= (other - x).square().mean().item() * (1 + 1e-3)
-    assert 0.2 * largest < quantizer.alpha <= largest * (1 + 1e-6)
+def test_alpha_starts_at_the_clip_of_least_squared_error(signed):
+    for bits in (2, 3, 4):
+        x = torch.randn(2000) if signed else torch.randn(2000).relu()
+        quantizer = ApotActivationQuantizer(bits)
+        quantizer.calibrate(x)
+        error = (quantizer(x) - x).square().mean().item()
+        largest = x.abs().max()
+        for share in torch.linspace(0.05, 1, 96):
+            other = reparameterized_clip(x, share * largest, quantizer.base)
+            assert error <= (other - x).square().mean().item() * (1 + 1e-3)
+        assert 0.2 * largest < quantizer.alpha <= largest * (1 + 1e-6)
 
 
 def test_the_clip_of_a_long_sample_sees_every_position():

@@ -10,7 +10,7 @@ from adq_train.quantization.dorefa import (
     normalized_tanh,
 )
 
-each_bit_width = pytest.mark.parametrize("bits", range(2, 9))
+BITS = range(2, 9)
 
 
 def quantize_k(r, bits):
@@ -18,41 +18,43 @@ def quantize_k(r, bits):
     return round(r * steps) / steps
 
 
-@each_bit_width
-def test_weights_are_the_papers_formula(bits):
-    weights = torch.randn(60, dtype=torch.float64).tolist()
-    largest = max(abs(math.tanh(w)) for w in weights)
-    expected = [2 * quantize_k(math.tanh(w) / (2 * largest) + 0.5, bits) - 1 for w in weights]
-    quantizer = DorefaWeightQuantizer(bits, rescale=False).double()
-    got = quantizer(torch.tensor(weights, dtype=torch.float64))
-    # The level table is float32.
-    torch.testing.assert_close(got, torch.tensor(expected, dtype=torch.float64), atol=1e-6, rtol=0)
-    assert quantizer.output_scale(got) == 1
+def test_weights_are_the_papers_formula():
+    for bits in BITS:
+        weights = torch.randn(60, dtype=torch.float64).tolist()
+        largest = max(abs(math.tanh(w)) for w in weights)
+        expected = [2 * quantize_k(math.tanh(w) / (2 * largest) + 0.5, bits) - 1 for w in weights]
+        quantizer = DorefaWeightQuantizer(bits, rescale=False).double()
+        got = quantizer(torch.tensor(weights, dtype=torch.float64))
+        # The level table is float32.
+        torch.testing.assert_close(
+            got, torch.tensor(expected, dtype=torch.float64), atol=1e-6, rtol=0
+        )
+        assert quantizer.output_scale(got) == 1
 
 
-@each_bit_width
-def test_activations_are_the_papers_formula(bits):
-    inputs = (2 * torch.rand(60, dtype=torch.float64)).tolist()
-    expected = [quantize_k(min(max(x, 0), 1), bits) for x in inputs]
-    quantizer = DorefaActivationQuantizer(bits)
-    got = quantizer(torch.tensor(inputs, dtype=torch.float64))
-    assert got.tolist() == pytest.approx(expected)
+def test_activations_are_the_papers_formula():
+    for bits in BITS:
+        inputs = (2 * torch.rand(60, dtype=torch.float64)).tolist()
+        expected = [quantize_k(min(max(x, 0), 1), bits) for x in inputs]
+        quantizer = DorefaActivationQuantizer(bits)
+        got = quantizer(torch.tensor(inputs, dtype=torch.float64))
+        assert got.tolist() == pytest.approx(expected)
 
 
-@each_bit_width
-def test_levels(bits):
-    steps = 2**bits - 1
-    expected = [2 * k / steps - 1 for k in range(steps + 1)]
-    levels = DorefaWeightQuantizer(bits).levels()
-    assert levels.tolist() == pytest.approx(expected, abs=1e-6)
-    assert (levels != 0).all()
-    torch.testing.assert_close(levels, -levels.flip(0))
-    inputs = DorefaActivationQuantizer(bits, clip=3.0)
-    assert inputs.levels().tolist() == pytest.approx([3 * k / steps for k in range(steps + 1)])
-    inputs.calibrate(torch.tensor([-1.0, 2.0]))
-    reach = 2 ** (bits - 1) - 1
-    expected = [3 * k / reach for k in range(-reach, reach + 1)]
-    assert inputs.levels().tolist() == pytest.approx(expected)
+def test_levels():
+    for bits in BITS:
+        steps = 2**bits - 1
+        expected = [2 * k / steps - 1 for k in range(steps + 1)]
+        levels = DorefaWeightQuantizer(bits).levels()
+        assert levels.tolist() == pytest.approx(expected, abs=1e-6)
+        assert (levels != 0).all()
+        torch.testing.assert_close(levels, -levels.flip(0))
+        inputs = DorefaActivationQuantizer(bits, clip=3.0)
+        assert inputs.levels().tolist() == pytest.approx([3 * k / steps for k in range(steps + 1)])
+        inputs.calibrate(torch.tensor([-1.0, 2.0]))
+        reach = 2 ** (bits - 1) - 1
+        expected = [3 * k / reach for k in range(-reach, reach + 1)]
+        assert inputs.levels().tolist() == pytest.approx(expected)
 
 
 def test_the_gradient_of_weights_is_that_of_the_normalised_tanh():

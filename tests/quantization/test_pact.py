@@ -84,16 +84,16 @@ def test_gradients_are_those_of_the_clipped_function(seed, signed):
     assert torch.equal(x.grad, grad_x)
 
 
-@pytest.mark.parametrize("bits", range(2, 9))
 @pytest.mark.parametrize("signed", [False, True])
-def test_levels_are_even_and_end_at_alpha(bits, signed):
-    x = torch.randn(500) if signed else torch.rand(500)
-    quantizer = calibrated(x, bits)
-    alpha = quantizer.alpha.item()
-    low, count = (-alpha, 2**bits - 1) if signed else (0.0, 2**bits)
-    expected = torch.linspace(low, alpha, count)
-    torch.testing.assert_close(quantizer.levels(), expected, rtol=1e-5, atol=1e-6)
-    assert quantizer.levels()[int(quantizer.zero_point)] == 0
+def test_levels_are_even_and_end_at_alpha(signed):
+    for bits in range(2, 9):
+        x = torch.randn(500) if signed else torch.rand(500)
+        quantizer = calibrated(x, bits)
+        alpha = quantizer.alpha.item()
+        low, count = (-alpha, 2**bits - 1) if signed else (0.0, 2**bits)
+        expected = torch.linspace(low, alpha, count)
+        torch.testing.assert_close(quantizer.levels(), expected, rtol=1e-5, atol=1e-6)
+        assert quantizer.levels()[int(quantizer.zero_point)] == 0
 
 
 @pytest.mark.parametrize("signed", [False, True])

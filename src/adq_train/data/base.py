@@ -6,6 +6,7 @@ import hashlib
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
@@ -14,6 +15,7 @@ from torch import Tensor
 from adq_train.errors import UserError
 
 ALL = slice(None)
+CACHE_FOLDER = Path("~/.cache/adq-train")  # what is downloaded
 MAX_SIDE = 4096  # pixels, of what a model sees
 Batch = tuple[Tensor, Tensor]  # images (N, C, H, W) float32, normalised; targets (N,) int64
 

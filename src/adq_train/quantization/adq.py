@@ -351,7 +351,9 @@ class AdqWeightQuantizer(WeightQuantizer):
         if self.adaptation == "quantile":
             # Apart from the zero, which stands elsewhere once all weights have one sign.
             target = _side_quantiles(weights, self.bit_width, self.level_set)
-            free = torch.lerp(self.ratio * target, self._free_levels(), self.decay)
+            # Ratios far apart may turn two targets round, but levels are in order.
+            target = (self.ratio * target).sort().values
+            free = torch.lerp(target, self._free_levels(), self.decay)
             self.codebook = _with_zero(free, self.level_set)
             self.pinned = self._zero_level(self.codebook)
             return

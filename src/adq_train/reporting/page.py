@@ -1,13 +1,15 @@
-"""A report as one HTML page that needs nothing else: styles and pictures are inside."""
+"""A report as one HTML page that needs nothing else: styles and pictures are inside.
+
+``page.html.j2`` says how it looks; here is what it shows.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from html import escape
-from importlib.resources import files
+from collections.abc import Collection, Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
-from matplotlib.figure import Figure
+from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from adq_train.reporting import figures, plots
 from adq_train.reporting.groups import Row, Section
@@ -26,123 +28,144 @@ MOST_DETAILS = 12
 WORDS = (0, 9, 10)  # columns of text; the others are numbers
 
 
+@dataclass(frozen=True)
+class Cell:
+    """A cell of a table: its class in the style sheet, and its text."""
+
+    kind: str
+    text: str
+
+
+@dataclass(frozen=True)
+class TableRow:
+    """A row of a table, and whether others are compared with it."""
+
+    is_reference: bool
+    cells: list[Cell]
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A picture of a whole section: its heading, its description, and itself as a data URI."""
+
+    heading: str
+    what: str
+    uri: str
+
+
+@dataclass(frozen=True)
+class Details:
+    """Pictures of a row's first seed as data URIs, None where there is nothing to draw.
+
+    Attributes:
+        name: The row's.
+        seed: The seed that is drawn.
+        sensitivity: The sensitivity table.
+        same_as: The row above whose sensitivity table is the same and is drawn.
+        codebooks: Levels over time.
+    """
+
+    name: str
+    seed: int
+    sensitivity: str | None
+    same_as: str | None
+    codebooks: str | None
+
+
+@dataclass(frozen=True)
+class Part:
+    """All that the page shows of a section; texts are empty where there is nothing to say."""
+
+    heading: str
+    common: str
+    table: list[TableRow]
+    compared_with: str
+    others: list[str]
+    pictures: list[Picture]
+    details: list[Details]
+    not_drawn: list[str]
+
+
 def render(report: Report) -> str:
     """The whole page. Every text that comes from a run's folder is escaped."""
-    css = files("adq_train.reporting").joinpath("page.css").read_text(encoding="utf-8")
-    finished = sum(run.state == "done" for run in report.runs)
+    environment = Environment(
+        loader=PackageLoader("adq_train.reporting", ""),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
     with figures.drawing():
-        body = [
-            "<h1>Report</h1>",
-            f'<p class="soft">{finished} of {len(report.runs)} runs are done.</p>',
-            *_problems(report.problems()),
-            *(part for section in report.sections for part in _section(section, report)),
-            "<h2>How to read this</h2>",
-            *(f"<p>{escape(text)}</p>" for text in READING),
-        ]
-    # The page asks for nothing, and is not allowed to.
-    policy = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
-    return "\n".join(
-        [
-            "<!doctype html>",
-            '<html lang="en">',
-            "<head>",
-            '<meta charset="utf-8">',
-            f'<meta http-equiv="Content-Security-Policy" content="{policy}">',
-            '<meta name="viewport" content="width=device-width, initial-scale=1">',
-            "<title>adq-train: report</title>",
-            f"<style>\n{css}</style>",
-            "</head>",
-            "<body>",
-            *body,
-            "</body>",
-            "</html>\n",
-        ]
+        parts = [_part(section, report) for section in report.sections]
+    return environment.get_template("page.html.j2").render(
+        report=report,
+        finished=sum(run.state == "done" for run in report.runs),
+        problems=report.problems(),
+        headings=[_cell(index, text) for index, text in enumerate(HEADINGS)],
+        sections=parts,
+        reading=READING,
     )
 
 
-def _problems(problems: Sequence[str]) -> Iterable[str]:
-    if problems:
-        yield '<div class="problems"><h3>Not in the tables, and remarks</h3><ul>'
-        yield from (f"<li>{escape(text)}</li>" for text in problems)
-        yield "</ul></div>"
-
-
-def _section(section: Section, report: Report) -> Iterable[str]:
-    yield f"<h2>{escape(heading(section))}</h2>"
-    if section.common:
-        yield f'<p class="soft">All runs: <code>{escape(section.common)}</code></p>'
-    yield from _table(section, report)
-    if compared_with(section):
-        yield f"<p>{escape(compared_with(section))}</p>"
-    left = others(section, report.known)
-    if left:
-        yield "<details><summary>Also published for this network and data set</summary><ul>"
-        yield from (f"<li>{escape(text)}</li>" for text in left)
-        yield "</ul></details>"
+def _part(section: Section, report: Report) -> Part:
     rows = [row for row in section.rows if row.runs]
-    if not rows:
-        return
-    yield "<h3>Accuracy and cost</h3>"
-    yield _image(figures.accuracy_and_cost(rows), "Top-1 against average bits and against size")
-    yield "<h3>Beside the float model</h3>"
-    yield _image(
-        figures.bars(rows, section.references_in_use()), "Top-1 after QAT minus float, for each row"
+    table = zip(section.rows, cells(section, report.known), strict=True)
+    references = section.references_in_use()
+    return Part(
+        heading=heading(section),
+        common=section.common,
+        table=[
+            TableRow(row.name in references, [_cell(*cell) for cell in enumerate(texts)])
+            for row, texts in table
+        ],
+        compared_with=compared_with(section),
+        others=others(section, report.known),
+        pictures=_pictures(rows, references) if rows else [],
+        details=_details(rows[:MOST_DETAILS]),
+        not_drawn=[row.name for row in rows[MOST_DETAILS:]],
     )
-    yield "<h3>Bits of each layer</h3>"
-    yield _image(figures.bits(rows), "Bits of each layer in each row")
-    yield from _details(rows)
 
 
-def _table(section: Section, report: Report) -> Iterable[str]:
-    yield '<div class="wide"><table><thead><tr>'
-    for index, text in enumerate(HEADINGS):
-        yield f"<th{_kind(index)}>{escape(text)}</th>"
-    yield "</tr></thead><tbody>"
-    table = cells(section, report.known)
-    for row, texts in zip(section.rows, table, strict=True):
-        is_reference = row.name in section.references_in_use()
-        yield '<tr class="reference">' if is_reference else "<tr>"
-        yield "".join(
-            f"<td{_kind(index, text)}>{escape(text)}</td>" for index, text in enumerate(texts)
-        )
-        yield "</tr>"
-    yield "</tbody></table></div>"
-
-
-def _kind(index: int, text: str = "") -> str:
-    """The class of a cell: words to the left, gains and losses in colour."""
-    if index not in WORDS:
-        return ""
+def _cell(index: int, text: str) -> Cell:
+    """Words go to the left, numbers to the right; gains and losses are in colour."""
     verdict = text.split(":")[0] if index == 9 else ""
-    return f' class="text {verdict}"' if verdict in ("gain", "loss") else ' class="text"'
+    if verdict in ("gain", "loss"):
+        return Cell(f"text {verdict}", text)
+    return Cell("text" if index in WORDS else "number", text)
 
 
-def _details(rows: Sequence[Row]) -> Iterable[str]:
+def _pictures(rows: Sequence[Row], references: Collection[str]) -> list[Picture]:
+    bars = figures.bars(rows, references)
+    drawn = (
+        (
+            "Accuracy and cost",
+            "Top-1 against average bits and against size",
+            figures.accuracy_and_cost(rows),
+        ),
+        ("Beside the float model", "Top-1 after QAT minus float, for each row", bars),
+        ("Bits of each layer", "Bits of each layer in each row", figures.bits(rows)),
+    )
+    return [Picture(name, what, figures.data_uri(figure)) for name, what, figure in drawn]
+
+
+def _details(rows: Sequence[Row]) -> list[Details]:
     """Sensitivity and codebooks of each row's first seed; equal tables are drawn once."""
     drawn: dict[Any, str] = {}
-    yield "<h3>Sensitivity, and codebooks over time</h3>"
-    for row in rows[:MOST_DETAILS]:
+    found = []
+    for row in rows:
         run = row.runs[0]
-        yield f"<details><summary>{escape(row.name)} (seed {run.seed})</summary>"
+        sensitivity = same_as = None
         if run.sensitivity is not None:
             key = run.sensitivity.to_json()
-            if key in drawn:
-                yield f"<p>Sensitivity as in {escape(drawn[key])}.</p>"
-            else:
+            same_as = drawn.get(key)
+            if same_as is None:
                 drawn[key] = row.name
-                yield _image(plots.sensitivity(run.sensitivity), "Sensitivity of each layer")
-        else:
-            yield "<p>No sensitivity table.</p>"
+                sensitivity = figures.data_uri(plots.sensitivity(run.sensitivity))
         records = _with_codebooks(run.records)
-        if records:
-            yield "<p>Levels of each layer's codebook, by epoch of QAT:</p>"
-            yield _image(plots.codebooks(records), "Codebooks over time")
-        else:
-            yield "<p>No codebooks were recorded.</p>"
-        yield "</details>"
-    if len(rows) > MOST_DETAILS:
-        left = ", ".join(row.name for row in rows[MOST_DETAILS:])
-        yield f'<p class="soft">Not drawn, to keep the page small: {escape(left)}.</p>'
+        codebooks = figures.data_uri(plots.codebooks(records)) if records else None
+        found.append(Details(row.name, run.seed, sensitivity, same_as, codebooks))
+    return found
 
 
 def _with_codebooks(records: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -161,7 +184,3 @@ def _with_codebooks(records: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
         if not found or shape == {k: len(v) for k, v in found[0]["codebooks"].items()}:
             found.append(record)
     return found
-
-
-def _image(figure: Figure, what: str) -> str:
-    return f'<img alt="{escape(what)}" src="{figures.data_uri(figure)}">'
