@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from adq_train import interrupts
-from adq_train.interrupts import Interrupted, caught, held
+from adq_train.interrupts import Interrupted, caught, deferred
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -39,7 +39,7 @@ def test_a_held_signal_waits_to_be_asked_for():
         os.kill(os.getpid(), signal.SIGINT)  # torchrun passes on what was received already
         seen.append(received())
 
-    with pytest.raises(Interrupted), caught(), held() as received:
+    with pytest.raises(Interrupted), caught(), deferred() as received:
         work(received)
     assert seen == [0, signal.SIGTERM, signal.SIGTERM]
 
@@ -47,7 +47,7 @@ def test_a_held_signal_waits_to_be_asked_for():
 def test_the_next_run_of_a_process_begins_without_the_signal_of_the_last():
     with pytest.raises(Interrupted), caught():
         os.kill(os.getpid(), signal.SIGTERM)
-    with caught(), held() as received:
+    with caught(), deferred() as received:
         assert received() == 0
 
 
@@ -56,7 +56,7 @@ def test_a_second_signal_ends_the_process_at_once():
         "import os, signal, time\n"
         "from adq_train import interrupts\n"
         "interrupts.ONE_CTRL_C_SECONDS = 0.05\n"
-        "with interrupts.caught(), interrupts.held():\n"
+        "with interrupts.caught(), interrupts.deferred():\n"
         "    os.kill(os.getpid(), signal.SIGINT)\n"
         "    time.sleep(0.1)\n"
         "    os.kill(os.getpid(), signal.SIGINT)\n"

@@ -120,7 +120,7 @@ def left_alone() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def held() -> Iterator[Callable[[], int]]:
+def deferred() -> Iterator[Callable[[], int]]:
     """Keeps signals back during a with block; gives a way to ask for one that has come.
 
     Yields:

@@ -7,7 +7,7 @@ import torch
 from adq_train.training.loop import _seed_generators
 
 from adq_train.training.device import use
-from adq_train.training.health import LateFlags
+from adq_train.training.health import PendingFlags
 
 
 @pytest.fixture(autouse=True)
@@ -53,7 +53,7 @@ def test_seeds_and_events_go_to_the_device_that_computes():
         entered.assert_called_once_with(device)
         seeded.assert_called_once_with(3)
         finite = mock.Mock(is_cuda=True, device=device)
-        flags = LateFlags(2)
+        flags = PendingFlags(2)
         flags.add(0, finite, torch.zeros(1), torch.zeros(1))
         stream.assert_called_once_with(device)
         assert flags.waiting[0].arrived is stream.return_value.record_event.return_value

@@ -76,20 +76,22 @@ def test_values_are_exchanged():
     def exchange():
         with joined() as ranks:
             tensor = torch.tensor([1.0, 2.0]) * (ranks.rank + 1)
-            shared = ranks.share(lambda: {"rank": ranks.rank, "x": tensor, "bytes": b"\x00\xff"})
+            shared = ranks.broadcast(
+                lambda: {"rank": ranks.rank, "x": tensor, "bytes": b"\x00\xff"}
+            )
             weighted = [tensor.clone(), torch.full((2, 1), float(ranks.rank))]
-            ranks.average(weighted, weight=[1, 3, 0][ranks.rank])
+            ranks.all_reduce_mean(weighted, weight=[1, 3, 0][ranks.rank])
             model = nn.Linear(2, 2)
             nn.init.constant_(model.weight, ranks.rank)
-            ranks.equalize(model)
-            with ranks.one_first():
+            ranks.broadcast_model(model)
+            with ranks.local_main_first():
                 began = time.monotonic()
                 time.sleep(0.05)
             return {
                 "shared": shared,
-                "gathered": ranks.gather(["a", "long text"][: ranks.rank]),
-                "largest": ranks.largest(ranks.rank, 7 - ranks.rank),
-                "sum": ranks.sum(tensor),
+                "gathered": ranks.all_gather(["a", "long text"][: ranks.rank]),
+                "largest": ranks.all_reduce_max(ranks.rank, 7 - ranks.rank),
+                "sum": ranks.all_reduce_sum(tensor),
                 "average": weighted,
                 "weight": model.weight.detach(),
                 "began": began,
@@ -115,12 +117,12 @@ def test_values_are_exchanged():
 
 def test_a_single_process_exchanges_nothing():
     tensor = torch.tensor([1.0])
-    assert ALONE.share(lambda: tensor) is tensor
+    assert ALONE.broadcast(lambda: tensor) is tensor
     assert ALONE.sum(tensor) is tensor
     assert ALONE.gather(tensor) == [tensor]
-    assert ALONE.largest(3, 4) == [3, 4]
+    assert ALONE.all_reduce_max(3, 4) == [3, 4]
     ALONE.average([tensor], 0)
-    ALONE.equalize(nn.Linear(1, 1))
+    ALONE.broadcast_model(nn.Linear(1, 1))
     assert tensor.tolist() == [1]
     assert launch_prefix(ALONE) == ["adq-train"]
     assert is_first_to_report()
@@ -277,10 +279,10 @@ def test_a_process_that_differs_is_found():
 def test_the_loss_of_a_process_ends_the_others():
     def train():
         with joined() as ranks:
-            ranks.largest(0)
+            ranks.all_reduce_max(0)
             if ranks.rank == 1:
                 os.kill(os.getpid(), signal.SIGKILL)
-            ranks.largest(0)
+            ranks.all_reduce_max(0)
 
     survivor, killed = run_ranks(2, train)
     assert killed is None

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from adq_train.training.health import LateFlags, all_finite, clear_unless, origin
+from adq_train.training.health import PendingFlags, all_finite, clear_unless, origin
 
 
 def parameters(*gradients):
@@ -93,7 +93,7 @@ def test_where_it_begins(spoil, expected):
 
 
 def test_flags_are_read_in_order_and_late():
-    flags = LateFlags(2)
+    flags = PendingFlags(2)
     images = torch.zeros(1)
     for step, finite in enumerate([True, True, False, False]):
         flags.add(step, torch.tensor(finite), images, images)

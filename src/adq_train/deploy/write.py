@@ -142,20 +142,14 @@ def export_run(
     with made(output.parent), written_whole(output) as temporary:
         if form == "onnx":
             temporary.write_bytes(onnx_bytes(model))
-            agreement = compare(
-                assemble(model),
-                OnnxModel(temporary),
-                (images for images, _ in run.load_data(data_changes).test.epoch(0)),
-            )
+            test = (images for images, _ in run.load_data(data_changes).test.epoch(0))
+            agreement = compare(assemble(model), OnnxModel(temporary), test)
             require_same_classes(agreement, tolerance)
         else:
             content, sizes = packed_bytes(model, dtype)
             temporary.write_bytes(content)
-            images = torch.randn(
-                RANDOM_IMAGES,
-                *run.input_format().image_shape,
-                generator=torch.Generator().manual_seed(0),
-            )
+            shape, drawn = run.input_format().image_shape, torch.Generator().manual_seed(0)
+            images = torch.randn(RANDOM_IMAGES, *shape, generator=drawn)
             agreement = compare(network, load_packed(temporary), [images])
             if not fold_batch_norm and dtype is torch.float32:
                 require_equal(agreement)

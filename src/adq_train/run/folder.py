@@ -182,7 +182,7 @@ class RunFolder:
             UserError: The file is damaged, was edited or is another run's; it is named.
         """
         path = self.path / name
-        content = self.ranks.share(lambda: path.read_bytes() if path.exists() else None)
+        content = self.ranks.broadcast(lambda: path.read_bytes() if path.exists() else None)
         if content is None:
             return None
         return take(path, content, kind, depends_on(self.origin, of))
@@ -225,7 +225,7 @@ class RunFolder:
             name: str | None = models.get(stage, {}).get("shared")
             return name
 
-        return self.ranks.share(noted)
+        return self.ranks.broadcast(noted)
 
     def _write_status(self, state: str, error: str | None = None) -> None:
         if not self.ranks.is_main:

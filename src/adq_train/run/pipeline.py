@@ -91,7 +91,7 @@ def run(
     path = run_dir(config, experiment, overrides)
     if ranks.is_main:
         check_same_run(path, config.plain())
-    done = ranks.share(lambda: is_done(path))
+    done = ranks.broadcast(lambda: is_done(path))
     if not done:
         execute(Session.open(config, parts, ranks), path, command)
     if ranks.is_main:

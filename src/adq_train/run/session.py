@@ -65,7 +65,7 @@ class Session:
         trainer = config.trainer
         use(parts.device, deterministic=trainer.deterministic, precision=trainer.precision)
         torch.manual_seed(config.seed)
-        with ranks.one_first():
+        with ranks.local_main_first():
             data = parts.data.load(loading(config, parts.device, ranks))
             model = parts.model.build(data.num_classes, data.image_shape[0])
         start = open_start(config, data)
@@ -75,7 +75,7 @@ class Session:
             load_state(model, start.float_state)
         unfuse(model)
         model.to(parts.device)
-        ranks.equalize(model)
+        ranks.broadcast_model(model)
         torch.manual_seed(config.seed)  # a trained teacher begins like a float model of its own
         teacher = parts.distillation.teacher(model, data.num_classes, data.image_shape[0])
         if teacher and config.dry_run:

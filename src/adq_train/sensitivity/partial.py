@@ -48,7 +48,7 @@ class PartialTable:
     def _read(self) -> tuple[LayerSensitivity, ...]:
         """The rows that an earlier run left, if they can be used here."""
         path = self.path
-        content = self.ranks.share(lambda: path.read_bytes() if path.exists() else None)
+        content = self.ranks.broadcast(lambda: path.read_bytes() if path.exists() else None)
         if content is None:
             return ()
         try:

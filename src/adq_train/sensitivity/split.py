@@ -39,6 +39,6 @@ def measure_split(
             table = SensitivityTable(metric, tuple(bit_widths), (row,))
             require_finite(table)
             text = table.to_json()
-        for found in ranks.gather(text):
+        for found in ranks.all_gather(text):
             if found is not None:
                 yield from SensitivityTable.from_json(found).layers

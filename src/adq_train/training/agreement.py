@@ -29,7 +29,7 @@ def require_equal(ranks: Ranks, model: nn.Module, step: int) -> None:
     Raises:
         UserError: A process differs from rank 0.
     """
-    digests = ranks.gather(weights_digest(model))
+    digests = ranks.all_gather(weights_digest(model))
     odd = [str(rank) for rank, digest in enumerate(digests) if digest != digests[0]]
     if odd:
         raise UserError(

@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-from adq_train.interrupts import Interrupted, held
+from adq_train.interrupts import Interrupted, deferred
 from adq_train.states import load_state
 from adq_train.training.checkpoint_folder import CheckpointFolder
 from adq_train.training.hook import EpochReport, Hook
@@ -47,7 +47,7 @@ class Checkpoints(Hook):
 
     def restore(self, trainer: Trainer) -> None:
         """Gives the trainer the state of the newest intact checkpoint, where there is one."""
-        state = trainer.ranks.share(lambda: self.folder.load(self.key))
+        state = trainer.ranks.broadcast(lambda: self.folder.load(self.key))
         if state is None:
             return
         load_state(trainer.evaluated, state["model"])
@@ -62,7 +62,7 @@ class Checkpoints(Hook):
     @contextmanager
     def around(self, trainer: Trainer) -> Iterator[None]:
         """Keeps signals back until the step under way is done."""
-        with held() as self._received:
+        with deferred() as self._received:
             yield
 
     def after_batch(self, trainer: Trainer) -> None:
@@ -72,7 +72,7 @@ class Checkpoints(Hook):
             Interrupted: A signal asked to stop; a checkpoint was saved.
         """
         batches = trainer.sums.batches
-        stop, due = trainer.ranks.largest(self._received(), self._is_due(batches))
+        stop, due = trainer.ranks.all_reduce_max(self._received(), self._is_due(batches))
         if stop or (due and batches < len(trainer.data.train)):
             for hook in trainer.hooks:
                 hook.flush(trainer)
@@ -89,7 +89,7 @@ class Checkpoints(Hook):
         is_best = report.validation_top1_percent > self.best
         self.best = max(self.best, report.validation_top1_percent)
         self._save(trainer, trainer.seconds, is_best)
-        (stop,) = trainer.ranks.largest(self._received())
+        (stop,) = trainer.ranks.all_reduce_max(self._received())
         if stop:
             raise Interrupted(stop)
 

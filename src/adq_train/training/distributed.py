@@ -9,7 +9,6 @@ the accumulation or the compiler did before it.
 from __future__ import annotations
 
 import contextlib
-import io
 import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -20,13 +19,13 @@ import torch
 from torch import Tensor, distributed, nn
 
 from adq_train.errors import UserError
-from adq_train.states import load_state
 
 T = TypeVar("T")
 
 # A process may wait this long for another one, which may wait for a float model that is being
 # trained by another run.
 PATIENCE = timedelta(hours=24)
+CPU = torch.device("cpu")
 
 
 class RankLostError(UserError):
@@ -64,34 +63,28 @@ class Ranks:
         """Which items of a sequence are this process's: every ``world_size``-th."""
         return slice(self.rank, None, self.world_size)
 
-    def share(self, make: Callable[[], T]) -> T:
-        """What ``make()`` gives in rank 0, everywhere; tensors (on the CPU) and plain types."""
+    def broadcast(self, make: Callable[[], T]) -> T:
+        """What ``make()`` gives in rank 0, everywhere; tensors (on the CPU) and plain types.
+
+        The processes have started one another and trust each other, so that values may be pickled.
+        """
         if self.world_size == 1:
             return make()
-        packed = _packed(make()) if self.is_main else torch.empty(0, dtype=torch.uint8)
-        length = torch.tensor([len(packed)])
+        values: list[Any] = [make() if self.is_main else None]
         with _together():
-            distributed.broadcast(length, 0)
-            packed = packed if self.is_main else torch.empty(int(length), dtype=torch.uint8)
-            distributed.broadcast(packed, 0)
-        value: T = _unpacked(packed)
+            distributed.broadcast_object_list(values, 0, device=CPU)
+        value: T = values[0]
         return value
 
-    def gather(self, value: T) -> list[T]:
+    def all_gather(self, value: T) -> list[T]:
         """Every process's value, by rank; tensors (on the CPU) and plain types."""
-        if self.world_size == 1:
-            return [value]
-        packed = _packed(value)
-        lengths = [torch.zeros(1, dtype=torch.int64) for _ in range(self.world_size)]
-        with _together():
-            distributed.all_gather(lengths, torch.tensor([len(packed)]))
-            longest = int(max(lengths))
-            padded = torch.cat([packed, packed.new_zeros(longest - len(packed))])
-            parts = [torch.empty(longest, dtype=torch.uint8) for _ in range(self.world_size)]
-            distributed.all_gather(parts, padded)
-        return [_unpacked(x[: int(n)]) for x, n in zip(parts, lengths, strict=True)]
+        values: list[Any] = [value] * self.world_size
+        if self.world_size > 1:
+            with _together():
+                distributed.all_gather_object(values, value)
+        return values
 
-    def largest(self, *numbers: int) -> list[int]:
+    def all_reduce_max(self, *numbers: int) -> list[int]:
         """The largest of each number over all processes."""
         if self.world_size == 1:
             return list(numbers)
@@ -100,7 +93,7 @@ class Ranks:
             distributed.all_reduce(values, distributed.ReduceOp.MAX)
         return [int(x) for x in values]
 
-    def sum(self, values: Tensor) -> Tensor:
+    def all_reduce_sum(self, values: Tensor) -> Tensor:
         """The sum of a tensor over all processes."""
         if self.world_size == 1:
             return values
@@ -110,7 +103,7 @@ class Ranks:
         return total
 
     @torch.no_grad()
-    def average(self, tensors: Sequence[Tensor], weight: float) -> None:
+    def all_reduce_mean(self, tensors: Sequence[Tensor], weight: float) -> None:
         """Replaces each tensor by its weighted mean over all processes, in one exchange.
 
         The result has the same bits everywhere.
@@ -131,19 +124,29 @@ class Ranks:
         for tensor, part in zip(tensors, parts, strict=True):
             tensor.copy_(part.view(tensor.shape))
 
-    def equalize(self, model: nn.Module) -> None:
+    @torch.no_grad()
+    def broadcast_model(self, model: nn.Module) -> None:
         """Gives a model rank 0's parameters and buffers."""
-        if self.world_size > 1:
-            load_state(model, self.share(model.state_dict))
+        if self.world_size == 1:
+            return
+        for tensor in model.state_dict().values():
+            value = tensor.contiguous()
+            with _together():
+                distributed.broadcast(value, 0)
+            tensor.copy_(value)
 
     @contextlib.contextmanager
-    def one_first(self) -> Iterator[None]:
+    def local_main_first(self) -> Iterator[None]:
         """Lets one process of each machine go first, for what is downloaded once."""
-        if self.world_size > 1 and self.local_rank:
-            self.largest(0)
+        if self.local_rank:
+            self.barrier()
         yield
-        if self.world_size > 1 and not self.local_rank:
-            self.largest(0)
+        if not self.local_rank:
+            self.barrier()
+
+    def barrier(self) -> None:
+        """Waits for all processes."""
+        self.all_reduce_max(0)
 
 
 ALONE = Ranks()
@@ -204,17 +207,6 @@ def launch_prefix(ranks: Ranks) -> list[str]:
     machines = ranks.world_size // here
     several = [f"--nnodes={machines}", "…"] if machines > 1 else []
     return ["torchrun", *several, f"--nproc-per-node={here}", "-m", "adq_train"]
-
-
-def _packed(value: object) -> Tensor:
-    buffer = io.BytesIO()
-    torch.save(value, buffer)
-    return torch.frombuffer(bytearray(buffer.getvalue()), dtype=torch.uint8)
-
-
-def _unpacked(packed: Tensor) -> Any:
-    buffer = io.BytesIO(packed.numpy().tobytes())
-    return torch.load(buffer, map_location="cpu", weights_only=True)
 
 
 @contextlib.contextmanager

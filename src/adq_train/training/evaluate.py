@@ -49,7 +49,7 @@ def evaluate(model: nn.Module, batches: Batches, ranks: Ranks = ALONE) -> Evalua
         counts = ranked[:, 0].sum().double(), ranked.sum().double(), loss.new_tensor(len(targets))
         totals = totals.to(loss.device) + torch.stack([loss, *counts])
     model.train(was_training)
-    total_loss, top1, top5, count = ranks.sum(totals.cpu()).tolist()
+    total_loss, top1, top5, count = ranks.all_reduce_sum(totals.cpu()).tolist()
     if not count:
         raise UserError("data: there are no images to evaluate on; hold out at least one")
     return Evaluation(total_loss / count, 100 * top1 / count, 100 * top5 / count, int(count))

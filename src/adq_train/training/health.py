@@ -98,7 +98,7 @@ def origin(model: nn.Module, images: Tensor, run: Callable[[], object]) -> str:
 
 
 @dataclass(frozen=True)
-class Late:
+class PendingFlag:
     """A step whose flag is on its way from the device.
 
     Attributes:
@@ -116,7 +116,7 @@ class Late:
     arrived: torch.cuda.Event | None
 
 
-class LateFlags:
+class PendingFlags:
     """Reads whether each step was finite, once a few more steps are queued.
 
     Args:
@@ -125,7 +125,7 @@ class LateFlags:
 
     def __init__(self, steps_ahead: int) -> None:
         self.steps_ahead = steps_ahead
-        self.waiting: deque[Late] = deque()
+        self.waiting: deque[PendingFlag] = deque()
 
     def add(self, step: int, finite: Tensor, images: Tensor, targets: Tensor) -> None:
         """Sends the flag of a step, () bool, on its way; the batch is kept until it arrives."""
@@ -134,9 +134,9 @@ class LateFlags:
         arrived = (
             torch.cuda.current_stream(finite.device).record_event() if finite.is_cuda else None
         )
-        self.waiting.append(Late(step, on_cpu, images, targets, arrived))
+        self.waiting.append(PendingFlag(step, on_cpu, images, targets, arrived))
 
-    def failed(self, steps_ahead: int | None = None) -> Late | None:
+    def failed(self, steps_ahead: int | None = None) -> PendingFlag | None:
         """The first due step that was not finite, or None.
 
         Args:
@@ -168,7 +168,7 @@ class FiniteWatch(Hook):
         self.stage = stage
         self.skip = skip
         self.skipped = 0
-        self._late: LateFlags | None = None
+        self._pending: PendingFlags | None = None
         self._statistics: list[tuple[Tensor, Tensor]] = []
 
     def on_batch(self, trainer: Trainer, images: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
@@ -188,12 +188,12 @@ class FiniteWatch(Hook):
         finite = all_finite(loss, trainer.model.parameters(), trainer.norms)
         if trainer.scaler.is_enabled() or self.skip:
             return bool(finite) or self._leave_out(trainer, batch, loss)
-        if self._late is None:
-            self._late = LateFlags(STEPS_AHEAD if trainer.device.type == "cuda" else 0)
-        if self._late.steps_ahead:
+        if self._pending is None:
+            self._pending = PendingFlags(STEPS_AHEAD if trainer.device.type == "cuda" else 0)
+        if self._pending.steps_ahead:
             clear_unless(finite, trainer.model.parameters())
-        self._late.add(trainer.steps, finite, *batch)
-        self._require_finite(trainer, self._late.steps_ahead)
+        self._pending.add(trainer.steps, finite, *batch)
+        self._require_finite(trainer, self._pending.steps_ahead)
         return True
 
     def _leave_out(self, trainer: Trainer, batch: tuple[Tensor, Tensor], loss: Tensor) -> bool:
@@ -224,7 +224,7 @@ class FiniteWatch(Hook):
         return False
 
     def _require_finite(self, trainer: Trainer, steps_ahead: int) -> None:
-        late = self._late.failed(steps_ahead) if self._late else None
+        late = self._pending.failed(steps_ahead) if self._pending else None
         if late is not None:
             self._stop(trainer, (late.images, late.targets), late.step)
 
@@ -237,7 +237,7 @@ class FiniteWatch(Hook):
         where = NOWHERE
         if len(batch[0]):
             where = origin(trainer.model, batch[0], lambda: trainer.gradients(*batch))
-        found = [x for x in trainer.ranks.gather(where) if x != NOWHERE]
+        found = [x for x in trainer.ranks.all_gather(where) if x != NOWHERE]
         where = found[0] if found else NOWHERE
         raise UserError(
             f"step {step + 1}: the loss or a gradient is not finite; it began in {where}; the last "

@@ -25,4 +25,4 @@ class ReestimateBatchNorm(Hook):
             return
         images = first_images(trainer.data.train, trainer.epoch, self.num_images, self.together)
         reestimate_batch_norm(trainer.evaluated, images)
-        trainer.ranks.equalize(trainer.evaluated)
+        trainer.ranks.broadcast_model(trainer.evaluated)

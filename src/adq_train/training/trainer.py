@@ -128,7 +128,7 @@ class Trainer:
             UserError: A batch norm cannot be trained on one image, or what a hook raises.
         """
         for model in dict.fromkeys((self.model, self.evaluated)):
-            self.ranks.equalize(model)
+            self.ranks.broadcast_model(model)
         for hook in self.hooks:
             hook.restore(self)
         for hook in self.hooks:
@@ -274,7 +274,7 @@ class Trainer:
         statistics = [
             norm.get_buffer(f"running_{x}") for norm in self.norms for x in ("mean", "var")
         ]
-        self.ranks.average([loss, *gradients, *statistics], num_images)
+        self.ranks.all_reduce_mean([loss, *gradients, *statistics], num_images)
         for norm in self.norms:
             if not num_images and norm.num_batches_tracked is not None:
                 norm.num_batches_tracked.add_(1)

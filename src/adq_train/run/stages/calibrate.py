@@ -31,7 +31,7 @@ def calibrate(session: Session, allocation: BitAllocation) -> nn.Module:
         model = continued(session.start, session.config, session.model, allocation, images, make)
     else:
         model = calibrated(session.model, allocation, make, images, seed)
-    session.ranks.equalize(model)
+    session.ranks.broadcast_model(model)
     watched = evaluate(model, session.data.validation, session.ranks)
     stage = "init_from" if session.start else "calibrate"
     log.info("%s: validation top-1 %.2f %%", stage, watched.top1_percent)

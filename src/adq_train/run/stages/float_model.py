@@ -99,10 +99,10 @@ def train_float(
     root = Path(config.output_root, "shared")
     noted = folder.float_model(stage)
     # One process looks whether the model of an earlier start is still there.
-    found = ranks.share(lambda: str(SharedModel(root, inputs, noted).folder))
+    found = ranks.broadcast(lambda: str(SharedModel(root, inputs, noted).folder))
     shared = SharedModel(root, inputs, Path(found).name)
     with exclusive(shared.folder) if ranks.is_main else contextlib.nullcontext():
-        if not ranks.share(shared.weights.exists):
+        if not ranks.broadcast(shared.weights.exists):
             if ranks.is_main:
                 shared.begin()
             log.info("%s: %d epochs of %d steps", stage, epochs, len(session.data.train))
@@ -121,7 +121,7 @@ def train_float(
             log.info("%s: float model from %s", stage, shared.folder)
         if ranks.is_main:
             shared.load(model)
-    ranks.equalize(model)
+    ranks.broadcast_model(model)
     watched = evaluate(model, session.data.validation, ranks)
     log.info("%s: validation top-1 %.2f %%", stage, watched.top1_percent)
     name = shared.folder.name

@@ -50,7 +50,9 @@ def train_quantized(
         ranks=ranks,
     ).fit()
     if config.trainer.select == "best":
-        best: dict[str, Any] | None = ranks.share(lambda: checkpoints.load(key, names=("best",)))
+        best: dict[str, Any] | None = ranks.broadcast(
+            lambda: checkpoints.load(key, names=("best",))
+        )
         if best is None:
             raise UserError(f"{checkpoints.folder}/best.pt is missing or damaged")
         load_state(model, best["model"])
