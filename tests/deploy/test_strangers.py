@@ -99,10 +99,10 @@ def test_nothing_is_written_where_a_link_in_the_folder_leads(run, tmp_path):
     (tmp_path / "outside").mkdir()
     (run / "export").symlink_to(tmp_path / "outside")
     with pytest.raises(UserError, match=r"leads out of .*; give output=FILE"):
-        export_run(run, None, "packed", "float32", False)
+        export_run(run)
     assert list((tmp_path / "outside").iterdir()) == []
     named = tmp_path / "outside" / "mine"
-    assert export_run(run, named, "packed", "float32", False).path == str(named)
+    assert export_run(run, named).path == str(named)
     (run / "export").unlink()
     assert inside(run, "export/x") == run / "export" / "x"
 

@@ -125,15 +125,12 @@ def export(settings: ExportSettings) -> None:
     Raises:
         UserError: The run cannot be exported; no file is left.
     """
-    from adq_train.deploy.write import export_run
+    from adq_train.deploy.write import Form, export_run
 
     report = export_run(
         typed_path(settings.path),
         typed_path(settings.output) if settings.output else None,
-        settings.format,
-        settings.float_type,
-        settings.fold_batch_norm,
-        settings.tolerance,
+        Form(settings.format, settings.float_type, settings.fold_batch_norm, settings.tolerance),
         settings.data_changes,
         settings.trusted_packages,
     )

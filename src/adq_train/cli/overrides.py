@@ -86,17 +86,22 @@ def problems_of(
             problems += _value_problems(cfg, override, known)
         problems += [_ambiguous(x) for x in parsed if x.is_sweep_override() and not sweep]
         if not problems and any(_is_rare(override) for override in parsed):
-            texts = [
-                override.input_line or ""
-                for override in parsed
-                if not override.is_sweep_override()
-                and not override.key_or_group.startswith("hydra")
-            ]
-            try:
-                composed([*chosen, *texts])
-            except ConfigError as error:
-                problems += error.problems
+            problems += _as_a_whole(chosen, parsed)
     return list(dict.fromkeys(problems))
+
+
+def _as_a_whole(chosen: Sequence[str], parsed: Sequence[Override]) -> tuple[str, ...]:
+    """What is wrong with all overrides together, without those of a sweep."""
+    texts = [
+        override.input_line or ""
+        for override in parsed
+        if not override.is_sweep_override() and not override.key_or_group.startswith("hydra")
+    ]
+    try:
+        composed([*chosen, *texts])
+    except ConfigError as error:
+        return tuple(error.problems)
+    return ()
 
 
 def _sorted(

@@ -153,19 +153,18 @@ class FolderBatches:
         samples: Sequence[Sample],
         transform: v2.Compose,
         *,
-        resize: int,
+        folders: Folders,
         plan: BatchPlan,
-        num_workers: int,
-        seed: int,
+        loading: Loading,
         shuffle: bool,
-        device: torch.device,
         unreadable: Unreadable,
     ) -> None:
+        num_workers, device = folders.num_workers, loading.device
         self.unreadable = unreadable
-        self.order = _Order(plan, seed if shuffle else None)
+        self.order = _Order(plan, loading.seed if shuffle else None)
         self.device = device
         self.loader: DataLoader[Any] = DataLoader(
-            _Images(samples, transform, seed, resize),
+            _Images(samples, transform, loading.seed, folders.resize),
             batch_sampler=self.order,
             collate_fn=_collate,
             num_workers=num_workers,
@@ -275,12 +274,10 @@ class Folders(HeldOut):
             return FolderBatches(
                 samples,
                 augment if shuffle else center,
-                resize=self.resize,
+                folders=self,
                 plan=BatchPlan(len(samples), size, at_least),
-                num_workers=self.num_workers,
-                seed=loading.seed,
+                loading=loading,
                 shuffle=shuffle,
-                device=loading.device,
                 unreadable=unreadable,
             )
 

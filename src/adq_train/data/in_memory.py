@@ -178,6 +178,19 @@ class InMemoryBatches:
         return torch.addcmul(self.shift, images.float(), self.scale)
 
 
+def require_one_shape(train: Tensor, test: Tensor) -> None:
+    """Refuses test images (M, C, H, W) of another shape than the training images.
+
+    Raises:
+        UserError: Says both.
+    """
+    if test.shape[1:] != train.shape[1:]:
+        raise UserError(
+            f"data: training images of shape {tuple(train.shape[1:])} and test images of shape "
+            f"{tuple(test.shape[1:])} do not belong together; fetch the files again"
+        )
+
+
 def split_in_memory(
     name: str,
     train: tuple[Tensor, Tensor],
@@ -209,11 +222,7 @@ def split_in_memory(
         UserError: Nothing would be left to train on, or test images have another shape.
     """
     images, targets = train
-    if test[0].shape[1:] != images.shape[1:]:
-        raise UserError(
-            f"data: training images of shape {tuple(images.shape[1:])} and test images of shape "
-            f"{tuple(test[0].shape[1:])} do not belong together; fetch the files again"
-        )
+    require_one_shape(images, test[0])
     parts = held_out.split(len(images))
     fingerprint = hashlib.sha256()
     for tensor in (*train, *test):

@@ -99,13 +99,27 @@ class ExportReport:
         return "\n".join(lines)
 
 
+@dataclass(frozen=True)
+class Form:
+    """What a file is to be like.
+
+    Attributes:
+        format: ``packed`` or ``onnx``.
+        float_type: ``float32`` or ``float16``, of what stays float.
+        fold_batch_norm: Whether to fold batch norms into convolutions.
+        tolerance: Share of the test images on which onnxruntime may give another top-1 class.
+    """
+
+    format: str = "packed"
+    float_type: str = "float32"
+    fold_batch_norm: bool = False
+    tolerance: float = 0.001
+
+
 def export_run(
     folder: Path,
-    output: Path | None,
-    form: str,
-    float_type: str,
-    fold_batch_norm: bool,
-    tolerance: float = 0.001,
+    output: Path | None = None,
+    form: Form | None = None,
     data_changes: Mapping[str, str] | None = None,
     trusted_packages: Sequence[str] = (),
 ) -> ExportReport:
@@ -115,10 +129,7 @@ def export_run(
         folder: The run's folder.
         output: The file to write, which takes its name once it is verified; None: in ``export/``
             of the folder.
-        form: ``packed`` or ``onnx``.
-        float_type: ``float32`` or ``float16``, of what stays float.
-        fold_batch_norm: Whether to fold batch norms into convolutions.
-        tolerance: Share of the test images on which onnxruntime may give another top-1 class.
+        form: What the file is to be like; None: packed.
         data_changes: Settings of the run's data set to change, by name, in YAML.
         trusted_packages: Whose classes the run may name, besides the built-in ones.
 
@@ -126,38 +137,40 @@ def export_run(
         UserError: The run cannot be exported, or the file does not do what the network does; no
             file is left then.
     """
-    if form == "onnx" and float_type == "float16":
+    form = form or Form()
+    is_onnx = form.format == "onnx"
+    if is_onnx and form.float_type == "float16":
         raise UserError("float_type: an ONNX file keeps its float values in float32")
     run = open_run(folder, trusted_packages)
     if output is None:
-        output = inside(folder, f"export/model.{'onnx' if form == 'onnx' else 'safetensors'}")
+        output = inside(folder, f"export/model.{'onnx' if is_onnx else 'safetensors'}")
     network = trained_network(run)
     model = table_model(run, network)
     num_weights = sum(x.weight.codes.numel() for x in model.layers.values())
     float32 = FLOAT_BYTES * (num_weights + _count(model.floats.values()))
-    if fold_batch_norm:
+    if form.fold_batch_norm:
         model = fold_batch_norms(model)
-    dtype = torch.float16 if float_type == "float16" else torch.float32
+    dtype = torch.float16 if form.float_type == "float16" else torch.float32
     sizes = None
     with made(output.parent), written_whole(output) as temporary:
-        if form == "onnx":
+        if is_onnx:
             temporary.write_bytes(onnx_bytes(model))
             test = (images for images, _ in run.load_data(data_changes).test.epoch(0))
             agreement = compare(assemble(model), OnnxModel(temporary), test)
-            require_same_classes(agreement, tolerance)
+            require_same_classes(agreement, form.tolerance)
         else:
             content, sizes = packed_bytes(model, dtype)
             temporary.write_bytes(content)
             shape, drawn = run.input_format().image_shape, torch.Generator().manual_seed(0)
             images = torch.randn(RANDOM_IMAGES, *shape, generator=drawn)
             agreement = compare(network, load_packed(temporary), [images])
-            if not fold_batch_norm and dtype is torch.float32:
+            if not form.fold_batch_norm and dtype is torch.float32:
                 require_equal(agreement)
     tables = _count(t for x in model.layers.values() for t in tables_in_order(x))
     floats = dtype.itemsize * _count(model.floats.values())
     return ExportReport(
         path=str(output),
-        format=form,
+        format=form.format,
         file_bytes=output.stat().st_size,
         promised_bytes=run.allocation.model_size_bytes + FLOAT_BYTES * tables + floats,
         float32_bytes=float32,
