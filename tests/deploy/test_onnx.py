@@ -70,7 +70,7 @@ def test_staircases_are_exact_in_onnxruntime(small, tmp_path, bits, levels, unif
     values = torch.arange(float(levels)) if uniform else torch.randn(levels).sort().values
     stairs = Staircase(bits, torch.randn(levels - 1).sort().values, values)
     _, model = small
-    monkeypatch.setattr("adq_train.deploy.onnx.onnx_network", lambda _: OnnxSteps(stairs))
+    monkeypatch.setattr("adq_train.deploy.onnx.onnx_network", lambda *_: OnnxSteps(stairs))
     path = tmp_path / "steps.onnx"
     path.write_bytes(onnx_bytes(model))
     x = torch.cat([torch.randn(4000), stairs.thresholds])
@@ -98,7 +98,7 @@ def test_a_model_that_cannot_be_exported_is_an_error(small, monkeypatch):
         def forward(self, x):
             return x if x.sum() > 0 else -x
 
-    monkeypatch.setattr("adq_train.deploy.onnx.onnx_network", lambda _: Branching())
+    monkeypatch.setattr("adq_train.deploy.onnx.onnx_network", lambda *_: Branching())
     with pytest.raises(UserError, match="cannot export this model"):
         onnx_bytes(small[1])
 
