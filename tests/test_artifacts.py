@@ -112,10 +112,10 @@ def test_json_has_the_fields_that_other_programs_read():
 
 
 @each_artifact
-@pytest.mark.parametrize("text", ["", "[]", "null", '"text"', "{}", '{"layers": 3}'])
-def test_another_text_is_refused(artifact, text):
-    with pytest.raises(UserError, match="not a"):
-        type(artifact).from_json(text)
+def test_another_text_is_refused(artifact):
+    for text in ("", "[]", "null", '"text"', "{}", '{"layers": 3}'):
+        with pytest.raises(UserError, match="not a"):
+            type(artifact).from_json(text)
 
 
 @each_artifact
@@ -145,12 +145,12 @@ def test_a_missing_field_of_a_layer_is_refused(artifact, name):
         type(artifact).from_json(json.dumps(content))
 
 
-@pytest.mark.parametrize("layers", ["conv1", [1, 2], {"conv1": 2}, None])
 @pytest.mark.parametrize("artifact", [TABLE, ALLOCATION], ids=["table", "allocation"])
-def test_layers_of_another_shape_are_refused(artifact, layers):
-    content = {**json.loads(artifact.to_json()), "layers": layers}
-    with pytest.raises(UserError, match="not a"):
-        type(artifact).from_json(json.dumps(content))
+def test_layers_of_another_shape_are_refused(artifact):
+    for layers in ("conv1", [1, 2], {"conv1": 2}, None):
+        content = {**json.loads(artifact.to_json()), "layers": layers}
+        with pytest.raises(UserError, match="not a"):
+            type(artifact).from_json(json.dumps(content))
 
 
 def test_sensitivities_of_another_shape_are_refused():
@@ -161,15 +161,15 @@ def test_sensitivities_of_another_shape_are_refused():
             SensitivityTable.from_json(json.dumps(content))
 
 
-@pytest.mark.parametrize("number", ["NaN", "Infinity", "-Infinity", "1e999"])
 @pytest.mark.parametrize(
     ("artifact", "old"), [(TABLE, "0.5"), (ALLOCATION, "2.24"), (RESULT, "91.05")]
 )
-def test_numbers_that_are_not_finite_are_refused(artifact, old, number):
-    text = artifact.to_json()
-    assert old in text
-    with pytest.raises(UserError, match=f"{number} is not a finite number"):
-        type(artifact).from_json(text.replace(old, number))
+def test_numbers_that_are_not_finite_are_refused(artifact, old):
+    for number in ("NaN", "Infinity", "-Infinity", "1e999"):
+        text = artifact.to_json()
+        assert old in text
+        with pytest.raises(UserError, match=f"{number} is not a finite number"):
+            type(artifact).from_json(text.replace(old, number))
 
 
 def test_numbers_that_are_not_finite_are_not_written():

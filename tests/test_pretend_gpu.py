@@ -1,4 +1,9 @@
-"""On a GPU nothing waits, nothing lies on the wrong device, and deterministic mode can run."""
+"""On a pretended GPU nothing waits or lies on the wrong device, and deterministic mode can run.
+
+Values are compared too, since a GPU takes other forms than the CPU's kernels; it is the CPU that
+computes them. What a real GPU computes is compared in ``quantization/test_all_quantizers.py``,
+whose tests are skipped, and say so, where there is none.
+"""
 
 import copy
 
