@@ -9,10 +9,9 @@ import copy
 
 import pytest
 import torch
-from adq_train.training.step import TrainingStep
 from pretend_gpu import PretendTensor, gpu, moved, on_cpu
 from torch import nn
-from training_helpers import IMAGES, TARGETS, network, sgd
+from training_helpers import IMAGES, TARGETS, network, sgd, trainer_of
 
 from adq_train.quantization.adq import (
     ADAPTATIONS,
@@ -29,6 +28,7 @@ from adq_train.quantization.n2uq import N2uqActivationQuantizer, N2uqWeightQuant
 from adq_train.quantization.pact import PactActivationQuantizer
 from adq_train.quantization.prepare import Upkeep
 from adq_train.training.distillation import Teacher
+from adq_train.training.health import FiniteWatch
 
 WEIGHTS = [ApotWeightQuantizer, DorefaWeightQuantizer, LsqWeightQuantizer, N2uqWeightQuantizer]
 INPUTS = [
@@ -130,9 +130,16 @@ def wide_network():
     return nn.Sequential(*layers, nn.MaxPool2d(2), *pooled)
 
 
-def losses(model, images, targets, steps=4, **options):
-    step = TrainingStep(model, sgd(model, 0.01), **options)
-    return [on_cpu(step(images, targets, n)).item() for n in range(steps)]
+def losses(model, images, targets, *hooks, steps=4, skip=0, **settings):
+    trainer = trainer_of(
+        model, *hooks, FiniteWatch(skip=skip), optimizer=sgd(model, 0.01), **settings
+    )
+    found = []
+    for _ in range(steps):
+        loss = trainer.step(images, targets)
+        trainer.sums = trainer.sums.plus(len(images), loss)
+        found.append(on_cpu(loss).item())
+    return found
 
 
 OPTIONS = {
@@ -146,7 +153,7 @@ OPTIONS = {
         },
         0,
     ),
-    "steps may be left out": ({"skip_nonfinite_steps": 1}, 1),
+    "steps may be left out": ({"skip": 1}, 1),
 }
 
 
@@ -166,7 +173,7 @@ def test_a_training_step_never_waits(name, make, deterministic):
 def test_a_step_with_a_teacher_never_waits(deterministic):
     with gpu() as device:
         teacher = Teacher(moved(network(quantize=False)), temperature=2.0, weight=0.5)
-        losses(moved(network()), moved(IMAGES), moved(TARGETS), teacher=teacher)
+        losses(moved(network()), moved(IMAGES), moved(TARGETS), teacher)
         assert not device.waits
 
 

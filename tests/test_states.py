@@ -26,7 +26,7 @@ from adq_train import load_packed
 from adq_train.cli.export import export_main
 from adq_train.errors import UserError
 from adq_train.models import BasicBlock, CifarResNetModel
-from adq_train.states import load_state, load_weights
+from adq_train.states import load_state, load_weights, weights_digest
 
 
 def build(num_classes=4):
@@ -472,3 +472,18 @@ def test_settings_about_a_checkpoint_that_is_not_given(cli):
         assert f"pretrain.{name} is about pretrain.checkpoint; give that too" in outcome.err
     outcome = cli(*QUICK, "pretrain.head=new", "pretrain.checkpoint=x.pt", "init_from=run")
     assert "pretrain.head: new needs float training, and init_from does none" in outcome.err
+
+
+def test_the_digest_depends_on_every_value_and_name():
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2)).bfloat16()
+    first = weights_digest(net)
+    assert weights_digest(copy.deepcopy(net)) == first
+    renamed = nn.Sequential()
+    renamed.add_module("first", net[0])
+    renamed.add_module("1", net[1])
+    assert weights_digest(renamed) != first
+    net[1].running_mean[1] += 1
+    second = weights_digest(net)
+    net[0].weight.data[0, 0, 0, 0] += 1
+    assert len({first, second, weights_digest(net)}) == 3

@@ -5,8 +5,7 @@ from dataclasses import asdict
 
 import pytest
 import torch
-from adq_train.training.step import TrainingStep
-from training_helpers import IMAGES, TARGETS, network
+from training_helpers import IMAGES, network, take, trainer_of
 
 from adq_train.quantization.movement import MovementMeter, report_movement
 from adq_train.training.optimizers import make_optimizers
@@ -23,9 +22,7 @@ def trained(rate, steps=20):
         lambda groups: torch.optim.SGD(groups),
         lambda groups: torch.optim.Adam(groups, lr=rate),
     )
-    step = TrainingStep(model, optimizers)
-    for index in range(steps):
-        step(IMAGES, TARGETS, index)
+    take(trainer_of(model, optimizer=optimizers), *[IMAGES] * steps)
     return meter.measure(model)
 
 

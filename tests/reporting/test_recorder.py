@@ -1,11 +1,12 @@
 """What is recorded agrees with the checkpoints, also after an interruption."""
 
 import json
+from contextlib import contextmanager
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from adq_train.training.loop import EpochReport
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
 
@@ -14,6 +15,9 @@ from adq_train.quantization.layers import quantized
 from adq_train.quantization.n2uq import N2uqActivationQuantizer
 from adq_train.reporting.recorder import Recorder
 from adq_train.run.folder import read_metrics
+from adq_train.settings.schema import TrainerConfig
+from adq_train.training.distributed import ALONE, Ranks
+from adq_train.training.hook import EpochReport
 
 
 def report(epoch, loss=1.0):
@@ -33,12 +37,27 @@ def network(bits=(2, 8)):
     return model
 
 
+def trainer_of(model, done=0, total=8, ranks=ALONE):
+    """What a recorder sees of a trainer."""
+    settings = TrainerConfig(epochs=total)
+    return SimpleNamespace(model=model, evaluated=model, epoch=done, settings=settings, ranks=ranks)
+
+
+@contextmanager
+def recording(folder, trainer, stage="qat"):
+    """A recorder that a trainer has started."""
+    recorder = Recorder(folder, stage)
+    recorder.restore(trainer)
+    recorder.on_start(trainer)
+    with recorder.around(trainer):
+        yield recorder
+
+
 def record(folder, epochs, model, *, done=0, total=8, stage="qat", loss=1.0):
-    recorder = Recorder(folder, stage, total, model)
-    recorder.start(done)
-    for epoch in epochs:
-        recorder.epoch(report(epoch, loss), model)
-    recorder.close()
+    trainer = trainer_of(model, done, total)
+    with recording(folder, trainer, stage) as recorder:
+        for epoch in epochs:
+            recorder.after_epoch(trainer, report(epoch, loss))
 
 
 def events(folder, stage="qat"):
@@ -115,12 +134,11 @@ def test_what_came_after_the_checkpoint_is_dropped_and_done_again(tmp_path):
 
 def test_how_far_the_quantizers_moved_is_recorded_from_calibration_on(tmp_path):
     model = network()
-    recorder = Recorder(tmp_path, "qat", 3, model)
-    recorder.start(0)
-    for epoch in (1, 2, 3):
-        model[0].input_quantizer.log_step.data += 0.1
-        recorder.epoch(report(epoch), model)
-    recorder.close()
+    trainer = trainer_of(model, total=3)
+    with recording(tmp_path, trainer) as recorder:
+        for epoch in (1, 2, 3):
+            model[0].input_quantizer.log_step.data += 0.1
+            recorder.after_epoch(trainer, report(epoch))
     found = [x["movement"]["0"] for x in read_metrics(tmp_path / "metrics.jsonl")]
     moved = [x["input_levels"] for x in found]
     assert moved == pytest.approx([0.1052, 0.2214, 0.3499], abs=1e-4)
@@ -128,16 +146,27 @@ def test_how_far_the_quantizers_moved_is_recorded_from_calibration_on(tmp_path):
 
     # Killed within the third epoch, it goes on from a state between two records.
     again = network()
-    recorder = Recorder(tmp_path, "qat", 3, again)
-    recorder.start(2)
+    trainer, recorder = trainer_of(again, total=3), Recorder(tmp_path, "qat")
+    recorder.restore(trainer)  # before the checkpoint is read
     again[0].input_quantizer.log_step.data += 0.25
+    trainer.epoch = 2
+    recorder.on_start(trainer)
     again[0].input_quantizer.log_step.data += 0.05
-    recorder.epoch(report(3), again)
-    recorder.close()
+    with recorder.around(trainer):
+        recorder.after_epoch(trainer, report(3))
     resumed = [x["movement"]["0"] for x in read_metrics(tmp_path / "metrics.jsonl")]
     assert resumed[2]["update"] == pytest.approx(found[2]["update"], rel=1e-4)
 
 
 def test_no_records_are_no_error(tmp_path):
     assert read_metrics(tmp_path / "metrics.jsonl") == []
-    Recorder(tmp_path, "qat", 3, network()).close()
+    trainer = trainer_of(network())
+    with Recorder(tmp_path, "qat").around(trainer):  # one that was never started
+        pass
+
+
+def test_the_first_process_alone_writes(tmp_path):
+    trainer = trainer_of(network(), ranks=Ranks(1, 2))
+    with recording(tmp_path, trainer) as recorder:
+        recorder.after_epoch(trainer, report(1))
+    assert list(tmp_path.iterdir()) == []

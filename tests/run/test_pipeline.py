@@ -439,7 +439,7 @@ def test_an_interrupted_stage_is_noted_and_continued(cli, tmp_path, monkeypatch)
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr("adq_train.run.stages.allocate", full)
+        patch.setattr("adq_train.run.stages.allocate.allocate", full)
         outcome = cli(*QUICK, "run_dir=run")
     assert outcome.code == 1
     assert "No space left on device" in outcome.err

@@ -71,9 +71,9 @@ def test_a_run_and_its_resume(tmp_path, processes):
     assert manifest["command"][:2] == ["torchrun", f"--nproc-per-node={processes}"]
 
     def stop_in_the_middle():
-        from adq_train.training.step import TrainingStep
+        from adq_train.training.trainer import Trainer
 
-        call, calls = TrainingStep.__call__, []
+        call, calls = Trainer.step, []
 
         def counting(self, *arguments):
             calls.append(1)
@@ -81,7 +81,7 @@ def test_a_run_and_its_resume(tmp_path, processes):
                 os.kill(os.getpid(), signal.SIGTERM)
             return call(self, *arguments)
 
-        TrainingStep.__call__ = counting  # in a forked process, so for nobody else
+        Trainer.step = counting  # in a forked process, so for nobody else
 
     stopped = run(tmp_path / "broken", processes, before=stop_in_the_middle)
     assert [code for code, *_ in stopped] == [128 + signal.SIGTERM] * processes

@@ -5,8 +5,8 @@ import copy
 import pytest
 
 from adq_train.run import shared_model as shared
-from adq_train.run.shared_model import NOT_FOR_FLOAT_TRAINING, SharedModel, float_inputs
-from adq_train.settings.schema import TrainerConfig
+from adq_train.run.shared_model import SharedModel, float_inputs
+from adq_train.settings.schema import Config
 from adq_train.storage.stamps import digest
 
 HERE = {
@@ -16,43 +16,35 @@ HERE = {
     "kernels": {"kernels": "C"},
 }
 CONFIG = {
-    "seed": 0,
-    "pretrain": {"checkpoint": None, "epochs": 5, "lr": 0.1, "weight_decay": 0.0},
+    "pretrain": {"epochs": 5},
     "scheduler": {"_target_": "cosine"},
     "optimizer": {"_target_": "sgd", "lr": 0.1, "weight_decay": 0.0, "momentum": 0.9},
     "data": {"_target_": "digits", "root": None, "num_workers": 2, "train_images": 10},
-    "trainer": vars(TrainerConfig()),
-    "weight_quantizer": {"_target_": "adq"},
+    "model": {"width": 4},
 }
 
 
-def key(monkeypatch, here=HERE, device="cpu", processes=1, **changes):
+def key(monkeypatch, here=HERE, fingerprint="ab", device="cpu", processes=1, sha256=None, **more):
+    """The key of a float model; other settings as section__setting."""
     monkeypatch.setattr(shared, "environment", lambda _: here)
     config = copy.deepcopy(CONFIG)
-    for name, value in changes.items():
+    for name, value in more.items():
         section, _, field = name.partition("__")
-        if field:
-            config[section][field] = value
-        else:
-            config[section] = value
-    return digest(float_inputs(config, {"width": 4}, 5, "ab", device, processes))
+        config.setdefault(section, {})[field] = value
+    return digest(float_inputs(Config.of(config), fingerprint, device, processes, sha256))
 
 
-def test_every_setting_that_may_change_bits_changes_the_key(monkeypatch):
+def test_what_is_no_setting_changes_the_key_too(monkeypatch):
+    """For settings see test_schema.py."""
     first = key(monkeypatch)
     assert key(monkeypatch) == first
     others = [
-        key(monkeypatch, **{f"trainer__{name}": "another"})
-        for name in (*CONFIG["trainer"], "a_setting_of_tomorrow")
-        if name not in NOT_FOR_FLOAT_TRAINING
-    ]
-    others += [
-        key(monkeypatch, seed=1),
-        key(monkeypatch, pretrain__lr=0.2),
-        key(monkeypatch, scheduler={}),
+        key(monkeypatch, fingerprint="cd"),
+        key(monkeypatch, processes=2),
+        key(monkeypatch, sha256="01"),
         key(monkeypatch, optimizer__momentum=0.0),
         key(monkeypatch, data__train_images=20),
-        key(monkeypatch, processes=2),
+        key(monkeypatch, model__width=5),
         key(monkeypatch, {**HERE, "hardware": "cpu AVX512"}),
         key(monkeypatch, {**HERE, "cpu_threads": 2}),
         *(
@@ -66,16 +58,23 @@ def test_every_setting_that_may_change_bits_changes_the_key(monkeypatch):
 
 def test_what_changes_no_bit_of_a_float_model_shares_it(monkeypatch):
     first = key(monkeypatch)
-    for name in NOT_FOR_FLOAT_TRAINING:
-        assert key(monkeypatch, **{f"trainer__{name}": "another"}) == first
     same = {
         "data__root": "/elsewhere", "data__num_workers": 9, "optimizer__lr": 9.0,
-        "optimizer__weight_decay": 9.0, "weight_quantizer": {}, "pretrain__checkpoint": "x",
+        "optimizer__weight_decay": 9.0, "weight_quantizer__bits": 1, "pretrain__checkpoint": "x",
     }  # fmt: skip
     assert key(monkeypatch, **same) == first
     assert key(monkeypatch, {**HERE, "kernels": {"kernels": "plain PyTorch"}}) == first
+    assert key(monkeypatch, {**HERE, "versions": {**HERE["versions"], "python": "9"}}) == first
     on_gpu = {**HERE, "hardware": "NVIDIA H100"}
     assert key(monkeypatch, on_gpu) == key(monkeypatch, {**on_gpu, "cpu_threads": 1}) != first
+
+
+def test_a_file_is_known_by_its_content_and_the_state_that_was_taken(monkeypatch):
+    first = key(monkeypatch, sha256="01", pretrain__checkpoint="a")
+    assert key(monkeypatch, sha256="01", pretrain__checkpoint="elsewhere/a") == first
+    assert key(monkeypatch, sha256="02", pretrain__checkpoint="a") != first
+    averaged = {"pretrain__checkpoint": "a", "pretrain__checkpoint_key": "ema"}
+    assert key(monkeypatch, sha256="01", **averaged) != first
 
 
 @pytest.mark.parametrize("noted", ["../../etc", "pretrain-0123456789ab/..", "pretrain-x", ""])

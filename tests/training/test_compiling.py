@@ -6,9 +6,8 @@ from functools import partial
 
 import pytest
 import torch
-from adq_train.training.step import TrainingStep
 from torch import nn
-from training_helpers import IMAGES, TARGETS, network, sgd
+from training_helpers import IMAGES, network, take, trainer_of
 
 from adq_train.quantization.adq import AdqWeightQuantizer
 from adq_train.quantization.base import Quantizer
@@ -32,15 +31,14 @@ def tiny():
 
 
 def agree(eager, other, what):
-    steps = [TrainingStep(eager, sgd(eager)), TrainingStep(other, sgd(other), compile=what)]
-    for n in range(3):
-        losses = [step(IMAGES, TARGETS, n).item() for step in steps]
-        assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+    trainers = [trainer_of(eager), trainer_of(other, compile=what)]
+    losses = [take(trainer, *[IMAGES] * 3) for trainer in trainers]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
     assert list(eager.state_dict()) == list(other.state_dict())
     for name, value in eager.state_dict().items():
         torch.testing.assert_close(other.state_dict()[name], value, rtol=1e-4, atol=1e-6)
     copy.deepcopy(eager).load_state_dict(other.state_dict())
-    assert steps[1].evaluated is other
+    assert trainers[1].evaluated is other
 
 
 @needs_compiler

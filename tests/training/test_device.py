@@ -4,10 +4,10 @@ from unittest import mock
 
 import pytest
 import torch
-from adq_train.training.loop import _seed_generators
 
 from adq_train.training.device import use
 from adq_train.training.health import PendingFlags
+from adq_train.training.trainer import seed_generators
 
 
 @pytest.fixture(autouse=True)
@@ -49,7 +49,7 @@ def test_seeds_and_events_go_to_the_device_that_computes():
         mock.patch.object(torch.cuda, "manual_seed") as seeded,
         mock.patch.object(torch.cuda, "current_stream") as stream,
     ):
-        _seed_generators(3, device)
+        seed_generators(3, device)
         entered.assert_called_once_with(device)
         seeded.assert_called_once_with(3)
         finite = mock.Mock(is_cuda=True, device=device)

@@ -6,21 +6,20 @@ import time
 
 import pytest
 import torch
-from adq_train.training.loop import fit, require_equal, train_epoch
-from adq_train.training.step import TrainingStep
 from ranks_helpers import run_ranks
 from torch import nn
+from training_helpers import Drawn, dense, trainer_of
 
 from adq_train.artifacts import LayerInfo, LayerSensitivity
-from adq_train.data.base import ALL, ImageData
+from adq_train.data.base import ALL
 from adq_train.errors import UserError
 from adq_train.interrupts import Interrupted, caught
-from adq_train.quantization.adq import AdqWeightQuantizer
-from adq_train.quantization.layers import quantized
-from adq_train.quantization.n2uq import N2uqActivationQuantizer
-from adq_train.sensitivity.partial import weights_digest
 from adq_train.sensitivity.split import measure_split
-from adq_train.training.checkpoint_folder import CheckpointFolder, Rhythm
+from adq_train.states import weights_digest
+from adq_train.training.agreement import RanksAgree
+from adq_train.training.average import WeightAverage
+from adq_train.training.checkpoint_folder import CheckpointFolder
+from adq_train.training.checkpointing import Checkpoints
 from adq_train.training.distributed import (
     ALONE,
     RankLostError,
@@ -30,46 +29,20 @@ from adq_train.training.distributed import (
     launch_prefix,
 )
 from adq_train.training.evaluate import evaluate
-from adq_train.training.optimizers import parameter_groups
+from adq_train.training.hook import Hook
 from adq_train.training.schedule import Cosine
 
-
-class Drawn:
-    """Batches that are a function of the epoch; uneven, the last smaller than three processes."""
-
-    def __init__(self, *sizes):
-        self.sizes = sizes or (7, 5, 8, 2)
-
-    def __len__(self):
-        return len(self.sizes)
-
-    def size(self, index):
-        return self.sizes[index]
-
-    def epoch(self, epoch, batches=ALL, images=ALL):
-        generator = torch.Generator().manual_seed(epoch)
-        drawn = [torch.randn(size, 4, generator=generator) for size in self.sizes]
-        for pixels in drawn[batches]:
-            yield pixels[images], (pixels.sum(1) > 0).long()[images]
+# Uneven, the last smaller than three processes.
+UNEVEN = Drawn(7, 5, 8, 2)
 
 
 def network(norm=False, dropout=0.0):
-    torch.manual_seed(0)
-    middle = nn.BatchNorm1d(8) if norm else nn.Tanh()
-    model = nn.Sequential(nn.Linear(4, 8), middle, nn.Dropout(dropout), nn.Linear(8, 2))
-    for index in (0, 3):
-        weights, inputs = AdqWeightQuantizer(3, decay=0.5), N2uqActivationQuantizer(3)
-        weights.calibrate(model[index].weight)
-        inputs.calibrate(torch.randn(50))
-        model[index] = quantized(model[index], weights, inputs)
-    return model
+    return dense(norm, dropout)
 
 
-def step_of(model, ranks=ALONE, **settings):
-    optimizer = torch.optim.SGD(parameter_groups(model, lr=0.1, weight_decay=0.01), momentum=0.9)
-    for group in optimizer.param_groups:
-        group["initial_lr"] = group["lr"]
-    return TrainingStep(model, optimizer, ranks=ranks, **settings)
+def trained(model, *hooks, batches=UNEVEN, **settings):
+    """The mean loss of an epoch."""
+    return trainer_of(model, *hooks, batches=batches, epochs=1, **settings).train_epoch().train_loss
 
 
 def test_values_are_exchanged():
@@ -140,19 +113,19 @@ def test_the_command_of_several_machines(monkeypatch):
 def test_training_is_that_of_one_process_up_to_rounding(world_size, settings):
     """Uneven batches, one of them with fewer images than processes."""
     alone = network()
-    single = [train_epoch(step_of(alone, **settings), Drawn(), e, lambda _: 1.0) for e in (0,)]
+    single = trained(alone, **settings)
 
     def train():
         with joined() as ranks:
             model = network()
-            loss = train_epoch(step_of(model, ranks, **settings), Drawn(), 0, lambda _: 1.0)
+            loss = trained(model, ranks=ranks, **settings)
             return loss, model.state_dict(), weights_digest(model)
 
     results = run_ranks(world_size, train)
     losses, states, digests = zip(*results, strict=True)
     assert len(set(digests)) == 1
     assert len(set(losses)) == 1
-    assert losses[0] == pytest.approx(single[0], rel=1e-5)
+    assert losses[0] == pytest.approx(single, rel=1e-5)
     for name, value in alone.state_dict().items():
         torch.testing.assert_close(states[0][name], value, rtol=1e-4, atol=1e-5)
 
@@ -161,17 +134,13 @@ def test_all_processes_hold_the_same_bits_with_batch_norm_and_dropout():
     def train():
         with joined() as ranks:
             model = network(norm=True, dropout=0.2)
-            step = step_of(model, ranks, average_decay=0.9)
-            digests = []
-            train_epoch(
-                step,
-                Drawn(9, 8, 7, 6),
-                0,
-                lambda _: 1.0,
-                after_step=lambda _: digests.append(
-                    weights_digest(model) + weights_digest(step.evaluated)
-                ),
-            )
+            average, digests = WeightAverage(model, 0.9), []
+
+            class Digests(Hook):
+                def after_batch(self, trainer):
+                    digests.append(weights_digest(model) + weights_digest(average.model))
+
+            trained(model, average, Digests(), batches=Drawn(9, 8, 7, 6), ranks=ranks)
             return digests, model[1].running_mean, int(model[1].num_batches_tracked)
 
     results = run_ranks(3, train)
@@ -187,10 +156,8 @@ def test_dropout_differs_between_processes():
     for rank in (0, 1):
         model = nn.Sequential(nn.Linear(4, 64), nn.Dropout(0.5), nn.Linear(64, 2))
         model[1].register_forward_hook(lambda *call: seen.append(call[2] == 0))
-        step = step_of(model)
-        step.ranks = Alone(rank)
-        train_epoch(step, Drawn(6), 0, lambda _: 1.0)
-    assert not torch.equal(*seen)
+        trained(model, batches=Drawn(6), ranks=Alone(rank))
+    assert not torch.equal(seen[0], seen[2])  # the others are of evaluations
 
 
 class Alone(Ranks):
@@ -208,7 +175,7 @@ def test_running_statistics_are_the_mean_over_images():
     def train():
         with joined() as ranks:
             model = nn.Sequential(nn.BatchNorm1d(4, momentum=1.0), nn.Linear(4, 2))
-            train_epoch(step_of(model, ranks), Drawn(9), 0, lambda _: 0.0)
+            trained(model, batches=Drawn(9), ranks=ranks)
             return model[0].running_mean, model[0].running_var
 
     images, _ = next(Drawn(9).epoch(0))
@@ -260,22 +227,6 @@ def test_layers_are_measured_by_several_and_come_in_order():
     assert (first, second) == (["layer0", "layer2", "layer4"], ["layer1", "layer3"])
 
 
-def test_a_process_that_differs_is_found():
-    def compare():
-        with joined() as ranks:
-            model = nn.Linear(2, 2)
-            nn.init.zeros_(model.weight)
-            nn.init.zeros_(model.bias)
-            require_equal(ranks, model, 3)
-            if ranks.rank == 1:
-                model.weight.data[0, 0] = 1e-30
-            require_equal(ranks, model, 4)
-
-    for error in run_ranks(3, compare):
-        assert isinstance(error, UserError)
-        assert "after step 4 the model of rank 1 differs" in str(error)
-
-
 def test_the_loss_of_a_process_ends_the_others():
     def train():
         with joined() as ranks:
@@ -300,13 +251,9 @@ def test_the_others_cannot_be_reached(monkeypatch):
 
 @pytest.mark.parametrize("told", [0, 1])
 def test_a_signal_to_one_process_saves_and_the_rest_continues_bit_for_bit(tmp_path, told):
-    batches = Drawn(8, 6, 8, 5)
-    data = ImageData("made up", 2, (4, 1, 1), "made up", batches, batches, batches, batches)
-
     def train(folder, stop_after=None):
         with joined() as ranks, caught():
             model = network(norm=True, dropout=0.2)
-            step = step_of(model, ranks)
             calls = []
 
             def forward(*_):
@@ -315,11 +262,16 @@ def test_a_signal_to_one_process_saves_and_the_rest_continues_bit_for_bit(tmp_pa
                     os.kill(os.getpid(), signal.SIGTERM)
 
             model.register_forward_pre_hook(forward)
-            fit(
-                step, data, Cosine(), epochs=3, stage="qat", key="k",
-                checkpoints=CheckpointFolder(folder), on_start=lambda *_: None,
-                on_epoch=lambda *_: None, check_ranks=True, rhythm=Rhythm(steps=2),
-            )  # fmt: skip
+            checkpoints = Checkpoints(CheckpointFolder(folder), "k", steps=2)
+            trainer_of(
+                model,
+                RanksAgree(),
+                checkpoints,
+                batches=Drawn(8, 6, 8, 5),
+                schedule=Cosine(),
+                ranks=ranks,
+                epochs=3,
+            ).fit()
             return weights_digest(model)
 
     def stopped():

@@ -4,8 +4,7 @@ import copy
 
 import pytest
 import torch
-from adq_train.training.step import TrainingStep
-from training_helpers import IMAGES, TARGETS, network
+from training_helpers import IMAGES, network, take, trainer_of
 
 from adq_train.training.optimizers import Optimizers, make_optimizers, parameter_groups
 
@@ -57,7 +56,7 @@ def test_a_float_model_has_one_optimizer():
 def test_a_step_moves_weights_and_quantizers():
     model = network()
     before = copy.deepcopy(dict(model.named_parameters()))
-    TrainingStep(model, both(model))(IMAGES, TARGETS, 0)
+    take(trainer_of(model, optimizer=both(model)))
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             assert not torch.equal(parameter, before[name]), name
@@ -65,20 +64,19 @@ def test_a_step_moves_weights_and_quantizers():
 
 def test_the_state_of_every_part_is_kept():
     model = network()
-    step = TrainingStep(model, both(model))
-    for index in range(3):
-        step(IMAGES, TARGETS, index)
-    weights, state = copy.deepcopy(model.state_dict()), copy.deepcopy(step.optimizer.state_dict())
+    trainer = trainer_of(model, optimizer=both(model))
+    take(trainer, *[IMAGES] * 3)
+    weights, state = copy.deepcopy((model.state_dict(), trainer.optimizer.state_dict()))
     ends = []
     for fresh in (True, False):
         model.load_state_dict(weights)
         again = both(model)
         if not fresh:
             again.load_state_dict(state)
-        TrainingStep(model, again)(IMAGES, TARGETS, 3)
+        take(trainer_of(model, optimizer=again))
         ends.append(copy.deepcopy(model.state_dict()))
     model.load_state_dict(weights)
-    step(IMAGES, TARGETS, 3)
+    take(trainer)
     for name, expected in model.state_dict().items():
         assert torch.equal(ends[1][name], expected), name
     moved = "4.input_quantizer.log_widths", "4.weight"
@@ -89,3 +87,32 @@ def test_a_state_of_other_parts_is_refused():
     model = network()
     with pytest.raises(ValueError, match="different number of parameter groups"):
         Optimizers(sgd(model.parameters())).load_state_dict(both(model).state_dict())
+
+
+def test_rates_are_the_base_rates_times_the_schedule_s_factor():
+    model = network()
+    optimizers = make_optimizers(model, 0.2, 0.01, sgd, adam, schedule=lambda x: 1 - x)
+    rates = [group["initial_lr"] for group in optimizers.param_groups]
+    assert rates == [0.2, 0.2, 0.01]
+    for progress in (0.75, 0.5, 0.0):  # of the base rates, not of those of the step before
+        optimizers.at(progress)
+        found = [group["lr"] for group in optimizers.param_groups]
+        assert found == pytest.approx([x * (1 - progress) for x in rates])
+
+
+def test_a_resume_keeps_the_base_rates():
+    model = network()
+    first, second = (
+        make_optimizers(model, 0.2, 0.01, sgd, adam, schedule=lambda x: 1 - x) for _ in range(2)
+    )
+    first.at(0.9)
+    second.load_state_dict(first.state_dict())
+    second.at(0.5)
+    found = [group["lr"] for group in second.param_groups]
+    assert found == pytest.approx([0.1, 0.1, 0.005])
+
+
+def test_without_a_schedule_rates_stay():
+    optimizers = both(network())
+    optimizers.at(0.9)
+    assert [group["lr"] for group in optimizers.param_groups] == [0.2, 0.2, 0.01]

@@ -203,10 +203,8 @@ class FiniteWatch(Hook):
             UserError: The limit is exceeded.
         """
         scaler, step = trainer.scaler, trainer.steps
-        # A scale that was too large for fp16 is not a fault: the scaler finds a smaller one.
+        # A scale that was too large for fp16 is not a fault: the trainer finds a smaller one.
         overflow = scaler.is_enabled() and scaler.get_scale() > 1
-        if scaler.is_enabled():
-            scaler.update()
         if overflow and all_finite(loss, (), trainer.norms):
             log.debug("step %d: the gradients exceed fp16; the scale is halved", step + 1)
             return False

@@ -11,7 +11,7 @@ class ReestimateBatchNorm(Hook):
     """Batch norm's statistics of the evaluated network, from training images of the epoch.
 
     Args:
-        num_images: So many of them, at least; 0: the statistics stay those of training.
+        num_images: So many of them, at least; 0 keeps the statistics of training.
         together: So many make one batch. Averages over small batches mislead a network whose
             values cross thresholds.
     """

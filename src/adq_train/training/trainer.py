@@ -62,7 +62,7 @@ class Sums:
 
     def plus(self, images: int, loss: Tensor) -> Sums:
         """With one more batch of some images and their mean loss ()."""
-        total = self.loss.to(loss.device) + loss.double() * images
+        total = self.loss + loss.double() * images  # 0-dimensional: may come from the CPU
         return Sums(self.batches + 1, self.images + images, total)
 
 
@@ -198,6 +198,7 @@ class Trainer:
         self._upkeep.before_step()
         taken = [hook.on_gradients(self, (images, targets), loss) for hook in self.hooks]
         if not all(taken):
+            self.scaler.update()
             return torch.where(torch.isfinite(loss), loss, 0)
         if self.settings.gradient_clip_norm is not None:
             nn.utils.clip_grad_norm_(self.model.parameters(), self.settings.gradient_clip_norm)

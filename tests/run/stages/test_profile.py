@@ -2,6 +2,7 @@
 
 import json
 import logging
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,12 +11,11 @@ from hydra import compose, initialize_config_module
 from hydra.core.global_hydra import GlobalHydra
 
 from adq_train.allocation.budget import Budget, Problem
-from adq_train.data.base import Loading
 from adq_train.errors import UserError
-from adq_train.quantization.describe import describe_layers
 from adq_train.reporting.progress import Progress
 from adq_train.run.folder import RunFolder
-from adq_train.run.stages import Context, profile
+from adq_train.run.session import Session
+from adq_train.run.stages.profile import profile
 from adq_train.sensitivity.mse import Mse
 from adq_train.sensitivity.outputs import float_outputs
 from adq_train.settings.schema import register
@@ -29,15 +29,17 @@ def run_profile(tmp_path):
     def run(name, *overrides, seed=0):
         GlobalHydra.instance().clear()
         register()
+        settings = ["trainer.eval_batch_size=16", "trainer.device=cpu", f"run_dir={name}"]
         with initialize_config_module("adq_train.configs", version_base="1.3"):
-            config, parts = validate(compose("config", [*QUICK, *overrides]))
-        data = parts.data.load(Loading(32, 16, 0, torch.device("cpu")))
+            config, parts = validate(compose("config", [*QUICK, *settings, *overrides]))
+        session = Session.open(config, parts)
         torch.manual_seed(seed)
+        data = session.data
         model = parts.model.build(data.num_classes, data.image_shape[0])
-        images, _ = next(data.calibration.epoch(0))
+        layers = session.problem.layers
+        problem = Problem(layers, {}, tuple(config.bits.candidates), Budget(3))
         with RunFolder(tmp_path / name, config) as folder:
-            problem = Problem(describe_layers(model, images[:1]), {}, (2, 3, 4), Budget(3))
-            return profile(Context(config, parts, data, folder), model, problem)
+            return profile(replace(session, model=model, problem=problem), folder)
 
     return run
 
@@ -161,7 +163,7 @@ def test_a_float_model_at_chance_is_told_and_noted_and_one_of_nan_refused(
         model.fc.bias.data[0] = torch.nan
         return float_outputs(model, batches)
 
-    monkeypatch.setattr("adq_train.run.stages.float_outputs", damaged)
+    monkeypatch.setattr("adq_train.run.stages.profile.float_outputs", damaged)
     with pytest.raises(UserError, match=r"32 of 32 calibration images, .* of fc \(Linear\)"):
         run_profile("nan", "sensitivity=mse")
     assert not (tmp_path / "nan" / "sensitivity.json").exists()
