@@ -91,10 +91,10 @@ def test_values_are_exchanged():
 def test_a_single_process_exchanges_nothing():
     tensor = torch.tensor([1.0])
     assert ALONE.broadcast(lambda: tensor) is tensor
-    assert ALONE.sum(tensor) is tensor
-    assert ALONE.gather(tensor) == [tensor]
+    assert ALONE.all_reduce_sum(tensor) is tensor
+    assert ALONE.all_gather(tensor) == [tensor]
     assert ALONE.all_reduce_max(3, 4) == [3, 4]
-    ALONE.average([tensor], 0)
+    ALONE.all_reduce_mean([tensor], 0)
     ALONE.broadcast_model(nn.Linear(1, 1))
     assert tensor.tolist() == [1]
     assert launch_prefix(ALONE) == ["adq-train"]
