@@ -19,6 +19,7 @@ from adq_train.run import folder as run_folder
 from adq_train.run import manifest
 from adq_train.run.folder import RunFolder, check_same_run, identity, input_files, read_status
 from adq_train.run.manifest import differences, git_state, read_manifest
+from adq_train.settings.schema import Config
 from adq_train.storage import files
 from adq_train.storage.locks import exclusive
 from adq_train.storage.stamps import digest
@@ -38,7 +39,8 @@ def full_disk(monkeypatch):
     monkeypatch.undo()
 
 
-def config(**changes):
+def settings(**changes):
+    """Some of a configuration, as it is kept."""
     return {
         "seed": 0,
         "run_dir": None,
@@ -47,9 +49,13 @@ def config(**changes):
         "debug": False,
         "trusted_packages": [],
         "data": {"name": "digits", "num_workers": 4},
-        "trainer": {"epochs": 3, "device": "auto", "lr": 1e-05},
+        "trainer": {"epochs": 3, "device": "auto", "gradient_clip_norm": 1e-05},
         **changes,
     }
+
+
+def config(**changes):
+    return Config.of(settings(**changes))
 
 
 def status(path):
@@ -72,30 +78,35 @@ def messages(caplog, monkeypatch):
     [
         ({"run_dir": "here", "output_root": "there", "dry_run": True, "debug": True}, True),
         ({"trusted_packages": ["mine"]}, True),
-        ({"trainer": {"epochs": 3, "device": "cuda:1", "lr": 1e-05}}, True),
+        ({"trainer": {"epochs": 3, "device": "cuda:1", "gradient_clip_norm": 1e-05}}, True),
         ({"data": {"name": "digits", "num_workers": 0}}, True),
         (
             {
-                "trainer": {"epochs": 3, "device": "auto", "lr": 1e-05, "compile": "model"}
+                "trainer": {
+                    "epochs": 3,
+                    "device": "auto",
+                    "gradient_clip_norm": 1e-05,
+                    "compile": "model",
+                }
                 | {"channels_last": True}
             },
             True,
         ),
         ({"seed": 1}, False),
-        ({"trainer": {"epochs": 4, "device": "auto", "lr": 1e-05}}, False),
+        ({"trainer": {"epochs": 4, "device": "auto", "gradient_clip_norm": 1e-05}}, False),
         ({"data": {"name": "cifar10", "num_workers": 4}}, False),
         ({"pretrain": {"epochs": 1}}, False),
     ],
 )
 def test_what_makes_a_run_another_one(changes, same):
-    assert (identity(config()) == identity(config(**changes))) == same
-    assert (digest(identity(config())) == digest(identity(config(**changes)))) == same
+    assert (identity(settings()) == identity(settings(**changes))) == same
+    assert (digest(identity(settings())) == digest(identity(settings(**changes)))) == same
 
 
 def test_identity_leaves_its_argument_alone():
-    before = config()
+    before = settings()
     identity(before)
-    assert before == config()
+    assert before == settings()
 
 
 def test_digest_does_not_depend_on_the_order_of_keys():
@@ -124,7 +135,7 @@ def test_differences_name_every_setting():
 def test_a_new_folder_is_made_with_its_parents_and_filled(tmp_path):
     path = tmp_path / "a" / "b"
     with RunFolder(path, config()):
-        assert yaml.safe_load((path / "config.yaml").read_text()) == config()
+        assert yaml.safe_load((path / "config.yaml").read_text()) == config().plain()
         assert status(path) == {"state": "running", "stage": "setup", "error": None, "seconds": {}}
     assert status(path)["state"] == "done"
     assert {x.name for x in path.iterdir()} == {
@@ -143,15 +154,16 @@ def test_the_same_settings_may_continue(tmp_path):
     moved = config(output_root="elsewhere", debug=True)
     with RunFolder(tmp_path / "run", moved):
         assert status(tmp_path / "run")["state"] == "running"
-    check_same_run(tmp_path / "run", config())
+    check_same_run(tmp_path / "run", config().plain())
 
 
 def test_other_settings_are_refused_and_named(tmp_path):
     with RunFolder(tmp_path / "run", config()):
         pass
     before = {x: x.read_bytes() for x in (tmp_path / "run").iterdir()}
-    other = config(seed=1, trainer={"epochs": 9, "device": "cpu", "lr": 0.5}, extra=1)
-    message = r"extra: None → 1; seed: 0 → 1; trainer\.epochs: 3 → 9 and 1 more"
+    trainer = {"epochs": 9, "device": "cpu", "gradient_clip_norm": 0.5}
+    other = config(seed=1, trainer=trainer, data={"name": "digits", "extra": 1})
+    message = r"data\.extra: None → 1; seed: 0 → 1; trainer\.epochs: 3 → 9 and 1 more"
     with pytest.raises(UserError, match=message):
         RunFolder(tmp_path / "run", other)
     assert {x: x.read_bytes() for x in (tmp_path / "run").iterdir()} == before
@@ -264,6 +276,7 @@ import sys
 from pathlib import Path
 from adq_train.storage.locks import exclusive
 from adq_train.run.folder import RunFolder
+from adq_train.settings.schema import Config
 with {call}:
     print("locked", flush=True)
     sys.stdin.read()
@@ -298,7 +311,7 @@ class Holder:
 
 def test_one_process_at_a_time_and_a_killed_one_leaves_no_lock(tmp_path):
     path = tmp_path / "run"
-    with Holder(f"RunFolder(Path({str(path)!r}), {config()!r})") as other:
+    with Holder(f"RunFolder(Path({str(path)!r}), Config.of({settings()!r}))") as other:
         message = f"another process is writing to {path}"
         with pytest.raises(UserError, match=message), RunFolder(path, config()):
             pass

@@ -179,8 +179,8 @@ def test_settings_that_no_part_can_use(override, message):
 def test_home_is_written_out_in_paths(monkeypatch):
     monkeypatch.setenv("HOME", "/home/me")
     config, _ = validate(composed("run_dir='~/runs'", "output_root='~nobody-here/x'"))
-    assert config["run_dir"] == "/home/me/runs"
-    assert config["output_root"] == "~nobody-here/x"
+    assert config.run_dir == "/home/me/runs"
+    assert config.output_root == "~nobody-here/x"
     node = {"data": {"root": "~/images", "like": "~"}, "distillation": {"model": {"path": "~"}}}
     assert with_homes(node) == {
         "data": {"root": "/home/me/images", "like": "~"},
@@ -200,14 +200,14 @@ def test_a_broken_interpolation_is_named():
 
 def test_every_default_is_valid_and_plain():
     config, _ = validate(composed())
-    for _, value in leaves(config):
+    for _, value in leaves(config.plain()):
         assert value is None or isinstance(value, bool | int | float | str)
 
 
 def test_budgets_are_numbers_or_shares_of_the_float_model():
     config, _ = validate(composed("budget.model_size_bytes=0.1x", "budget.average_weight_bits=3"))
-    assert config["budget"]["model_size_bytes"] == "0.1x"
-    assert repr(config["budget"]["average_weight_bits"]) == "3.0"  # the same run as 3.0
+    assert config.budget.model_size_bytes == "0.1x"
+    assert repr(config.budget.average_weight_bits) == "3.0"  # the same run as 3.0
 
 
 @pytest.mark.parametrize(

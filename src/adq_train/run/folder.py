@@ -359,7 +359,9 @@ def check_same_run(path: Path, config: dict[str, Any]) -> None:
         return
     try:
         old = identity(read_yaml(path / "config.yaml"))
-    except Exception as error:  # a missing section, or one that is none
+        if not {"trainer", "data"} <= old.keys():  # which a run of any version has
+            raise KeyError("trainer")
+    except Exception as error:  # a missing section, or no settings at all
         reason = error if isinstance(error, UserError) else repr(error)
         raise UserError(
             f"run_dir: {path} holds a config.yaml that is not one of a run ({reason}); choose "
