@@ -112,3 +112,13 @@ def finished(finished_once: tuple[Path, Outcome], tmp_path: Path) -> tuple[Outco
 def no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
     """Leaves out the pictures at the end of a run, most of a short run's time."""
     monkeypatch.setattr("adq_train.run.pipeline.report.write", lambda *_: None)
+
+
+@pytest.fixture(scope="session")
+def finished_run(
+    finished_once: tuple[Path, Outcome], tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    """The folder of a run of a few seconds."""
+    folder = tmp_path_factory.mktemp("run") / "run=1,of=few"  # runs are named by their settings
+    shutil.copytree(finished_once[0] / "run", folder)
+    return folder

@@ -24,7 +24,9 @@ PROGRAMS = {
 def start(code, *, cwd, function="run('adq-x', 'acting:main')", arguments=(), **more):
     """Runs a program whose body is ``code``, in a module of its own."""
     (cwd / "acting.py").write_text(code)
-    program = f"import sys; sys.argv[0] = 'x'; from adq_train import program; program.{function}"
+    program = (
+        f"import sys; sys.argv[0] = 'x'; from adq_train.cli import program; program.{function}"
+    )
     more = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, **more}
     environment = {**os.environ, "PYTHONPATH": str(cwd), **more.pop("env", {})}
     command = [sys.executable, "-c", program, *arguments]
@@ -39,7 +41,7 @@ def finish(*arguments, **more):
 
 def test_every_program_tells_its_version_without_torch(tmp_path):
     code = (
-        "import sys\nfrom adq_train import program\n"
+        "import sys\nfrom adq_train.cli import program\n"
         "for function, name in " + repr(list(PROGRAMS.items())) + ":\n"
         "    sys.argv = [name, '--version']\n"
         "    try: getattr(program, function)()\n"
@@ -92,7 +94,7 @@ def test_closed_streams_are_nobody_s_file(tmp_path):
         "        assert file.fileno() > 2\n"
     )
     (tmp_path / "acting.py").write_text(body)
-    program = "from adq_train import program; program.run('adq-x', 'acting:main')"
+    program = "from adq_train.cli import program; program.run('adq-x', 'acting:main')"
     shell = f'{sys.executable} -c "{program}" <&- >&- 2>&-'
     environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
     assert subprocess.run(shell, shell=True, cwd=tmp_path, env=environment).returncode == 0
@@ -118,7 +120,7 @@ def test_nohup_stays_nohup(tmp_path):
     body = "import os, signal\ndef main():\n    os.kill(os.getpid(), signal.SIGHUP)\n"
     ignore = "import signal; signal.signal(signal.SIGHUP, signal.SIG_IGN); "
     (tmp_path / "acting.py").write_text(body)
-    program = ignore + "from adq_train import program; program.run('adq-x', 'acting:main')"
+    program = ignore + "from adq_train.cli import program; program.run('adq-x', 'acting:main')"
     environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
     assert subprocess.run([sys.executable, "-c", program], env=environment).returncode == 0
 
@@ -169,9 +171,9 @@ def test_a_sweep_survives_a_cleaned_temporary_folder(cli, tmp_path, monkeypatch)
 def test_a_stopped_run_says_so(tmp_path):
     from adq_train.interrupts import Interrupted
     from adq_train.run.folder import RunFolder
+    from adq_train.settings.schema import Config
 
-    config = {"data": {}, "trainer": {}}
-    run = RunFolder(tmp_path / "run", config)
+    run = RunFolder(tmp_path / "run", Config.of({}))
     with pytest.raises(Interrupted), run as folder, folder.stage("qat"):
         raise Interrupted(signal.SIGTERM)
     status = json.loads((tmp_path / "run" / "status.json").read_text())

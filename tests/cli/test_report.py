@@ -283,7 +283,7 @@ def test_a_report_needs_no_torch(tmp_path):
     make_run(tmp_path / "run")
     program = (
         "import sys\n"
-        "from adq_train.reporting import command\n"
+        "from adq_train.cli import report as command\n"
         f"command.run([{str(tmp_path)!r}])\n"
         "assert 'torch' not in sys.modules\n"
     )

@@ -391,8 +391,9 @@ def test_a_run_goes_on_with_its_float_model_under_other_conditions(cli, finished
     _, run = finished
     (run / "status.json").unlink()
     here = manifest.environment()
-    for module in ("shared", "manifest"):
-        monkeypatch.setattr(f"adq_train.{module}.environment", lambda _: {**here, "cpu_threads": 7})
+    other = {**here, "cpu_threads": 7}
+    for module in ("shared_model", "manifest"):
+        monkeypatch.setattr(f"adq_train.run.{module}.environment", lambda _: other)
     outcome = cli(*QUICK, "run_dir=run")
     assert outcome.code == 0, outcome.err
     assert f"cpu_threads: {here['cpu_threads']} → 7" in outcome.err

@@ -77,7 +77,7 @@ def test_a_node_within_a_node_is_built_and_trusted_alike():
     for wrong, message in (
         ({**resnet, "depth": 9}, "distillation.model.depth must be 6 n"),
         (
-            {**resnet, "_target_": "adq_train.errors.os.system"},
+            {**resnet, "_target_": "adq_train.storage.files.os.system"},
             "is not a class that a trusted",
         ),
     ):
@@ -90,7 +90,7 @@ def test_a_node_within_a_node_is_built_and_trusted_alike():
     [
         "adq_train.run.manifest.subprocess.run",
         "adq_train.run.manifest.subprocess.Popen",
-        "adq_train.errors.os.system",
+        "adq_train.storage.files.os.system",
         "adq_train.storage.files.write_text",
         "torch.optim.sgd.torch.load",
         "torch.optim.sgd.torch.nn.Linear",

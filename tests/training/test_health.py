@@ -120,7 +120,7 @@ def nan(_, x):
 @pytest.mark.parametrize("steps_ahead", [0, 2])
 def test_a_step_that_is_not_finite_stops_with_the_layer(steps_ahead):
     model, watch = network(), FiniteWatch()
-    watch._late = PendingFlags(steps_ahead)  # 2 as on a GPU
+    watch._pending = PendingFlags(steps_ahead)  # 2 as on a GPU
     trainer = trainer_of(model, watch)
     take(trainer, *[IMAGES] * 3)
     # The quantizer behind it turns NaN into a level: loss and gradients stay finite.
@@ -128,7 +128,7 @@ def test_a_step_that_is_not_finite_stops_with_the_layer(steps_ahead):
     good = [p.detach().clone() for p in model.parameters()]
     with pytest.raises(UserError, match=r"step 4: .* in the output of 1 \(BatchNorm2d\);.*clip"):
         take(trainer, *[IMAGES] * 6)
-    assert len(watch._late.waiting) == steps_ahead
+    assert len(watch._pending.waiting) == steps_ahead
     if not steps_ahead:
         for a, b in zip(model.parameters(), good, strict=True):
             assert torch.equal(a, b)
@@ -137,7 +137,7 @@ def test_a_step_that_is_not_finite_stops_with_the_layer(steps_ahead):
 
 def test_flags_on_their_way_are_read_at_the_end_of_an_epoch():
     watch = FiniteWatch()
-    watch._late = PendingFlags(2)
+    watch._pending = PendingFlags(2)
     trainer = trainer_of(network(quantize=False), watch)
     take(trainer, IMAGES * math.inf)
     with pytest.raises(UserError, match=r"step 1: .* in the images of the batch"):

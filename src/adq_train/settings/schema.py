@@ -94,14 +94,17 @@ class About:
 def setting(
     default: Any,
     help: str,
-    affects: Affects = Affects.RESULT,
+    affects: Affects = Affects.FLOAT_MODEL,
     *,
     choices: tuple[str, ...] = (),
     path: Content | None = None,
     in_loss: bool = False,
     **bounds: float,
 ) -> Any:
-    """Declares a setting; see :class:`About`. ``bounds`` are those of its :class:`Range`."""
+    """Declares a setting; see :class:`About`. ``bounds`` are those of its :class:`Range`.
+
+    One that is not said to affect less is part of a float model's key, which is never wrong.
+    """
     allowed = Range(**bounds) if bounds else None
     about = About(help, affects, allowed, choices, path, in_loss)
     return _field(default.copy if isinstance(default, list) else default, about)
@@ -112,7 +115,7 @@ def section(kind: type, help: str) -> Any:
     return _field(kind, About(help, section=kind))
 
 
-def group(help: str, affects: Affects = Affects.RESULT, own: type | None = None) -> Any:
+def group(help: str, affects: Affects, own: type | None = None) -> Any:
     """Declares a group, filled from ``configs/``.
 
     Args:
@@ -147,17 +150,25 @@ class BudgetConfig:
         None,
         "Mean bits of a weight over the layers whose bits are chosen; the first and the last stay "
         "outside.",
+        RESULT,
         minimum=1,
         maximum=8,
     )
     average_activation_bits: float | int | str | None = setting(
-        None, "Mean bits of a layer's input element, over the same layers.", minimum=1, maximum=8
+        None,
+        "Mean bits of a layer's input element, over the same layers.",
+        RESULT,
+        minimum=1,
+        maximum=8,
     )
     model_size_bytes: float | int | str | None = setting(
-        None, "Packed weights of all quantized layers, in bytes.", above=0
+        None, "Packed weights of all quantized layers, in bytes.", RESULT, above=0
     )
     bops: float | int | str | None = setting(
-        None, "Bit operations of one image: sum of MACs x weight bits x activation bits.", above=0
+        None,
+        "Bit operations of one image: sum of MACs x weight bits x activation bits.",
+        RESULT,
+        above=0,
     )
 
 
@@ -166,12 +177,13 @@ class BitsConfig:
     """Which bit-widths a layer may get."""
 
     candidates: list[int] = setting(
-        [2, 3, 4], "Candidates of the allocation.", minimum=2, maximum=8
+        [2, 3, 4], "Candidates of the allocation.", RESULT, minimum=2, maximum=8
     )
     # Any, not a typed map, here and below: Hydra takes no new keys for that without a plus.
     candidates_per_layer: Any = setting(
         None,
         "Fewer candidates for some layers, by name or pattern: {layer1.*: [3, 4]}.",
+        RESULT,
         minimum=2,
         maximum=8,
     )
@@ -179,17 +191,20 @@ class BitsConfig:
         True,
         "Whether a layer's weights and its input get the same width; false chooses them apart, "
         "which needs a metric that measures them apart (sensitivity.tensors=separate).",
+        RESULT,
     )
     first_last: int | None = setting(
         8,
         "The first and the last layer keep this many bits, outside the average; null: like the "
         "rest.",
+        RESULT,
         minimum=2,
         maximum=8,
     )
     pinned: Any = setting(
         None,
         "Bits of further layers, by name or pattern: {layer1.0.conv1: 4, layer3.*: 2}.",
+        RESULT,
         minimum=2,
         maximum=8,
     )
@@ -214,6 +229,7 @@ class PretrainConfig:
         "keep",
         "new: the last layer gets fresh weights, for other classes than the file's; "
         "pretrain.epochs of float training follow then.",
+        RESULT,
         choices=("keep", "new"),
     )
     epochs: int = setting(
@@ -230,7 +246,7 @@ class PretrainConfig:
 class TrainerConfig:
     """Quantization-aware training (QAT), and what float training shares with it."""
 
-    epochs: int = setting(60, "QAT epochs; 0 stops after calibration.", minimum=0)
+    epochs: int = setting(60, "QAT epochs; 0 stops after calibration.", RESULT, minimum=0)
     batch_size: int = setting(
         128, "Images of a step, over all processes together.", FLOAT_MODEL, minimum=1
     )
@@ -325,6 +341,7 @@ class TrainerConfig:
     select: str = setting(
         "last",
         "The model that is tested: the last one, or the best on the validation split.",
+        RESULT,
         choices=("last", "best"),
     )
 
@@ -333,7 +350,7 @@ class TrainerConfig:
 class DataSettings:
     """What the program looks at in every data set's settings."""
 
-    root: str | None = setting(None, "The folder that holds the data set.", path=PLACE)
+    root: str | None = setting(None, "The folder that holds the data set.", RESULT, path=PLACE)
     num_workers: int = setting(0, "Processes that read images.", NOTHING)
 
 
@@ -341,22 +358,22 @@ class DataSettings:
 class OptimizerSettings:
     """Float training has a rate and a decay of its own, in the section pretrain."""
 
-    lr: float = setting(0.1, "Learning rate of QAT.")
-    weight_decay: float = setting(5e-4, "Weight decay of QAT.")
+    lr: float = setting(0.1, "Learning rate of QAT.", RESULT)
+    weight_decay: float = setting(5e-4, "Weight decay of QAT.", RESULT)
 
 
 @dataclass(frozen=True)
 class FileSettings:
     """What is read instead of being measured or solved."""
 
-    path: str | None = setting(None, "The file.", path=INPUT)
+    path: str | None = setting(None, "The file.", RESULT, path=INPUT)
 
 
 @dataclass(frozen=True)
 class DistillationSettings:
     """A teacher's weights."""
 
-    checkpoint: str | None = setting(None, "The teacher's state dict.", path=INPUT)
+    checkpoint: str | None = setting(None, "The teacher's state dict.", RESULT, path=INPUT)
 
 
 @dataclass(frozen=True)
@@ -387,6 +404,7 @@ class Config:
         None,
         "SHA-256 of that checkpoint; the run notes it, and with it the place is not part of the "
         "run.",
+        RESULT,
     )
     dry_run: bool = setting(
         False,
@@ -407,13 +425,13 @@ class Config:
 
     model: Any = group("The network.", FLOAT_MODEL)
     data: Any = group("The data set.", FLOAT_MODEL, DataSettings)
-    weight_quantizer: Any = group("How weights are quantized.")
-    activation_quantizer: Any = group("How layers' inputs are quantized.")
-    sensitivity: Any = group("How Ω is measured.", own=FileSettings)
-    allocator: Any = group("Who chooses the bits.", own=FileSettings)
-    distillation: Any = group("Who teaches.", own=DistillationSettings)
+    weight_quantizer: Any = group("How weights are quantized.", RESULT)
+    activation_quantizer: Any = group("How layers' inputs are quantized.", RESULT)
+    sensitivity: Any = group("How Ω is measured.", RESULT, FileSettings)
+    allocator: Any = group("Who chooses the bits.", RESULT, FileSettings)
+    distillation: Any = group("Who teaches.", RESULT, DistillationSettings)
     optimizer: Any = group("Of weights, norms and biases.", FLOAT_MODEL, OptimizerSettings)
-    quantizer_optimizer: Any = group("Of thresholds, steps and levels in QAT.")
+    quantizer_optimizer: Any = group("Of thresholds, steps and levels in QAT.", RESULT)
     scheduler: Any = group("The course of the learning rates.", FLOAT_MODEL)
 
     @property
@@ -504,7 +522,7 @@ def identity(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def float_settings(config: dict[str, Any]) -> dict[str, Any]:
-    """What a float model depends on, of its configuration."""
+    """What a float model depends on, of its configuration; unknown settings are left out."""
     return without(config, (NOTHING, RESULT))
 
 
