@@ -264,7 +264,8 @@ def require_typed_trust(cfg: DictConfig, overrides: Sequence[str]) -> None:
     Raises:
         ConfigError: Names them.
     """
-    if list(cfg.trusted_packages) != trust_typed(overrides):
+    typed = trust_typed(overrides)
+    if list(cfg.trusted_packages) != typed:
         raise ConfigError(
             [
                 f"trusted_packages: {list(cfg.trusted_packages)} comes from a file; if you "
