@@ -42,11 +42,11 @@ from adq_train.errors import UserError
 from adq_train.run.folder import RunFolder
 from adq_train.run.session import Session, composed
 from adq_train.run.stages.calibrate import calibrate
-from adq_train.run.stages.float_model import pretrain
+from adq_train.run.stages.float_model import pretrain, train_teacher
+from adq_train.run.stages.hooks import training_hooks
 from adq_train.run.stages.profile import conditions
 from adq_train.storage.files import write_text, written_whole
 from adq_train.training.evaluate import evaluate
-from adq_train.training.health import FiniteWatch
 from adq_train.training.trainer import Trainer
 
 RESAMPLES = 2000
@@ -128,7 +128,7 @@ def measure(session: Session, bits: dict[str, Bits], epochs: int) -> dict[str, f
         quantized,
         session.optimizers(quantized),
         session.data,
-        [FiniteWatch("study")],
+        training_hooks(session, quantized, "qat"),
         settings=replace(session.config.trainer, epochs=epochs),
         seed=session.config.seed,
     )
@@ -315,6 +315,7 @@ def study(options: argparse.Namespace) -> None:
     with RunFolder(options.output, session.config) as folder:
         with folder.stage("pretrain"):
             pretrain(session, folder)
+            train_teacher(session, folder)
         with folder.stage("tables"):
             tables = measure_tables(options, session, folder.path)
         with folder.stage("measure"):

@@ -19,6 +19,7 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+import math
 import statistics
 import sys
 import time
@@ -33,12 +34,12 @@ from adq_train.errors import UserError
 from adq_train.quantization.prepare import collect_inputs, quantize_layer, replaced
 from adq_train.run.folder import RunFolder
 from adq_train.run.session import Session
-from adq_train.run.stages.float_model import pretrain
+from adq_train.run.stages.float_model import pretrain, train_teacher
+from adq_train.run.stages.hooks import training_hooks
 from adq_train.settings.schema import identity
 from adq_train.storage.files import write_text
 from adq_train.storage.stamps import digest
 from adq_train.training.evaluate import evaluate
-from adq_train.training.health import FiniteWatch
 from adq_train.training.trainer import Trainer
 
 PLAN = ("weights", "activations", "bits", "rate", "seed")
@@ -59,6 +60,7 @@ def opened(options: argparse.Namespace, overrides: list[str]) -> Session:
     name = digest(identity(session.config.plain()))[:8]
     with RunFolder(options.output / "runs" / name, session.config) as folder:
         pretrain(session, folder)
+        train_teacher(session, folder)
     return session
 
 
@@ -68,13 +70,14 @@ def train(session: Session, model: nn.Module) -> dict[str, float]:
         model,
         session.optimizers(model),
         session.data,
-        [FiniteWatch("study")],
+        training_hooks(session, model, "qat"),
         settings=session.config.trainer,
         seed=session.config.seed,
     )
     reports = [trainer.train_epoch() for _ in range(session.config.trainer.epochs)]
     top1 = evaluate(model, session.data.test).top1_percent
-    return {"train_loss": reports[-1].train_loss, "top1_percent": top1}
+    loss = reports[-1].train_loss if reports else math.nan
+    return {"train_loss": loss, "top1_percent": top1}
 
 
 def run_one(options: argparse.Namespace, plan: dict[str, Any]) -> dict[str, float]:

@@ -15,7 +15,7 @@ from adq_train.deploy.layer_tables import tables_of
 from adq_train.deploy.model import TableModel, float_state
 from adq_train.quantization.describe import describe_layers
 from adq_train.quantization.prepare import prepare, quantized_layers
-from adq_train.settings.validate import build
+from adq_train.settings.building import build
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 RESNET8 = {"_target_": "adq_train.models.CifarResNetModel", "depth": 8, "width": 4}

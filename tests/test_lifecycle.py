@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 import adq_train
 from adq_train.errors import UserError
-from adq_train.lifecycle import export
+from adq_train.lifecycle import _digest, export
 from adq_train.quantization.adq import AdqWeightQuantizer
 from adq_train.quantization.lsq import LsqActivationQuantizer, LsqWeightQuantizer
 from adq_train.quantization.prepare import quantized_layers
@@ -113,6 +113,13 @@ def test_a_quantizer_of_ones_own_is_asked_for(tmp_path, images):
     assert torch.equal(again(images), model.eval()(images))
 
 
+def rewrite(file, metadata):
+    """Somebody's file: its digest is right."""
+    state = load_file(file)
+    metadata = {k: v for k, v in metadata.items() if k != "sha256"}
+    save_file(state, file, {**metadata, "sha256": _digest(state, metadata)})
+
+
 FOREIGN = ("os.system", "subprocess.Popen", "adq_train.storage.files.os.system")
 
 
@@ -124,7 +131,7 @@ def test_no_code_comes_from_a_file(tmp_path, model, target):
         metadata = content.metadata()
     bad = {"_target_": target, "_partial_": True, "command": f"touch {tmp_path}/was-here"}
     metadata["quantizers"] = json.dumps([bad, None])
-    save_file(load_file(file), file, metadata)
+    rewrite(file, metadata)
     with pytest.raises(UserError, match="weight_quantizer"):
         adq_train.load(file, Network)
     assert not (tmp_path / "was-here").exists()
@@ -146,8 +153,22 @@ def test_files_that_are_something_else(tmp_path, model):
         file.write_bytes(wrong)
         with pytest.raises(UserError, match=message):
             adq_train.load(file, Network)
-    with pytest.raises(UserError, match="cannot be read"):
-        adq_train.load(tmp_path / "none", Network)
+    for nothing in (tmp_path / "none", tmp_path):
+        with pytest.raises(UserError, match="cannot be read"):
+            adq_train.load(nothing, Network)
+    file.write_bytes(whole)
+    with safe_open(str(file), "pt") as content:
+        metadata = content.metadata()
+    for bent in (
+        {**metadata, "quantizers": "[" * 200_000},
+        {**metadata, "quantizers": "[1]"},
+        {**metadata, "allocation": metadata["allocation"].replace('"stem"', '"norm"')},
+        {k: v for k, v in metadata.items() if k != "table"},
+    ):
+        file.write_bytes(whole)
+        rewrite(file, bent)
+        with pytest.raises(UserError, match=r"damaged|does not fit"):
+            adq_train.load(file, Network)
 
 
 def test_only_quantized_networks_have_such_a_life(tmp_path, images):
@@ -201,3 +222,84 @@ def test_the_model_is_left_as_it_was(tmp_path, model, images):
     assert list(before) == list(model.state_dict())
     for name, tensor in model.state_dict().items():
         assert torch.equal(before[name], tensor), name
+
+
+def test_a_compiled_network_is_saved_as_what_it_is(tmp_path, model, images):
+    adq_train.save(torch.compile(model, backend="eager"), tmp_path / "a")
+    again = adq_train.load(tmp_path / "a", Network)
+    assert torch.equal(again(images), model.eval()(images))
+
+
+class Permuted(Network):
+    """Its outputs depend on integers, which a packed file does not hold."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("order", torch.tensor([4, 2, 0, 1, 3]))
+
+    def forward(self, x):
+        return super().forward(x)[:, self.order]
+
+
+def test_a_packed_file_holds_all_that_the_outputs_depend_on_or_is_refused(tmp_path, images):
+    model = adq_train.quantize(Permuted(), [images], average_bits=3)
+    with pytest.raises(UserError, match=r"no buffer of torch.int64, and the network has order; "):
+        export(model, tmp_path / "a.safetensors", images)
+    assert not list(tmp_path.iterdir())
+
+
+class Embedded(nn.Module):
+    """A float embedding that has its weight in common with a quantized layer."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner, self.head = nn.Linear(6, 8), nn.Linear(8, 5)
+        self.embedding = nn.Embedding(5, 8)
+        self.embedding.weight = self.head.weight
+
+    def forward(self, x):
+        row = self.embedding.weight[x.argmax(1) % 5]
+        return self.head(torch.relu(self.inner(x)) + row)
+
+
+def test_a_float_tensor_that_a_quantized_layer_shares_is_in_the_file(tmp_path):
+    inputs = torch.randn(32, 6, generator=torch.Generator().manual_seed(0))
+    model = adq_train.quantize(Embedded(), [inputs], average_bits=3, first_last_bits=None)
+    export(model, tmp_path / "a.safetensors", inputs)
+    torch.manual_seed(7)
+    packed = adq_train.load_packed(tmp_path / "a.safetensors", network=Embedded)
+    assert torch.equal(packed(inputs), model.eval()(inputs))
+
+
+def test_a_changed_bit_is_noticed(tmp_path, model):
+    file = tmp_path / "a.safetensors"
+    adq_train.save(model, file)
+    content = bytearray(file.read_bytes())
+    content[-3] ^= 64
+    file.write_bytes(content)
+    with pytest.raises(UserError, match=r"is damaged .its SHA-256 is another"):
+        adq_train.load(file, Network)
+
+
+def test_buffers_that_are_views_of_one_tensor(tmp_path, images):
+    network = Network()
+    both = torch.arange(4.0)
+    network.register_buffer("low", both[:2])
+    network.register_buffer("high", both[2:])
+    model = adq_train.quantize(network, [images], average_bits=3)
+    adq_train.save(model, tmp_path / "a")
+
+    def build():
+        again = Network()
+        again.register_buffer("low", torch.zeros(2))
+        again.register_buffer("high", torch.zeros(2))
+        return again
+
+    assert adq_train.load(tmp_path / "a", build).high.tolist() == [2.0, 3.0]
+
+
+def test_a_network_that_has_the_attribute_itself_is_refused(images):
+    network = Network()
+    network.adq = nn.Linear(2, 2)
+    with pytest.raises(UserError, match="model: its attribute adq"):
+        adq_train.quantize(network, [images])

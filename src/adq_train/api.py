@@ -78,6 +78,8 @@ def quantize(
     batches = _batches(calibration_batches)
     if quantized_layers(model):
         raise UserError("model: it is quantized already; give the float network")
+    if hasattr(model, "adq"):
+        raise UserError("model: its attribute adq would be replaced by the result's; rename it")
     model = own_copy(model)
     image = batches[0][0][:1]
     layers = describe_layers(model, image)

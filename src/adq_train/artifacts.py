@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import Annotated, Any
@@ -318,7 +319,7 @@ def _read(kind: Any, text: str, what: str, by_hand: bool = False) -> Any:
     except ValueError as error:
         raise UserError(f"not {what}: {error}") from error
     names = [x.name for x in getattr(value, "layers", ())]
-    twice = next((name for name in names if names.count(name) > 1), None)
+    twice = next((name for name, count in Counter(names).items() if count > 1), None)
     if twice is not None:
         raise UserError(f"not {what}: layers has more than one entry for {twice}; keep one")
     problem = None if by_hand else content_problem(content)

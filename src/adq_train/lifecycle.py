@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,11 +22,13 @@ from adq_train.deploy.packed import load_packed, packed_bytes
 from adq_train.deploy.verify import Agreement, compare, require_equal
 from adq_train.errors import ConfigError, UserError
 from adq_train.quantization.base import MakeActivationQuantizer, MakeWeightQuantizer
-from adq_train.quantization.copies import own_copy
+from adq_train.quantization.copies import own_copy, unwrapped
 from adq_train.quantization.prepare import quantized_layers
 from adq_train.quantization.restore import restored
 from adq_train.settings.building import build
+from adq_train.states import COUNTER, state_digest
 from adq_train.storage.files import written_whole
+from adq_train.storage.stamps import digest
 
 FORMAT = "adq-train quantized network"
 VERSION = "1"
@@ -61,7 +63,7 @@ def described(make: Callable[[int], nn.Module]) -> dict[str, Any] | None:
     return {"_target_": target, "_partial_": True, **settings}
 
 
-def of(model: nn.Module) -> Quantized:
+def carried_by(model: nn.Module) -> Quantized:
     """What a quantized network carries.
 
     Raises:
@@ -83,14 +85,15 @@ def save(model: nn.Module, path: str | Path) -> None:
     Raises:
         UserError: The model is not quantized, or the file cannot be written.
     """
-    carried = of(model)
-    known: dict[tuple[int, torch.Size], str] = {}
+    model = unwrapped(model)
+    carried = carried_by(model)
+    known: dict[object, str] = {}
     state = {}
     for name, tensor in model.state_dict().items():  # each once, whatever its names
-        place = (tensor.data_ptr(), tensor.shape)
+        place = (tensor.data_ptr(), tensor.shape, tensor.stride())
         if tensor.numel() and known.setdefault(place, name) != name:
             continue
-        state[name] = tensor.detach().cpu().contiguous()
+        state[name] = tensor.detach().cpu().contiguous().clone()
     metadata = {
         "format": FORMAT,
         "format_version": VERSION,
@@ -98,6 +101,7 @@ def save(model: nn.Module, path: str | Path) -> None:
         "allocation": carried.allocation.to_json(),
         "quantizers": json.dumps(carried.quantizers),
     }
+    metadata["sha256"] = _digest(state, metadata)
     with written_whole(Path(path)) as temporary:
         temporary.write_bytes(save_tensors(state, metadata))
 
@@ -127,6 +131,8 @@ def load(
         UserError: The file is missing, damaged or something else, does not fit the network, or
             needs a quantizer of yours.
     """
+    if not Path(path).is_file():
+        raise UserError(f"{path} cannot be read: there is no such file; see adq_train.save")
     try:
         with safe_open(str(path), "pt") as file:
             metadata = file.metadata() or {}
@@ -138,12 +144,14 @@ def load(
     if metadata.get("format_version") != VERSION:
         found = metadata.get("format_version")
         raise UserError(f"{path} has format version {found}, this adq-train reads {VERSION}")
+    if metadata.pop("sha256", None) != _digest(state, metadata):
+        raise UserError(f"{path} is damaged (its SHA-256 is another); copy or write it again")
     try:
         table = SensitivityTable.from_json(metadata["table"])
         allocation = BitAllocation.from_json(metadata["allocation"])
         nodes: Any = json.loads(metadata["quantizers"])
         of_weights, of_inputs = nodes
-    except (KeyError, ValueError, TypeError, UserError) as error:
+    except (KeyError, ValueError, TypeError, RecursionError, UserError) as error:
         raise UserError(f"{path} is damaged ({error}); write it again") from error
     try:
         make = (
@@ -155,11 +163,16 @@ def load(
     model = own_copy(network if isinstance(network, nn.Module) else network()).cpu()
     try:
         restored(model, allocation, make, state)
-    except (KeyError, RuntimeError, AttributeError) as error:
+    except (KeyError, RuntimeError, AttributeError, TypeError) as error:
         reason = " ".join(str(error).split())
         raise UserError(f"{path} does not fit the network: {reason}") from error
     model.adq = Quantized(table, allocation, (described(make[0]), described(make[1])))  # type: ignore[assignment]
     return model.eval()
+
+
+def _digest(state: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:
+    """SHA-256 of what a file holds, without what it says of itself."""
+    return digest([state_digest(dict(sorted(state.items()))), dict(sorted(metadata.items()))])
 
 
 def _maker(group: str, given: Any, node: Any) -> Any:
@@ -191,7 +204,8 @@ def export(
         UserError: The model is not quantized or cannot be exported, or the file's outputs are
             other ones; no file is left then.
     """
-    of(model)
+    model = unwrapped(model)
+    carried_by(model)
     path = Path(path)
     kind = format or {".onnx": "onnx", ".safetensors": "packed"}.get(path.suffix)
     if kind not in ("onnx", "packed"):
@@ -206,8 +220,9 @@ def export(
             temporary.write_bytes(onnx_bytes(tables, network, example))
             second: nn.Module = OnnxModel(temporary)
         else:
+            require_floats(network)
             temporary.write_bytes(packed_bytes(tables)[0])
-            second = load_packed(temporary, network=network)
+            second = load_packed(temporary, network=scrambled(network))
         agreement = compare(network, second, [example])
         if kind == "packed":
             require_equal(agreement)
@@ -218,3 +233,29 @@ def export(
                 f"two outputs: {agreement.largest_difference:.3g}); no file was written"
             )
     return agreement
+
+
+def require_floats(network: nn.Module) -> None:
+    """Refuses a network whose outputs may depend on what a packed file does not hold.
+
+    Raises:
+        UserError: Names a buffer of integers.
+    """
+    layers = tuple(f"{name}." for name in quantized_layers(network))
+    for name, tensor in network.state_dict().items():
+        known = tensor.is_floating_point() or name.endswith(COUNTER) or name.startswith(layers)
+        if not known:
+            raise UserError(
+                f"format: a packed file holds no buffer of {tensor.dtype}, and the network has "
+                f"{name}; make it with register_buffer(…, persistent=False), or use format=onnx"
+            )
+
+
+@torch.no_grad()
+def scrambled(network: nn.Module) -> nn.Module:
+    """A copy in which every value is NaN: what does not come from a file shows."""
+    copied = copy.deepcopy(network)
+    for tensor in copied.state_dict().values():
+        if tensor.is_floating_point():
+            tensor.fill_(torch.nan)
+    return copied

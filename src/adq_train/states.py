@@ -350,8 +350,13 @@ def _list(problems: Any) -> str:
 
 def weights_digest(model: nn.Module) -> str:
     """Hexadecimal SHA-256 of all parameters and buffers with their names."""
+    return state_digest(model.state_dict())
+
+
+def state_digest(state: Mapping[str, Tensor]) -> str:
+    """Hexadecimal SHA-256 of tensors with their names, in their order."""
     digest = hashlib.sha256()
-    for name, value in model.state_dict().items():
+    for name, value in state.items():
         digest.update(f"{name} {tuple(value.shape)} {value.dtype}\n".encode())
         flat = value.detach().cpu().contiguous().flatten()
         digest.update(flat.view(torch.uint8).numpy().data)

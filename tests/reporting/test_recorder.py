@@ -49,7 +49,7 @@ def recording(folder, trainer, stage="qat"):
     recorder = Recorder(folder, stage)
     recorder.restore(trainer)
     recorder.on_start(trainer)
-    with recorder.around(trainer):
+    with recorder.context(trainer):
         yield recorder
 
 
@@ -152,7 +152,7 @@ def test_how_far_the_quantizers_moved_is_recorded_from_calibration_on(tmp_path):
     trainer.epoch = 2
     recorder.on_start(trainer)
     again[0].input_quantizer.log_step.data += 0.05
-    with recorder.around(trainer):
+    with recorder.context(trainer):
         recorder.after_epoch(trainer, report(3))
     resumed = [x["movement"]["0"] for x in read_metrics(tmp_path / "metrics.jsonl")]
     assert resumed[2]["update"] == pytest.approx(found[2]["update"], rel=1e-4)
@@ -161,7 +161,7 @@ def test_how_far_the_quantizers_moved_is_recorded_from_calibration_on(tmp_path):
 def test_no_records_are_no_error(tmp_path):
     assert read_metrics(tmp_path / "metrics.jsonl") == []
     trainer = trainer_of(network())
-    with Recorder(tmp_path, "qat").around(trainer):  # one that was never started
+    with Recorder(tmp_path, "qat").context(trainer):  # one that was never started
         pass
 
 

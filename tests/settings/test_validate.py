@@ -7,9 +7,9 @@ import pytest
 from hydra import compose, initialize_config_module
 
 from adq_train.errors import ConfigError
-from adq_train.settings.building import BASES, PARTIAL
+from adq_train.settings.building import BASES, PARTIAL, build, fits, leaves
 from adq_train.settings.schema import Range, register
-from adq_train.settings.validate import build, fits, leaves, validate, with_homes
+from adq_train.settings.validate import validate, with_homes
 
 
 def composed(*overrides):

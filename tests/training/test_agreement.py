@@ -6,7 +6,7 @@ from torch import nn
 from training_helpers import Drawn, dense, trainer_of
 
 from adq_train.errors import UserError
-from adq_train.training.agreement import RanksAgree, require_equal
+from adq_train.training.agreement import RanksAgree, require_same_weights
 from adq_train.training.distributed import joined
 from adq_train.training.hook import Hook
 
@@ -17,10 +17,10 @@ def test_a_process_that_differs_is_found():
             model = nn.Linear(2, 2)
             nn.init.zeros_(model.weight)
             nn.init.zeros_(model.bias)
-            require_equal(ranks, model, 3)
+            require_same_weights(ranks, model, 3)
             if ranks.rank == 1:
                 model.weight.data[0, 0] = 1e-30
-            require_equal(ranks, model, 4)
+            require_same_weights(ranks, model, 4)
 
     for error in run_ranks(3, compare):
         assert isinstance(error, UserError)

@@ -22,8 +22,8 @@ from adq_train.training.distillation import Teacher
 from adq_train.training.health import FiniteWatch
 from adq_train.training.hook import Hook
 from adq_train.training.mixing import Mixing
+from adq_train.training.progress_bar import ProgressBar
 from adq_train.training.reestimation import ReestimateBatchNorm
-from adq_train.training.telling import TellProgress
 
 METHODS = [name for name, _ in inspect.getmembers(Hook, inspect.isfunction) if name[0] != "_"]
 
@@ -86,7 +86,7 @@ def test_the_contexts_of_hooks_are_left_in_any_case():
     left = []
 
     class Around(Hook):
-        def around(self, trainer):
+        def context(self, trainer):
             context = io.StringIO()
             context.close = lambda: left.append(self)
             return context
@@ -148,7 +148,7 @@ def hooks_of(model, folder):
         Recorder(folder, "qat"),
         RanksAgree(),
         Checkpoints(CheckpointFolder(folder / "checkpoints"), "k", "qat", steps=1),
-        TellProgress("qat"),
+        ProgressBar("qat"),
     ]
 
 

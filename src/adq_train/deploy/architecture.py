@@ -11,7 +11,7 @@ from torch import nn
 
 from adq_train import models
 from adq_train.errors import ConfigError, UserError
-from adq_train.settings.validate import TRUSTED_PREFIXES, build, leaves
+from adq_train.settings.building import TRUSTED_PREFIXES, build, leaves
 
 # A file may name these and nothing else: importing a name of its choice would run code.
 BUILDERS = {

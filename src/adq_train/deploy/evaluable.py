@@ -21,7 +21,7 @@ from adq_train.deploy.onnx_apart import OnnxApart
 from adq_train.deploy.packed import open_packed
 from adq_train.deploy.trained import open_run, trained_network
 from adq_train.errors import UserError
-from adq_train.settings.validate import TRUSTED_PREFIXES
+from adq_train.settings.building import TRUSTED_PREFIXES
 
 TOP = 5
 

@@ -105,13 +105,18 @@ def float_state(network: nn.Module, layers: Mapping[str, Any]) -> dict[str, Tens
         Tensors by name; one that has several names has the first.
     """
     kept = network.state_dict()
-    named = dict([*network.named_parameters(), *network.named_buffers()])
-    floats = {k: v for k, v in named.items() if v.is_floating_point() and k in kept}
-    return {
-        name: tensor
-        for name, tensor in floats.items()
-        if not any(name.startswith(f"{layer}.") and name != f"{layer}.bias" for layer in layers)
-    }
+    named = [
+        *network.named_parameters(remove_duplicate=False),
+        *network.named_buffers(remove_duplicate=False),
+    ]
+    found: dict[int, tuple[str, Tensor]] = {}
+    for name, tensor in named:
+        quantized = any(
+            name.startswith(f"{layer}.") and name != f"{layer}.bias" for layer in layers
+        )
+        if name in kept and not quantized and tensor.is_floating_point():
+            found.setdefault(id(tensor), (name, tensor))
+    return dict(found.values())
 
 
 @torch.no_grad()

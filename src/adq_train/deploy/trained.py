@@ -19,8 +19,8 @@ from adq_train.quantization.restore import restored
 from adq_train.run.artifact_files import qat_key, read_bits
 from adq_train.run.folder import origin_of, read_status
 from adq_train.run.manifest import read_manifest
+from adq_train.settings.building import build, trust_problems, trusted_prefixes
 from adq_train.settings.schema import Config
-from adq_train.settings.validate import build, trust_problems, trusted_prefixes
 from adq_train.storage.yaml_files import read_yaml
 from adq_train.training.checkpoint_folder import CheckpointFolder
 
@@ -139,7 +139,7 @@ def restored_network(run: FinishedRun, name: str | None = None) -> nn.Module:
         )
     try:
         restored(network, run.allocation, (make[0], make[1]), weights)
-    except (KeyError, RuntimeError) as error:
+    except (KeyError, RuntimeError, AttributeError, TypeError) as error:
         raise UserError(
             f"{checkpoints.folder / name}.pt does not fit the configuration: {error}"
         ) from error

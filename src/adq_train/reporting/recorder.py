@@ -61,7 +61,7 @@ class Recorder(Hook):
         self.writer = SummaryWriter(str(self.tensorboard), purge_step=done + 1)
 
     @contextmanager
-    def around(self, trainer: Trainer) -> Iterator[None]:
+    def context(self, trainer: Trainer) -> Iterator[None]:
         """Finishes the event file in the end."""
         try:
             yield

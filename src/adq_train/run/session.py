@@ -12,9 +12,10 @@ from torch import nn
 from adq_train.allocation.budget import Problem
 from adq_train.allocation.problem import problem_of
 from adq_train.data.base import Batch, ImageData, Loading
+from adq_train.errors import UserError
 from adq_train.quantization.copies import unfuse
 from adq_train.quantization.describe import describe_layers
-from adq_train.run.init_from import Start, open_start
+from adq_train.run.init_from import Start, open_start, pinned
 from adq_train.sensitivity.base import ReadsAhead
 from adq_train.settings.schema import Config, register
 from adq_train.settings.validate import Parts, validate
@@ -101,7 +102,10 @@ class Session:
         Raises:
             UserError: As :meth:`open`; or a setting is wrong.
         """
-        return cls.open(*composed(overrides))
+        config, parts = composed(overrides)
+        if config.dry_run:  # what it trained would be kept as if it were whole
+            raise UserError("dry_run: only adq-train has dry runs; leave it out")
+        return cls.open(pinned(config), parts)
 
     @property
     def calibration(self) -> list[Batch]:
@@ -148,8 +152,8 @@ def smaller(config: Config, folder: str) -> Config:
     """The configuration of a dry run: an epoch of two steps, and nothing that is kept.
 
     A dry run tells whether everything runs, not whether two steps from untrained weights converge:
-    at the full rate they diverge where a whole run does not. Thresholds of an untrained deep
-    network have gradients of any size, so in QAT all is computed and no weight moves.
+    at the full rate they diverge where a whole run does not. In QAT all is computed, and no weight
+    moves.
 
     Args:
         config: Of the whole run.
@@ -159,7 +163,6 @@ def smaller(config: Config, folder: str) -> Config:
     return replace(
         config,
         output_root=folder,
-        run_dir=f"{folder}/run",
         pretrain=replace(pretrain, epochs=min(1, pretrain.epochs), lr=pretrain.lr * 1e-3),
         trainer=replace(trainer, epochs=min(1, trainer.epochs)),
         optimizer={**config.optimizer, "lr": 0.0},

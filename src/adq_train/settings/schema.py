@@ -55,7 +55,7 @@ class Range:
 class Affects(Enum):
     """What a run with another value of a setting shares with this one."""
 
-    NOTHING = "nothing"  # where and how a run goes; the same bits come out
+    NOTHING = "nothing"  # where and how a run goes
     ROUNDING = "rounding"  # how fast it goes: the same run, but the bits of a float model
     RESULT = "result"  # QAT and what comes before it; float models are shared
     FLOAT_MODEL = "float model"  # and with it the result
@@ -64,7 +64,7 @@ class Affects(Enum):
 class Content(Enum):
     """What a setting that is a path leads to."""
 
-    PLACE = "place"  # what is there is known otherwise: by a fingerprint or a digest
+    PLACE = "place"  # reports do not tell runs apart by it, but by what is there
     INPUT = "input"  # a file whose content is a part of the run, and its name of the run's name
 
 

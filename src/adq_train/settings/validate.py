@@ -26,31 +26,25 @@ from adq_train.quantization.base import (
 )
 from adq_train.sensitivity.base import SensitivityMetric
 from adq_train.settings.building import (
-    TRUSTED_PREFIXES,
     DataSource,
     build,
-    fits,
     leaves,
     trust_problems,
     trusted_prefixes,
 )
-from adq_train.settings.schema import GROUPS, SECTIONS, Config, about, is_path
+from adq_train.settings.schema import (
+    GROUPS,
+    SECTIONS,
+    Config,
+    OptimizerSettings,
+    about,
+    is_path,
+)
 from adq_train.storage.files import with_home
 from adq_train.training.compiling import compiler_problem
 from adq_train.training.distillation import Distillation
 from adq_train.training.optimizers import MakeOptimizer
 from adq_train.training.schedule import Schedule
-
-__all__ = [
-    "TRUSTED_PREFIXES",
-    "Parts",
-    "build",
-    "fits",
-    "leaves",
-    "trust_problems",
-    "trusted_prefixes",
-    "validate",
-]
 
 
 @dataclass(frozen=True)
@@ -160,6 +154,9 @@ def _section_problems(config: dict[str, Any]) -> Iterator[str]:
             yield f"{key}: must be a finite number, got {value}"
         if value == "" and is_path(key):
             yield f"{key}: is empty; give a path, or null for none"
+    for name in about(OptimizerSettings):
+        if name not in config.get("optimizer", {}):
+            yield f"optimizer.{name}: a value is required; give optimizer.{name}=…"
     pretrain = config["pretrain"]
     for name, default in (("head", "keep"), ("checkpoint_key", None)):
         if pretrain[name] != default and not pretrain["checkpoint"]:

@@ -20,10 +20,10 @@ class RanksAgree(Hook):
         Raises:
             UserError: A process differs from rank 0.
         """
-        require_equal(trainer.ranks, trainer.model, trainer.steps)
+        require_same_weights(trainer.ranks, trainer.model, trainer.steps)
 
 
-def require_equal(ranks: Ranks, model: nn.Module, step: int) -> None:
+def require_same_weights(ranks: Ranks, model: nn.Module, step: int) -> None:
     """Checks that all processes hold the same bits.
 
     Raises:

@@ -60,7 +60,7 @@ class Checkpoints(Hook):
         log.info("%s: continuing after epoch %d of %d%s", self.stage, trainer.epoch, epochs, within)
 
     @contextmanager
-    def around(self, trainer: Trainer) -> Iterator[None]:
+    def context(self, trainer: Trainer) -> Iterator[None]:
         """Keeps signals back until the step under way is done."""
         with deferred() as self._received:
             yield

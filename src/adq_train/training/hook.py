@@ -45,7 +45,7 @@ class Hook:
     def on_start(self, trainer: Trainer) -> None:
         """Before the first step of this process."""
 
-    def around(self, trainer: Trainer) -> AbstractContextManager[object]:
+    def context(self, trainer: Trainer) -> AbstractContextManager[object]:
         """A context that all epochs run in."""
         return contextlib.nullcontext()
 

@@ -135,7 +135,7 @@ class Trainer:
             hook.on_start(self)
         with contextlib.ExitStack() as contexts:
             for hook in self.hooks:
-                contexts.enter_context(hook.around(self))
+                contexts.enter_context(hook.context(self))
             while self.epoch < self.settings.epochs:
                 self.train_epoch()
         for hook in self.hooks:

@@ -16,8 +16,10 @@ from adq_train.training.checkpointing import Checkpoints
 from adq_train.training.health import FiniteWatch
 from adq_train.training.hook import Hook
 from adq_train.training.mixing import Mixing
+from adq_train.training.progress_bar import ProgressBar
 from adq_train.training.reestimation import ReestimateBatchNorm
-from adq_train.training.telling import TellProgress
+
+QAT = "qat"
 
 
 def float_hooks(
@@ -33,13 +35,11 @@ def float_hooks(
         key: What the float model depends on.
         stage: ``pretrain`` or ``teacher``.
     """
-    trainer = session.config.trainer
     return [
-        *_before_records(session, model, stage),
-        ReestimateBatchNorm(trainer.batch_norm_reestimation),
+        *training_hooks(session, model, stage),
         # A float model is recorded as such: another run's teacher may be this one's model.
         Recorder(shared, "pretrain"),
-        *_after_records(session, folder, shared, key, stage),
+        *_keeping_hooks(session, folder, shared, key, stage),
     ]
 
 
@@ -52,28 +52,34 @@ def qat_hooks(session: Session, folder: RunFolder, model: nn.Module, key: str) -
         model: Prepared and calibrated.
         key: What QAT depends on.
     """
-    trainer = session.config.trainer
     return [
-        *([session.teacher] if session.teacher else []),
-        *_before_records(session, model, "qat"),
-        ReestimateBatchNorm(trainer.batch_norm_reestimation, trainer.eval_batch_size),
-        Recorder(folder.path, "qat"),
-        *_after_records(session, folder, folder.path, key, "qat"),
+        *training_hooks(session, model, QAT),
+        Recorder(folder.path, QAT),
+        *_keeping_hooks(session, folder, folder.path, key, QAT),
     ]
 
 
-def _before_records(session: Session, model: nn.Module, stage: str) -> list[Hook]:
-    trainer = session.config.trainer
+def training_hooks(session: Session, model: nn.Module, stage: str) -> list[Hook]:
+    """What belongs to the training itself: all that decides what comes out of it.
+
+    Args:
+        session: The run's.
+        model: The network that is trained.
+        stage: ``qat``, or one of float training.
+    """
+    trainer, qat = session.config.trainer, stage == QAT
     alphas = {"mixup_alpha": trainer.mixup_alpha, "cutmix_alpha": trainer.cutmix_alpha}
     decay = trainer.weight_average_decay
     return [
+        *([session.teacher] if session.teacher and qat else []),
         Mixing(session.data.num_classes, **alphas),
         FiniteWatch(stage, trainer.skip_nonfinite_steps),
         *([WeightAverage(model, decay)] if decay else []),
+        ReestimateBatchNorm(trainer.batch_norm_reestimation, trainer.eval_batch_size if qat else 1),
     ]
 
 
-def _after_records(
+def _keeping_hooks(
     session: Session, folder: RunFolder, place: Path, key: str, stage: str
 ) -> list[Hook]:
     trainer = session.config.trainer
@@ -90,4 +96,4 @@ def _after_records(
         minutes=trainer.checkpoint_every_minutes,
         resumed=resumed,
     )
-    return [*([RanksAgree()] if trainer.check_ranks else []), checkpoints, TellProgress(stage)]
+    return [*([RanksAgree()] if trainer.check_ranks else []), checkpoints, ProgressBar(stage)]

@@ -14,7 +14,7 @@ from adq_train.training.trainer import Trainer
 log = logging.getLogger(__name__)
 
 
-class TellProgress(Hook):
+class ProgressBar(Hook):
     """Shows how each epoch went, and the time that is left.
 
     Args:
@@ -38,7 +38,7 @@ class TellProgress(Hook):
             )
 
     @contextmanager
-    def around(self, trainer: Trainer) -> Iterator[None]:
+    def context(self, trainer: Trainer) -> Iterator[None]:
         """Shows the bar."""
         epochs = trainer.settings.epochs
         with Progress(self.stage, total=epochs, done=trainer.epoch) as self.progress:

@@ -6,7 +6,7 @@ import re
 import pytest
 from training_helpers import Drawn, dense, trainer_of
 
-from adq_train.training.telling import TellProgress
+from adq_train.training.progress_bar import ProgressBar
 
 
 @pytest.fixture
@@ -18,22 +18,22 @@ def told(caplog, monkeypatch):
 
 
 def test_a_last_step_that_takes_what_is_left_over_is_said_once(told):
-    trainer_of(dense(), TellProgress("qat"), batches=Drawn(6, 7), epochs=2).fit()
+    trainer_of(dense(), ProgressBar("qat"), batches=Drawn(6, 7), epochs=2).fit()
     assert told.text.count("qat: the last step of an epoch takes 7 images: 1 left over") == 1
     told.clear()
-    trainer_of(dense(), TellProgress("qat"), batches=Drawn(6, 3), epochs=2).fit()
+    trainer_of(dense(), ProgressBar("qat"), batches=Drawn(6, 3), epochs=2).fit()
     assert "left over" not in told.text
 
 
 def test_nothing_is_said_of_steps_that_are_done(told):
-    trainer = trainer_of(dense(), TellProgress("qat"), batches=Drawn(6, 7), epochs=2)
+    trainer = trainer_of(dense(), ProgressBar("qat"), batches=Drawn(6, 7), epochs=2)
     trainer.epoch = 2
     trainer.fit()
     assert "left over" not in told.text
 
 
 def test_every_epoch_is_told_with_its_figures(told):
-    trainer_of(dense(), TellProgress("qat"), epochs=2).fit()
+    trainer_of(dense(), ProgressBar("qat"), epochs=2).fit()
     lines = [x.getMessage().strip() for x in told.records]
     assert [x.split(":")[0] for x in lines] == ["qat 1/2", "qat 2/2"]
     assert all(re.search(r"loss \d\.\d{3}, validation \d+\.\d %, \d+ images/s", x) for x in lines)
