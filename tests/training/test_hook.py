@@ -47,7 +47,7 @@ def test_hooks_are_called_in_their_order_at_their_time():
     calls = [x for x in calls if x[0] != "evaluated"]
     batch = ["on_batch", "loss", "on_gradients", "after_update", "after_batch"]
     expected = [
-        "restore", "on_start", "around", *batch, *batch, "flush", "before_evaluation",
+        "restore", "on_start", "context", *batch, *batch, "flush", "before_evaluation",
         "after_epoch", "on_end",
     ]  # fmt: skip
     assert [method for method, _ in calls[::2]] == expected
