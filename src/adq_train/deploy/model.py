@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -56,20 +56,16 @@ def table_model(run: FinishedRun, network: nn.Module | None = None) -> TableMode
     Raises:
         UserError: There is no checkpoint, or a quantizer cannot be put in tables.
     """
-    network = network or trained_network(run)
-    layers = quantized_layers(network)
     facts = {key: run.manifest.get(key) for key in ("command", "seed", "git", "versions", "data")}
-    allocation = run.allocation
-    return TableModel(
+    return replace(
+        tables_of_network(network or trained_network(run)),
         model=run.config.model,
         data=run.config.data,
         expects=run.input_format(),
-        layers={name: tables_of(name, layer) for name, layer in layers.items()},
-        floats={k: v.detach() for k, v in float_state(network, layers).items()},
         run={
             **facts,
-            "average_weight_bits": allocation.average_weight_bits,
-            "model_size_bytes": allocation.model_size_bytes,
+            "average_weight_bits": run.allocation.average_weight_bits,
+            "model_size_bytes": run.allocation.model_size_bytes,
         },
     )
 
