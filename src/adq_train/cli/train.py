@@ -33,6 +33,7 @@ from tqdm import tqdm
 
 from adq_train import interrupts
 from adq_train.cli.overrides import problems_of, trust_typed
+from adq_train.cli.settings_help import settings_text
 from adq_train.cli.values import quote, quoted
 from adq_train.errors import ConfigError, UserError
 from adq_train.printable import PrintableFormatter, printable
@@ -45,6 +46,12 @@ def main() -> None:
     """``adq-train``: float model → sensitivity → bit allocation → QAT → result."""
     if "TORCHELASTIC_RUN_ID" in os.environ:
         interrupts.end_with_parent()
+    if sys.argv[1:2] == ["--settings"]:
+        try:
+            print(printable(settings_text(*sys.argv[2:3])))
+        except ConfigError as error:
+            fail(error)
+        return
     # Appending an experiment would let it win over an ablation; selecting it keeps the order.
     argv = [re.sub(r"^\+(experiment|comparison|ablation)=", r"\1=", text) for text in sys.argv[1:]]
     argv = [

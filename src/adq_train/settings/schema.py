@@ -378,7 +378,7 @@ class DistillationSettings:
 
 @dataclass(frozen=True)
 class Config:
-    """The whole configuration of one run; the groups below are filled from ``configs/``."""
+    """The whole configuration of one run; its groups are filled from configs/."""
 
     seed: int = setting(
         0,
