@@ -88,8 +88,8 @@ def test_every_experiment_runs_dry_on_synthetic_data(cli, tmp_path, name):
         "data.train_images=32",
         "data.test_images=8",
         "data.validation_images=8",
-        "data.calibration_images=8",
-        "trainer.batch_size=8",
+        "data.calibration_images=2",
+        "trainer.batch_size=4",
         "dry_run=true",
         *pretrained,
     )
