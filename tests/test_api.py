@@ -21,16 +21,20 @@ from adq_train.sensitivity.perturbation import Perturbation
 DOCS = Path(__file__).parents[1] / "docs"
 
 
-def test_the_documented_example_runs_and_keeps_the_accuracy(tmp_path, capsys):
+def test_the_documented_example_runs_and_keeps_the_accuracy(tmp_path, capsys, monkeypatch):
     (code,) = re.findall(r"```python\n(.*?)```", (DOCS / "python.md").read_text(), re.DOTALL)
     (tmp_path / "example.py").write_text(code)
-    names = runpy.run_path(str(tmp_path / "example.py"))
+    monkeypatch.chdir(tmp_path)  # where it writes its files
+    names = runpy.run_path("example.py")
     assert names["before"] > 0.85
     assert names["after"] > names["before"] - 0.05
     layers = quantized_layers(names["quantized"])
     assert list(layers) == ["0", "2", "4", "7", "9"]
     assert {layer.weight_quantizer.bit_width for layer in layers.values()} <= {2, 3, 4, 8}
     assert not quantized_layers(names["model"])
+    images, trained = names["test_images"], names["quantized"]
+    for other in (names["again"], names["packed"]):
+        assert torch.equal(other(images), trained(images))
     assert "QuantConv2d" in capsys.readouterr().out
 
 
