@@ -30,7 +30,7 @@ def entry(name: str) -> str:
     signature = re.sub(r"<class (?:\w+\.)*(\w+)>", r"\1", signature)
     lines = []
     inside = False
-    for line in inspect.getdoc(thing).splitlines():  # type: ignore[union-attr]
+    for line in (inspect.getdoc(thing) or "").splitlines():
         title = line.removesuffix(":")
         if line.endswith(":") and title in SECTIONS:
             inside = True

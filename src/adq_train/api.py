@@ -16,7 +16,7 @@ from adq_train.allocation.problem import problem_of
 from adq_train.allocation.uniform import likely_bits
 from adq_train.artifacts import SensitivityTable, require_finite
 from adq_train.errors import UserError
-from adq_train.lifecycle import Quantized, described
+from adq_train.lifecycle import carrying
 from adq_train.quantization.adq import AdqWeightQuantizer
 from adq_train.quantization.base import MakeActivationQuantizer, MakeWeightQuantizer
 from adq_train.quantization.copies import own_copy
@@ -100,9 +100,7 @@ def quantize(
     allocation = allocate(IlpAllocator(), problem, table)
     quantized = calibrated(model, allocation, quantizers, [x for x, _ in batches], seed)
     require_achieved(allocation, achieved(quantized, image, problem.pinned))
-    made = described(make_weight_quantizer), described(make_activation_quantizer)
-    quantized.adq = Quantized(table, allocation, made)  # type: ignore[assignment]
-    return quantized
+    return carrying(quantized, table, allocation, quantizers)
 
 
 def _default_metric(outputs: Tensor) -> Perturbation:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import functools
 import json
 from collections.abc import Callable, Mapping
@@ -21,12 +20,12 @@ from adq_train.deploy.onnx import OnnxModel, onnx_bytes
 from adq_train.deploy.packed import load_packed, packed_bytes
 from adq_train.deploy.verify import Agreement, compare, require_equal
 from adq_train.errors import ConfigError, UserError
-from adq_train.quantization.base import MakeActivationQuantizer, MakeWeightQuantizer
-from adq_train.quantization.copies import own_copy, unwrapped
+from adq_train.quantization.base import MakeActivationQuantizer, Makers, MakeWeightQuantizer
+from adq_train.quantization.copies import copied, own_copy, unwrapped
 from adq_train.quantization.prepare import quantized_layers
 from adq_train.quantization.restore import restored
 from adq_train.settings.building import build
-from adq_train.states import COUNTER, state_digest
+from adq_train.states import COUNTER, state_digest, tied_names
 from adq_train.storage.files import written_whole
 from adq_train.storage.stamps import digest
 
@@ -63,6 +62,16 @@ def described(make: Callable[[int], nn.Module]) -> dict[str, Any] | None:
     return {"_target_": target, "_partial_": True, **settings}
 
 
+def carrying(
+    model: nn.Module, table: SensitivityTable, allocation: BitAllocation, make: Makers
+) -> nn.Module:
+    """Gives a quantized network, in place, what it was made from; see :class:`Quantized`."""
+    made = described(make[0]), described(make[1])
+    # torch declares that attributes of modules are tensors or modules, and takes any.
+    model.adq = Quantized(table, allocation, made)  # type: ignore[assignment]
+    return model
+
+
 def carried_by(model: nn.Module) -> Quantized:
     """What a quantized network carries.
 
@@ -87,13 +96,8 @@ def save(model: nn.Module, path: str | Path) -> None:
     """
     model = unwrapped(model)
     carried = carried_by(model)
-    known: dict[object, str] = {}
-    state = {}
-    for name, tensor in model.state_dict().items():  # each once, whatever its names
-        place = (tensor.data_ptr(), tensor.shape, tensor.stride())
-        if tensor.numel() and known.setdefault(place, name) != name:
-            continue
-        state[name] = tensor.detach().cpu().contiguous().clone()
+    every = model.state_dict()
+    state = {name: every[name].cpu().contiguous().clone() for name, *_ in tied_names(every)}
     metadata = {
         "format": FORMAT,
         "format_version": VERSION,
@@ -136,7 +140,7 @@ def load(
     try:
         with safe_open(str(path), "pt") as file:
             metadata = file.metadata() or {}
-            state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no dict)
     except (SafetensorError, OSError) as error:
         raise UserError(f"{path} cannot be read ({error}); write it with adq_train.save") from error
     if metadata.get("format") != FORMAT:
@@ -166,8 +170,7 @@ def load(
     except (KeyError, RuntimeError, AttributeError, TypeError) as error:
         reason = " ".join(str(error).split())
         raise UserError(f"{path} does not fit the network: {reason}") from error
-    model.adq = Quantized(table, allocation, (described(make[0]), described(make[1])))  # type: ignore[assignment]
-    return model.eval()
+    return carrying(model, table, allocation, make).eval()
 
 
 def _digest(state: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:
@@ -204,7 +207,6 @@ def export(
         UserError: The model is not quantized or cannot be exported, or the file's outputs are
             other ones; no file is left then.
     """
-    model = unwrapped(model)
     carried_by(model)
     path = Path(path)
     kind = format or {".onnx": "onnx", ".safetensors": "packed"}.get(path.suffix)
@@ -213,7 +215,7 @@ def export(
             f"format: must be onnx or packed, got {format!r} for {path.name}; name the file "
             "….onnx or ….safetensors, or give format"
         )
-    network = copy.deepcopy(model).cpu().eval()
+    network = own_copy(model).cpu().eval()
     tables, example = tables_of_network(network), example.detach().cpu()
     with written_whole(path) as temporary:
         if kind == "onnx":
@@ -254,8 +256,8 @@ def require_floats(network: nn.Module) -> None:
 @torch.no_grad()
 def scrambled(network: nn.Module) -> nn.Module:
     """A copy in which every value is NaN: what does not come from a file shows."""
-    copied = copy.deepcopy(network)
-    for tensor in copied.state_dict().values():
+    empty = copied(network)
+    for tensor in empty.state_dict().values():
         if tensor.is_floating_point():
             tensor.fill_(torch.nan)
-    return copied
+    return empty

@@ -53,14 +53,19 @@ def load_state(model: nn.Module, state: Mapping[str, Tensor]) -> None:
     model.load_state_dict(full)
 
 
-def with_tied(own: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """A state with the other names of tensors that ``own`` knows under several."""
+def tied_names(state: Mapping[str, Tensor]) -> list[list[str]]:
+    """The names of each tensor of a state, in their order; most have one."""
     groups: dict[Any, list[str]] = {}
-    for name, tensor in own.items():
+    for name, tensor in state.items():
         place = (tensor.data_ptr(), tensor.shape, tensor.stride()) if tensor.numel() else name
         groups.setdefault(place, []).append(name)
+    return list(groups.values())
+
+
+def with_tied(own: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A state with the other names of tensors that ``own`` knows under several."""
     full = dict(state)
-    for names in groups.values():
+    for names in tied_names(own):
         present = [x for x in names if x in state]
         full.update({x: state[present[0]] for x in names if present and x not in state})
     return full
