@@ -15,17 +15,16 @@ from safetensors.torch import save as save_tensors
 from torch import Tensor, nn
 
 from adq_train.artifacts import BitAllocation, SensitivityTable
+from adq_train.deploy.formats import FORMATS, Source, format_of
 from adq_train.deploy.model import tables_of_network
-from adq_train.deploy.onnx import OnnxModel, onnx_bytes
-from adq_train.deploy.packed import load_packed, packed_bytes
-from adq_train.deploy.verify import Agreement, compare, require_equal
+from adq_train.deploy.verify import Agreement, write_checked
 from adq_train.errors import ConfigError, UserError
 from adq_train.quantization.base import MakeActivationQuantizer, Makers, MakeWeightQuantizer
-from adq_train.quantization.copies import copied, own_copy, unwrapped
+from adq_train.quantization.copies import own_copy, unwrapped
 from adq_train.quantization.prepare import quantized_layers
 from adq_train.quantization.restore import restored
 from adq_train.settings.building import build
-from adq_train.states import COUNTER, state_digest, tied_names
+from adq_train.states import state_digest, tied_names
 from adq_train.storage.files import written_whole
 from adq_train.storage.stamps import digest
 
@@ -197,8 +196,8 @@ def export(
         path: The file.
         example: Inputs (N, …) of the network, normalised; the file is checked on them.
         format: ``onnx`` (one input, one output, N is free), or ``packed`` for
-            ``adq_train.load_packed(path, network=…)``; None: by the ending of the file, ``.onnx``
-            or ``.safetensors``.
+            ``adq_train.load_packed(path, network=…)``; None: by the ending of the file, as
+            ``adq-export`` names it: ``.onnx``, ``.safetensors``.
 
     Returns:
         How the file's outputs agree with the network's on the example.
@@ -209,55 +208,15 @@ def export(
     """
     carried_by(model)
     path = Path(path)
-    kind = format or {".onnx": "onnx", ".safetensors": "packed"}.get(path.suffix)
-    if kind not in ("onnx", "packed"):
+    kind = FORMATS.get(format) if format else format_of(path)
+    if kind is None:
+        endings = ", ".join(f"{x.name} (…{x.ending})" for x in FORMATS.values())
         raise UserError(
-            f"format: must be onnx or packed, got {format!r} for {path.name}; name the file "
-            "….onnx or ….safetensors, or give format"
+            f"format: must be one of {endings}, got {format!r} for {path.name}; name the file so, "
+            "or give format"
         )
     network = own_copy(model).cpu().eval()
     tables, example = tables_of_network(network), example.detach().cpu()
+    source = Source(network, tables, example, torch.float32)
     with written_whole(path) as temporary:
-        if kind == "onnx":
-            temporary.write_bytes(onnx_bytes(tables, network, example))
-            second: nn.Module = OnnxModel(temporary)
-        else:
-            require_floats(network)
-            temporary.write_bytes(packed_bytes(tables)[0])
-            second = load_packed(temporary, network=scrambled(network))
-        agreement = compare(network, second, [example])
-        if kind == "packed":
-            require_equal(agreement)
-        elif agreement.different:
-            raise UserError(
-                "onnxruntime's outputs have their largest value elsewhere on "
-                f"{agreement.different} of {agreement.num_images} examples (largest difference of "
-                f"two outputs: {agreement.largest_difference:.3g}); no file was written"
-            )
-    return agreement
-
-
-def require_floats(network: nn.Module) -> None:
-    """Refuses a network whose outputs may depend on what a packed file does not hold.
-
-    Raises:
-        UserError: Names a buffer of integers.
-    """
-    layers = tuple(f"{name}." for name in quantized_layers(network))
-    for name, tensor in network.state_dict().items():
-        known = tensor.is_floating_point() or name.endswith(COUNTER) or name.startswith(layers)
-        if not known:
-            raise UserError(
-                f"format: a packed file holds no buffer of {tensor.dtype}, and the network has "
-                f"{name}; make it with register_buffer(…, persistent=False), or use format=onnx"
-            )
-
-
-@torch.no_grad()
-def scrambled(network: nn.Module) -> nn.Module:
-    """A copy in which every value is NaN: what does not come from a file shows."""
-    empty = copied(network)
-    for tensor in empty.state_dict().values():
-        if tensor.is_floating_point():
-            tensor.fill_(torch.nan)
-    return empty
+        return write_checked(temporary, kind, source, [example])[1]

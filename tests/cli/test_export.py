@@ -13,7 +13,6 @@ from adq_train.cli.export import eval_main, export_main
 from adq_train.data.base import InputFormat, Pixels
 from adq_train.deploy.evaluable import Evaluable
 from adq_train.deploy.trained import open_run, trained_network
-from adq_train.deploy.verify import Agreement
 from adq_train.errors import UserError
 
 
@@ -168,23 +167,35 @@ def test_paths_may_begin_at_home(finished_run, program, monkeypatch, tmp_path):
     assert f"{tmp_path}/nowhere" in root
 
 
-def test_an_onnx_file_that_disagrees_is_not_kept(finished_run, program, tmp_path, monkeypatch):
-    monkeypatch.setattr("adq_train.deploy.write.onnx_bytes", lambda model: b"")
-    monkeypatch.setattr("adq_train.deploy.write.OnnxModel", lambda path: None)
-    monkeypatch.setattr(
-        "adq_train.deploy.write.compare", lambda first, second, batches: Agreement(64, 2, 0.5)
-    )
+class Other(torch.nn.Module):
+    """A file that answers with something else."""
+
+    def __init__(self, change):
+        super().__init__()
+        self.change = change
+
+    def forward(self, images):
+        return self.change(len(images))
+
+
+def test_a_file_with_other_classes_is_not_kept(finished_run, program, tmp_path, monkeypatch):
+    pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxscript")
+    other = Other(lambda count: torch.eye(10)[torch.arange(count) % 10])
+    monkeypatch.setattr("adq_train.deploy.onnx.run", lambda path, source: other)
+    monkeypatch.setattr("adq_train.deploy.onnx.onnx_bytes", lambda *_: b"x")
     output = tmp_path / "model.onnx"
     code, _, err = program(export_main, finished_run, "format=onnx", f"output={output}")
     assert code == 1
-    assert re.search(r"another top-1 class on 2 of 64 test images .*tolerance=0\.001 allows", err)
+    assert re.search(
+        r"onnxruntime gives another top-1 class on \d\d of 64 .*tolerance=0\.001 allows", err
+    )
     assert list(tmp_path.iterdir()) == []
 
 
 def test_a_packed_file_that_differs_is_not_kept(finished_run, program, tmp_path, monkeypatch):
-    monkeypatch.setattr(
-        "adq_train.deploy.write.compare", lambda first, second, batches: Agreement(8, 0, 1e-7)
-    )
+    other = Other(lambda count: torch.zeros(count, 10))
+    monkeypatch.setattr("adq_train.deploy.packed_form.run", lambda path, source: other)
     code, _, err = program(export_main, finished_run, f"output={tmp_path / 'x'}")
     assert code == 1
     assert "are not the trained network's" in err

@@ -53,12 +53,12 @@ def test_without_rounding_no_tie_is_near():
 
 
 def test_the_tolerance_is_a_share_of_the_images():
-    require_same_classes(Agreement(10_000, 10, 0.1, near_ties=50), 0.001)
+    require_same_classes(Agreement(10_000, 10, 0.1, near_ties=50), 0.001, "it")
     for refused, share in ((11, 0.001), (1, 0.0)):
         with pytest.raises(UserError, match=rf"on {refused} of 10000 .*tolerance={share:g}"):
-            require_same_classes(Agreement(10_000, refused, 0.1), share)
+            require_same_classes(Agreement(10_000, refused, 0.1), share, "it")
     with pytest.raises(UserError, match="no images"):
-        require_same_classes(Agreement(0, 0, 0.0), 1.0)
+        require_same_classes(Agreement(0, 0, 0.0), 1.0, "it")
 
 
 def test_what_cannot_be_compared_is_an_error():

@@ -11,23 +11,35 @@ from typing import TypeVar
 
 from adq_train.cli.arguments import parse
 from adq_train.cli.train import configure_logging, show_error
+from adq_train.deploy.formats import FORMATS
 from adq_train.errors import ConfigError, UserError
 from adq_train.printable import one_line, printable
 from adq_train.settings.schema import setting
 from adq_train.storage.files import typed_path
 
-EXPORT_HELP = """adq-export RUN_FOLDER [key=value ...]
 
-Writes the trained model of a finished run as one small file.
+def _format_help() -> str:
+    """A line for each format, and one for what it needs."""
+    lines = [f"  format={'|'.join(FORMATS)}"]
+    for x in FORMATS.values():
+        lines.append(f"    {x.name:<24}{x.file}: {x.help}")
+        if x.extra:
+            lines.append(f"{'':28}needs pip install 'adq-train[{x.extra}]'")
+    return "\n".join(lines)
 
-  format=packed|onnx        packed: export/model.safetensors, for adq_train.load_packed
-                            onnx: export/model.onnx, verified in onnxruntime on the test set
+
+EXPORT_HELP = f"""adq-export RUN_FOLDER [key=value ...]
+
+Writes the trained model of a finished run as one file, in one of several formats; all but packed
+are verified on the test set, in the program that runs them.
+
+{_format_help()}
   output=FILE               another place
-  float_type=float32|float16   precision of norms, biases and layers that are not quantized
+  float_type=float32|float16   packed: precision of norms, biases and layers that are not quantized
   fold_batch_norm=true      fold batch norms into convolutions; logits then differ by rounding
-  tolerance=0.001           onnx: share of the test images that may get another top-1 class, near
-                            ties aside (docs/export.md)
-  data.KEY=VALUE            onnx: other settings of the run's data set: data.root=/data/cifar10;
+  tolerance=0.001           share of the test images that may get another top-1 class, near ties
+                            aside (docs/export.md)
+  data.KEY=VALUE            other settings of the run's data set: data.root=/data/cifar10;
                             data.download=true fetches it where it is not there
   trusted_packages=[NAME]   packages of your own whose classes the run uses; they will be imported
   json=true                 the report as one line of JSON
@@ -35,7 +47,7 @@ Writes the trained model of a finished run as one small file.
 """
 EVAL_HELP = """adq-eval PATH [key=value ...]
 
-Evaluates a run folder, a packed file or an .onnx file on the test images of its data set.
+Evaluates a run folder or a file of adq-export on the test images of its data set.
 
   data=NAME data.KEY=VALUE  another data set, or other settings of it: data.root=/data/imagenet;
                             data.download=true fetches it where it is not there
@@ -52,7 +64,7 @@ class ExportSettings:
     """The command line of ``adq-export``."""
 
     path: str
-    format: str = setting("packed", "The form of the file.", choices=("packed", "onnx"))
+    format: str = setting("packed", "The form of the file.", choices=tuple(FORMATS))
     output: str = ""
     float_type: str = setting(
         "float32", "Precision of what stays float.", choices=("float32", "float16")

@@ -1,8 +1,8 @@
-"""``adq-eval``: a run, a packed file or an ONNX file, on its data set or on images of one's own."""
+"""``adq-eval``: a run or an exported file, on its data set or on images of one's own."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,8 +17,7 @@ from adq_train.data.base import ImageData, InputFormat, Pixels
 from adq_train.data.listing import images_below
 from adq_train.data.pictures import UnreadableError, read_picture, shown
 from adq_train.deploy.datasets import check_data_source, load_data
-from adq_train.deploy.onnx_apart import OnnxApart
-from adq_train.deploy.packed import open_packed
+from adq_train.deploy.formats import FORMATS, format_of
 from adq_train.deploy.trained import open_run, trained_network
 from adq_train.errors import UserError
 from adq_train.settings.building import TRUSTED_PREFIXES
@@ -31,7 +30,7 @@ class Evaluable:
     """A network in one of its forms, and what it says about itself.
 
     Attributes:
-        form: ``run``, ``packed`` or ``onnx``.
+        form: ``run``, or the name of its format.
         network: Maps normalised images (N, C, H, W) to logits.
         expects: What it expects of an image; None for an ONNX file of another program.
         data: The ``data`` section of the run that it is from, or None.
@@ -48,7 +47,7 @@ class Evaluable:
 
 
 def open_path(path: Path, trusted_packages: Sequence[str] = ()) -> Evaluable:
-    """Opens a run folder, a packed file or an ONNX file.
+    """Opens a run folder or a file of ``adq-export``.
 
     Args:
         path: Of it.
@@ -63,21 +62,20 @@ def open_path(path: Path, trusted_packages: Sequence[str] = ()) -> Evaluable:
         network = trained_network(run)
         data = run.config.data
         return Evaluable("run", network, run.input_format(), data, recorded, run.trusted)
-    if path.suffix == ".onnx":
-        onnx = OnnxApart(path)
-        facts = onnx.facts
-        return Evaluable("onnx", onnx, onnx.expects, facts.get("data"), _fingerprint(facts))
-    if not path.exists():
-        raise UserError(f"there is no {path}; give a run folder, a packed file or an .onnx file")
-    model, network = open_packed(path)
-    run_facts = {"run": model.run}
-    return Evaluable("packed", network, model.expects, model.data, _fingerprint(run_facts))
+    kind = format_of(path)
+    if kind is None:
+        if not path.exists():
+            raise UserError(f"there is no {path}; give a run folder or a file of adq-export")
+        kind = FORMATS["packed"]  # it can tell whether it is one
+    file = kind.writer().open_file(path)
+    recorded = _fingerprint(file.run)
+    return Evaluable(file.form, file.network, file.expects, file.data, recorded)
 
 
-def _fingerprint(facts: Mapping[str, Any]) -> str | None:
+def _fingerprint(run: Any) -> str | None:
     """The recorded data fingerprint, where a file has one."""
-    node: Any = facts
-    for key in ("run", "data", "fingerprint"):
+    node = run
+    for key in ("data", "fingerprint"):
         node = node.get(key) if isinstance(node, dict) else None
     return node if isinstance(node, str) else None
 

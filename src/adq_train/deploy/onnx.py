@@ -6,7 +6,6 @@ The packages onnx, onnxscript and onnxruntime are an extra: ``pip install adq-tr
 from __future__ import annotations
 
 import contextlib
-import importlib
 import io
 import json
 import logging
@@ -18,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from adq_train.deploy.formats import Opened, Source, Written, require
 from adq_train.deploy.layer_tables import Staircase
 from adq_train.deploy.model import TableModel, assemble
 from adq_train.deploy.packed_layers import FEW, PackedLayer, Steps, look_up
@@ -27,18 +27,27 @@ from adq_train.errors import UserError
 METADATA_KEY = "adq_train"
 
 
-def require(package: str) -> Any:
-    """Imports a package of the extra.
+def write(source: Source) -> Written:
+    """The content of the file."""
+    return Written(onnx_bytes(source.tables, source.architecture, source.example))
 
-    Raises:
-        UserError: It is not installed; says how to install it.
-    """
-    try:
-        return importlib.import_module(package)
-    except ImportError as error:
-        raise UserError(
-            f"ONNX needs the package {package} ({error}); pip install 'adq-train[export]'"
-        ) from error
+
+def reference(source: Source) -> nn.Module:
+    """The network as its tables give it."""
+    return assemble(source.tables, network=source.architecture)
+
+
+def run(path: Path, source: Source) -> nn.Module:
+    """The file in onnxruntime."""
+    return OnnxModel(path)
+
+
+def open_file(path: Path) -> Opened:
+    """An ONNX file of anybody, in a process of its own."""
+    from adq_train.deploy.onnx_apart import OnnxApart
+
+    apart = OnnxApart(path)
+    return Opened("onnx", apart, apart.expects, apart.facts.get("data"), apart.facts.get("run"))
 
 
 @torch.library.custom_op("adq_train::count_below", mutates_args=())

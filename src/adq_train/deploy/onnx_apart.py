@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from adq_train.data.base import InputFormat
-from adq_train.deploy.onnx import METADATA_KEY, require
+from adq_train.deploy.formats import require
+from adq_train.deploy.onnx import METADATA_KEY
 from adq_train.errors import UserError
 
 LONGEST_LINE = 1 << 24

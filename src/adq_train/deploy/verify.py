@@ -5,10 +5,12 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterable
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
+from adq_train.deploy.formats import Format, Source, Written
 from adq_train.errors import UserError
 
 # Images on which the effect of rounding is measured, where there is a difference to judge.
@@ -34,6 +36,33 @@ class Agreement:
     largest_difference: float
     near_ties: int = 0
     rounding: float = 0.0
+
+
+def write_checked(
+    path: Path, kind: Format, source: Source, batches: Iterable[Tensor], tolerance: float = 0.0
+) -> tuple[Written, Agreement]:
+    """Writes a file and runs it beside the network that it is made from.
+
+    Args:
+        path: The file.
+        kind: Its format.
+        source: What it is made from.
+        batches: Images (N, C, H, W) to compare on.
+        tolerance: Share of them that may have another top-1 class, where the format does not
+            promise every bit.
+
+    Raises:
+        UserError: It cannot be written, or does not do what the network does.
+    """
+    writer = kind.writer()
+    written = writer.write(source)
+    path.write_bytes(written.content)
+    agreement = compare(writer.reference(source), writer.run(path, source), batches)
+    if not kind.exact:
+        require_same_classes(agreement, tolerance, kind.runtime)
+    elif source.float_type is torch.float32 and not source.tables.folded:
+        require_equal(agreement)
+    return written, agreement
 
 
 @torch.no_grad()
@@ -87,23 +116,24 @@ def rounding_of(network: nn.Module, batches: Iterable[Tensor]) -> float:
     return max(map(float, distances), default=0.0)
 
 
-def require_same_classes(agreement: Agreement, tolerance: float) -> None:
+def require_same_classes(agreement: Agreement, tolerance: float, runtime: str) -> None:
     """Refuses a file that classifies otherwise.
 
     Args:
         agreement: On the test images.
         tolerance: Share of them that may have another top-1 class.
+        runtime: What ran the file.
 
     Raises:
         UserError: States on how many images.
     """
     if not agreement.num_images:
-        raise UserError("the test set has no images to verify the file on; no file was written")
+        raise UserError("there are no images to verify the file on; no file was written")
     if agreement.different > tolerance * agreement.num_images:
         share = agreement.different / agreement.num_images
         raise UserError(
-            f"onnxruntime gives another top-1 class on {agreement.different} of "
-            f"{agreement.num_images} test images ({share:.2%}), more than tolerance={tolerance:g} "
+            f"{runtime} gives another top-1 class on {agreement.different} of "
+            f"{agreement.num_images} images ({share:.2%}), more than tolerance={tolerance:g} "
             f"allows, and {agreement.near_ties} near ties besides (largest difference of two "
             f"logits: {agreement.largest_difference:.3g}, of which rounding explains "
             f"{agreement.rounding:.3g}); no file was written"

@@ -12,17 +12,11 @@ import torch
 from torch import Tensor
 
 from adq_train.deploy.fold import fold_batch_norms
-from adq_train.deploy.model import assemble, table_model
-from adq_train.deploy.onnx import OnnxModel, onnx_bytes
-from adq_train.deploy.packed import Sizes, load_packed, packed_bytes, tables_in_order
+from adq_train.deploy.formats import FORMATS, Source
+from adq_train.deploy.model import table_model
+from adq_train.deploy.packed import Sizes, tables_in_order
 from adq_train.deploy.trained import open_run, trained_network
-from adq_train.deploy.verify import (
-    Agreement,
-    compare,
-    require_equal,
-    require_same_classes,
-    words,
-)
+from adq_train.deploy.verify import Agreement, words, write_checked
 from adq_train.errors import UserError
 from adq_train.reporting.summary import FLOAT_BYTES, kilobytes
 from adq_train.storage.files import written_whole
@@ -37,14 +31,15 @@ class ExportReport:
 
     Attributes:
         path: The file.
-        format: ``packed`` or ``onnx``.
+        format: Its name in :data:`~adq_train.deploy.formats.FORMATS`.
         file_bytes: Its size.
         promised_bytes: The weights that allocation.json promises, plus tables and float values.
         float32_bytes: The same network in float32.
         folded: Number of batch norms that were folded.
-        agreement: Packed: with the trained network, on random images; onnx: with the packed
-            network, on the test set.
+        agreement: Packed: with the trained network, on random images; otherwise with the network
+            that its format is compared with, on the test set.
         sizes: The parts of a packed file.
+        remarks: What a user is to know about the file, a line each.
     """
 
     path: str
@@ -55,6 +50,7 @@ class ExportReport:
     folded: int
     agreement: Agreement
     sizes: Sizes | None = None
+    remarks: tuple[str, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""
@@ -79,9 +75,10 @@ class ExportReport:
             f"{self.float32_bytes / self.file_bytes:.1f} times as large",
         ]
         found, apart = self.agreement, f"{self.agreement.largest_difference:.3g}"
-        if self.format == "onnx":
+        kind = FORMATS[self.format]
+        if not kind.exact:
             lines.append(
-                f"verified  in onnxruntime on {found.num_images:,} test images: {words(found)}; "
+                f"verified  in {kind.runtime} on {found.num_images:,} test images: {words(found)}; "
                 f"largest difference of two logits {apart}"
             )
         elif found.largest_difference == 0:
@@ -96,6 +93,7 @@ class ExportReport:
             )
         if self.folded:
             lines.append(f"folded    {self.folded} batch norms")
+        lines += [f"note      {remark}" for remark in self.remarks]
         return "\n".join(lines)
 
 
@@ -104,10 +102,10 @@ class Form:
     """What a file is to be like.
 
     Attributes:
-        format: ``packed`` or ``onnx``.
+        format: A name in :data:`~adq_train.deploy.formats.FORMATS`.
         float_type: ``float32`` or ``float16``, of what stays float.
         fold_batch_norm: Whether to fold batch norms into convolutions.
-        tolerance: Share of the test images on which onnxruntime may give another top-1 class.
+        tolerance: Share of the test images on which a runtime may give another top-1 class.
     """
 
     format: str = "packed"
@@ -138,12 +136,13 @@ def export_run(
             file is left then.
     """
     form = form or Form()
-    is_onnx = form.format == "onnx"
-    if is_onnx and form.float_type == "float16":
-        raise UserError("float_type: an ONNX file keeps its float values in float32")
+    kind = FORMATS[form.format]
+    if form.float_type == "float16" and not kind.float16:
+        raise UserError(f"float_type: format={kind.name} keeps its float values in float32")
+    kind.writer()  # a missing package shows before any work
     run = open_run(folder, trusted_packages)
     if output is None:
-        output = inside(folder, f"export/model.{'onnx' if is_onnx else 'safetensors'}")
+        output = inside(folder, kind.file)
     network = trained_network(run)
     model = table_model(run, network)
     num_weights = sum(x.weight.codes.numel() for x in model.layers.values())
@@ -151,21 +150,15 @@ def export_run(
     if form.fold_batch_norm:
         model = fold_batch_norms(model)
     dtype = torch.float16 if form.float_type == "float16" else torch.float32
-    sizes = None
+    drawn = torch.Generator().manual_seed(0)
+    example = torch.randn(RANDOM_IMAGES, *run.input_format().image_shape, generator=drawn)
+    if kind.exact:
+        batches: Iterable[Tensor] = [example]
+    else:
+        batches = (images for images, _ in run.load_data(data_changes).test.epoch(0))
+    source = Source(network, model, example, dtype)
     with made(output.parent), written_whole(output) as temporary:
-        if is_onnx:
-            temporary.write_bytes(onnx_bytes(model))
-            test = (images for images, _ in run.load_data(data_changes).test.epoch(0))
-            agreement = compare(assemble(model), OnnxModel(temporary), test)
-            require_same_classes(agreement, form.tolerance)
-        else:
-            content, sizes = packed_bytes(model, dtype)
-            temporary.write_bytes(content)
-            shape, drawn = run.input_format().image_shape, torch.Generator().manual_seed(0)
-            images = torch.randn(RANDOM_IMAGES, *shape, generator=drawn)
-            agreement = compare(network, load_packed(temporary), [images])
-            if not form.fold_batch_norm and dtype is torch.float32:
-                require_equal(agreement)
+        written, agreement = write_checked(temporary, kind, source, batches, form.tolerance)
     tables = _count(t for x in model.layers.values() for t in tables_in_order(x))
     floats = dtype.itemsize * _count(model.floats.values())
     return ExportReport(
@@ -176,7 +169,8 @@ def export_run(
         float32_bytes=float32,
         folded=len(model.folded),
         agreement=agreement,
-        sizes=sizes,
+        sizes=written.sizes,
+        remarks=written.remarks,
     )
 
 

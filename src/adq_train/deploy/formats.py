@@ -1,0 +1,175 @@
+"""The forms that a network is exported in: one entry of this table and one module each.
+
+Imports nothing that takes time: the command line shows the table before torch is loaded.
+"""
+
+from __future__ import annotations
+
+import importlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol, cast
+
+from adq_train.errors import UserError
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor, nn
+
+    from adq_train.data.base import InputFormat
+    from adq_train.deploy.model import TableModel
+    from adq_train.deploy.packed import Sizes
+
+
+@dataclass(frozen=True)
+class Source:
+    """What a file is made from.
+
+    Attributes:
+        network: The trained, quantized network, on the CPU, in evaluation mode.
+        tables: The same as tables; batch norms folded where that was asked for.
+        example: Inputs (N, …) of the network.
+        float_type: Precision of what stays float, for the forms that have a choice.
+    """
+
+    network: nn.Module
+    tables: TableModel
+    example: Tensor
+    float_type: torch.dtype
+
+    @property
+    def architecture(self) -> nn.Module | None:
+        """The network, where the tables do not name a builder of it."""
+        return None if self.tables.model else self.network
+
+
+@dataclass(frozen=True)
+class Written:
+    """A file's content.
+
+    Attributes:
+        content: Its bytes.
+        sizes: The parts of a packed file.
+        remarks: What a user is to know about it, a line each.
+    """
+
+    content: bytes
+    sizes: Sizes | None = None
+    remarks: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A file that may come from anybody, ready to evaluate.
+
+    Attributes:
+        form: The name of its format.
+        network: Maps normalised images (N, C, H, W) to logits.
+        expects: What it expects of an image; None for another program's file.
+        data: The ``data`` section of the run that it is from, or None; unchecked.
+        run: What is recorded of the run, or None; unchecked.
+    """
+
+    form: str
+    network: nn.Module
+    expects: InputFormat | None
+    data: Any
+    run: Any
+
+
+class Writer(Protocol):
+    """What the module of a format has, as plain functions."""
+
+    def write(self, source: Source) -> Written:
+        """The content of the file."""
+        ...
+
+    def reference(self, source: Source) -> nn.Module:
+        """The network that the file is compared with."""
+        ...
+
+    def run(self, path: Path, source: Source) -> nn.Module:
+        """The file that was just written, run as its users run it."""
+        ...
+
+    def open_file(self, path: Path) -> Opened:
+        """Opens a file that may come from anybody, without running code of it."""
+        ...
+
+
+@dataclass(frozen=True)
+class Format:
+    """One form of file.
+
+    Attributes:
+        name: On the command line.
+        ending: Of the file's name.
+        module: Of this package; a :class:`Writer`.
+        runtime: What runs the file, in the words of a report.
+        help: What it is for, in a few words.
+        extra: The extra of this package that it needs; empty for none.
+        packages: What that extra brings, as they are imported.
+        exact: Whether the file is promised to be the trained network, bit for bit. Then it is
+            compared on random images, otherwise on the test set.
+        float16: Whether ``float_type`` is a choice.
+    """
+
+    name: str
+    ending: str
+    module: str
+    runtime: str
+    help: str
+    extra: str = ""
+    packages: tuple[str, ...] = ()
+    exact: bool = False
+    float16: bool = False
+
+    @property
+    def file(self) -> str:
+        """The name within a run's folder."""
+        return f"export/model{self.ending}"
+
+    def writer(self) -> Writer:
+        """The module, imported.
+
+        Raises:
+            UserError: A package of the extra is missing; says how to install it.
+        """
+        for package in self.packages:
+            require(package, self.extra)
+        return cast(Writer, importlib.import_module(f"adq_train.deploy.{self.module}"))
+
+
+FORMATS = {
+    x.name: x
+    for x in (
+        Format(
+            "packed", ".safetensors", "packed_form", "adq_train.load_packed",
+            "smallest file, for adq_train.load_packed", exact=True, float16=True,
+        ),
+        Format(
+            "onnx", ".onnx", "onnx", "onnxruntime", "standard ONNX operations, codes and lookups",
+            "export", ("onnx", "onnxscript", "onnxruntime"),
+        ),
+    )
+}  # fmt: skip
+
+
+def format_of(path: Path) -> Format | None:
+    """The format of a file by its name; the longest ending counts."""
+    found = [x for x in FORMATS.values() if path.name.endswith(x.ending)]
+    return max(found, key=lambda x: len(x.ending), default=None)
+
+
+def require(package: str, extra: str = "export") -> Any:
+    """Imports a package of an extra.
+
+    Raises:
+        UserError: It is not installed; says how to install it.
+    """
+    try:
+        return importlib.import_module(package)
+    except ImportError as error:
+        raise UserError(
+            f"this format needs the package {package} ({error}); pip install 'adq-train[{extra}]'"
+        ) from error

@@ -1,0 +1,66 @@
+"""The packed file as one of the formats (formats.py)."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from adq_train.deploy.formats import Opened, Source, Written
+from adq_train.deploy.packed import load_packed, open_packed, packed_bytes
+from adq_train.errors import UserError
+from adq_train.quantization.copies import copied
+from adq_train.quantization.prepare import quantized_layers
+from adq_train.states import COUNTER
+
+
+def write(source: Source) -> Written:
+    """The content of the file, and what its parts take."""
+    if source.architecture is not None:
+        require_floats(source.architecture)
+    content, sizes = packed_bytes(source.tables, source.float_type)
+    return Written(content, sizes)
+
+
+def reference(source: Source) -> nn.Module:
+    """The trained network itself."""
+    return source.network
+
+
+def run(path: Path, source: Source) -> nn.Module:
+    """The file read back, into an architecture that holds no value of the network."""
+    own = source.architecture
+    return load_packed(path, network=None if own is None else scrambled(own))
+
+
+def open_file(path: Path) -> Opened:
+    """A packed file of anybody."""
+    model, network = open_packed(path)
+    return Opened("packed", network, model.expects, model.data, model.run)
+
+
+def require_floats(network: nn.Module) -> None:
+    """Refuses a network whose outputs may depend on what a packed file does not hold.
+
+    Raises:
+        UserError: Names a buffer of integers.
+    """
+    layers = tuple(f"{name}." for name in quantized_layers(network))
+    for name, tensor in network.state_dict().items():
+        known = tensor.is_floating_point() or name.endswith(COUNTER) or name.startswith(layers)
+        if not known:
+            raise UserError(
+                f"format: a packed file holds no buffer of {tensor.dtype}, and the network has "
+                f"{name}; make it with register_buffer(…, persistent=False), or use format=onnx"
+            )
+
+
+@torch.no_grad()
+def scrambled(network: nn.Module) -> nn.Module:
+    """A copy in which every value is NaN: what does not come from a file shows."""
+    empty = copied(network)
+    for tensor in empty.state_dict().values():
+        if tensor.is_floating_point():
+            tensor.fill_(torch.nan)
+    return empty
