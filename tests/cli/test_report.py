@@ -1,6 +1,8 @@
 """The whole command on made-up folders: what it prints, and the three files that it writes."""
 
+import base64
 import csv
+import hashlib
 import html.parser
 import json
 import os
@@ -72,7 +74,12 @@ def page(written):
 def test_the_page_asks_for_nothing(written, page):
     assert page.links
     assert all(link.startswith("data:image/svg+xml;base64,") for link in page.links)
-    assert not {"script", "link", "iframe", "object", "embed", "base"} & set(page.tags)
+    assert not {"link", "iframe", "object", "embed", "base"} & set(page.tags)
+    text = (written / "report.html").read_text()
+    (script,) = re.findall(r"<script>(.*?)</script>", text, re.S)
+    named = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    assert f"script-src 'sha256-{named}'" in text
+    assert page.tags.count("script") == 1
     (style,) = re.findall(r"<style>(.*?)</style>", (written / "report.html").read_text(), re.S)
     assert "url(" not in style
     assert "@import" not in style
@@ -81,9 +88,22 @@ def test_the_page_asks_for_nothing(written, page):
 
 def test_the_page_holds_every_cell_of_the_tables(report, page):
     (section,) = report.sections
-    expected = [cell for row in tables.cells(section, report.known) for cell in row]
+    expected = [cell for row in tables.lead_table(section) for cell in row]
+    expected += [cell for row in tables.cells(section, report.known) for cell in row]
     assert page.cells == expected
     assert any(EVIL in cell for cell in expected)
+
+
+def test_the_page_begins_with_title_day_and_machine(tmp_path):
+    facts = {"started": "2026-01-02T03:04:05+00:00", "processor": "2 × <b>", "hardware": "cpu AVX2"}
+    make_run(tmp_path / "a", manifest=facts)
+    make_run(tmp_path / "b", seed=1, manifest={**facts, "started": "2026-01-04T00:00:00+00:00"})
+    made = command.build([tmp_path], None, "Ours & theirs")
+    assert made.origin() == ["2026-01-02 to 2026-01-04", "2 × <b>", "cpu AVX2", "torch 2.6.0"]
+    text = tables.markdown(made)
+    assert text.startswith(
+        "# Ours &amp; theirs\n\n2026-01-02 to 2026-01-04; 2 × &lt;b&gt;; cpu AVX2"
+    )
 
 
 def test_the_page_names_what_is_not_in_the_tables(report, page):
@@ -296,6 +316,7 @@ def test_a_report_needs_no_torch(tmp_path):
         "cifar10-resnet20-accuracy.png",
         "cifar10-resnet20-bars.png",
         "cifar10-resnet20-bits.png",
+        "cifar10-resnet20-curves.png",
         "report.html",
         "report.md",
         "runs.csv",

@@ -41,7 +41,7 @@ def run(arguments: Sequence[str]) -> None:
         UserError: A folder is missing or holds no finished run, or the output cannot be written.
     """
     options = parser().parse_args(arguments)
-    report = build(options.folders, options.reference)
+    report = build(options.folders, options.reference, options.title)
     output: Path = options.output or options.folders[0] / "report"
     if options.output is None and output.is_symlink():
         raise UserError(f"{output} is a link; say where to write with --output DIR")
@@ -69,11 +69,14 @@ def parser() -> argparse.ArgumentParser:
         help="the row to compare with, by its name or some of its overrides; default: the row with "
         "the fewest overrides, of those with the same budget",
     )
+    made.add_argument(
+        "--title", default="Report", metavar="TEXT", help="the page's heading; default: Report"
+    )
     made.add_argument("--json", action="store_true", help="print the tables as JSON")
     return made
 
 
-def build(folders: Sequence[Path], reference: str | None) -> Report:
+def build(folders: Sequence[Path], reference: str | None, title: str = "Report") -> Report:
     """Reads the folders and compares their runs.
 
     Raises:
@@ -83,7 +86,8 @@ def build(folders: Sequence[Path], reference: str | None) -> Report:
     if not any(run.state == "done" for run in runs):
         states = "; ".join(f"{run.path.name}: {run.state}, {run.note}" for run in runs)
         raise UserError(f"none of the runs is finished ({states})")
-    return Report(tuple(runs), tuple(sections(runs, reference)), tuple(published.load()))
+    found = tuple(sections(runs, reference))
+    return Report(tuple(runs), found, tuple(published.load()), title)
 
 
 def write(report: Report, output: Path) -> None:

@@ -46,11 +46,13 @@ def png_files(section: Section) -> dict[str, Figure]:
     if not rows:
         return {}
     name = re.sub(r"[^\w.]+", "-", f"{section.data}-{section.model}")
-    return {
+    made = {
         f"{name}-accuracy.png": accuracy_and_cost(rows),
         f"{name}-bars.png": bars(rows, section.references_in_use()),
         f"{name}-bits.png": bits(rows),
     }
+    learning = curves(rows)
+    return {**made, f"{name}-curves.png": learning} if learning else made
 
 
 def label(name: str) -> str:
@@ -152,6 +154,46 @@ def accuracy_and_cost(rows: Sequence[Row]) -> Figure:
     handles, labels = panels[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower left", frameon=False, ncols=2)
     return figure
+
+
+def curves(rows: Sequence[Row]) -> Figure | None:
+    """Loss and validation accuracy by epoch of QAT: the mean of each row's seeds, with a band.
+
+    The band is ± one standard deviation, where there are two seeds or more. None where no row was
+    trained.
+    """
+    palette = mpl.colormaps["tab10" if len(rows) <= 10 else "tab20"]
+    figure = Figure(figsize=(10, 3.4 + height(row.name for row in rows) / 2), layout="constrained")
+    panels = figure.subplots(1, 2)
+    drawn = False
+    for panel, name, what in zip(
+        panels,
+        ("train_loss", "validation_top1_percent"),
+        ("training loss", "top-1 on validation images, %"),
+        strict=True,
+    ):
+        for number, row in enumerate(rows):
+            known = [curve for run in row.runs if (curve := run.curve(name))]
+            epochs = sorted(set.intersection(*map(set, known))) if known else []
+            if not epochs:
+                continue
+            drawn = True
+            values = np.array([[curve[epoch] for epoch in epochs] for curve in known])
+            mean, color = values.mean(0), palette(number % palette.N)
+            style = ".-" if len(epochs) == 1 else "-"
+            panel.plot(epochs, mean, style, color=color, linewidth=1.2, label=label(row.name))
+            if len(known) > 1:
+                spread = values.std(0, ddof=1)
+                panel.fill_between(
+                    epochs, mean - spread, mean + spread, color=color, alpha=0.15, linewidth=0
+                )
+        panel.set_xlabel("epoch of QAT")
+        panel.set_ylabel(what)
+        panel.spines[["top", "right"]].set_visible(False)
+        panel.grid(alpha=0.25)
+    handles, labels = panels[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower left", frameon=False, ncols=2)
+    return figure if drawn else None
 
 
 def bars(rows: Sequence[Row], references: Collection[str]) -> Figure:

@@ -69,6 +69,15 @@ class Run:
         """Accuracy on the validation split after the last epoch of QAT; None without QAT."""
         return self._final("validation_top1_percent")
 
+    def curve(self, name: str) -> dict[int, float]:
+        """A figure of QAT's records by epoch; records that lack it, or an epoch, are left out."""
+        found: dict[int, float] = {}
+        for record in self.records:
+            epoch, value = record.get("epoch"), record.get(name)
+            if record.get("stage") == "qat" and isinstance(epoch, int) and _is_number(value):
+                found[epoch] = record[name]
+        return found
+
     def _final(self, name: str) -> float | None:
         values = [x.get(name) for x in self.records if x.get("stage") == "qat"]
         last: Any = values[-1] if values else None

@@ -239,7 +239,7 @@ def _section(
 ) -> Section:
     """Chooses references, compares, and orders the rows."""
     chosen = _references(rows, reference)
-    judged = judge([_difference(row, other) for row, other in zip(rows, chosen, strict=True)])
+    judged = judge([difference_of(row, other) for row, other in zip(rows, chosen, strict=True)])
 
     def place(index: int) -> tuple[Any, ...]:
         """Every reference with the rows that are compared with it."""
@@ -260,7 +260,7 @@ def _section(
     )
 
 
-def _difference(row: Row, reference: Row | None) -> Difference | None:
+def difference_of(row: Row, reference: Row | None) -> Difference | None:
     """What the seeds say of a row beside its reference, in accuracy and in training loss."""
     if reference is None or reference is row:
         return None

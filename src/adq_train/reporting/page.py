@@ -5,27 +5,35 @@
 
 from __future__ import annotations
 
+import base64
+import hashlib
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
+from importlib import resources
 from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
+from matplotlib.figure import Figure
 
 from adq_train.reporting import figures, plots
 from adq_train.reporting.groups import Row, Section
 from adq_train.reporting.tables import (
     HEADINGS,
+    LEAD_HEADINGS,
     READING,
+    WORDS,
     Report,
     cells,
     compared_with,
     heading,
+    lead_table,
     others,
 )
 
 # A grid of runs would make a page of hundreds of pictures.
 MOST_DETAILS = 12
-WORDS = (0, 9, 10)  # columns of text; the others are numbers
+LEAD_WORDS = (1, 3, 6)
 
 
 @dataclass(frozen=True)
@@ -78,6 +86,7 @@ class Part:
 
     heading: str
     common: str
+    leads: list[list[Cell]]
     table: list[TableRow]
     compared_with: str
     others: list[str]
@@ -96,6 +105,8 @@ def render(report: Report) -> str:
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
+    # The one script that the page may run is named by its hash.
+    script = resources.files("adq_train.reporting").joinpath("page.js").read_text("utf-8")
     with figures.drawing():
         parts = [_part(section, report) for section in report.sections]
     return environment.get_template("page.html.j2").render(
@@ -103,6 +114,11 @@ def render(report: Report) -> str:
         finished=sum(run.state == "done" for run in report.runs),
         problems=report.problems(),
         headings=[_cell(index, text) for index, text in enumerate(HEADINGS)],
+        lead_headings=[
+            _cell(*cell, words=LEAD_WORDS, verdict_at=6) for cell in enumerate(LEAD_HEADINGS)
+        ],
+        script=Markup(script),
+        script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
         sections=parts,
         reading=READING,
     )
@@ -115,6 +131,10 @@ def _part(section: Section, report: Report) -> Part:
     return Part(
         heading=heading(section),
         common=section.common,
+        leads=[
+            [_cell(*cell, words=LEAD_WORDS, verdict_at=6) for cell in enumerate(texts)]
+            for texts in lead_table(section)
+        ],
         table=[
             TableRow(row.name in references, [_cell(*cell) for cell in enumerate(texts)])
             for row, texts in table
@@ -127,26 +147,27 @@ def _part(section: Section, report: Report) -> Part:
     )
 
 
-def _cell(index: int, text: str) -> Cell:
+def _cell(index: int, text: str, words: Sequence[int] = WORDS, verdict_at: int = 9) -> Cell:
     """Words go to the left, numbers to the right; gains and losses are in colour."""
-    verdict = text.split(":")[0] if index == 9 else ""
+    verdict = text.split(":")[0] if index == verdict_at else ""
     if verdict in ("gain", "loss"):
         return Cell(f"text {verdict}", text)
-    return Cell("text" if index in WORDS else "number", text)
+    return Cell("text" if index in words else "number", text)
 
 
 def _pictures(rows: Sequence[Row], references: Collection[str]) -> list[Picture]:
     bars = figures.bars(rows, references)
-    drawn = (
+    drawn: list[tuple[str, str, Figure | None]] = [
         (
             "Accuracy and cost",
             "Top-1 against average bits and against size",
             figures.accuracy_and_cost(rows),
         ),
         ("Beside the float model", "Top-1 after QAT minus float, for each row", bars),
+        ("Learning curves", "Loss and validation accuracy by epoch", figures.curves(rows)),
         ("Bits of each layer", "Bits of each layer in each row", figures.bits(rows)),
-    )
-    return [Picture(name, what, figures.data_uri(figure)) for name, what, figure in drawn]
+    ]
+    return [Picture(name, what, figures.data_uri(figure)) for name, what, figure in drawn if figure]
 
 
 def _details(rows: Sequence[Row]) -> list[Details]:

@@ -10,12 +10,14 @@ from typing import Any
 from adq_train.reporting import published
 from adq_train.reporting.gather import Run
 from adq_train.reporting.groups import Row, Section
+from adq_train.reporting.leads import leads
 from adq_train.reporting.statistics import FEWEST_SEEDS, LEVEL, Difference, Summary
 from adq_train.reporting.summary import kilobytes
 
 NONE = "–"
 # Average bits that differ by less are called equal.
 SAME_BITS = 0.05
+WORDS = (0, 9, 10)  # columns of text; the others are numbers
 HEADINGS = (
     "run",
     "n",
@@ -29,12 +31,23 @@ HEADINGS = (
     "what the seeds support",
     "published top-1",
 )
+LEAD_HEADINGS = (
+    "weights",
+    "ours",
+    "top-1, %",
+    "best rival",
+    "top-1, %",
+    "difference, points",
+    "what the seeds support",
+)
 READING = (
     "Mean ± sample standard deviation over n seeds, on the test split. Bits are averages over the "
     "layers whose bits are chosen; weights are the packed weights of all quantized layers.",
     f"A difference is called a gain or a loss where p < {LEVEL} after Holm's correction over the "
     f"rows of a table, else not shown. With {FEWEST_SEEDS} common seeds or more the test is a "
     "paired t-test over these, else Welch's, two-sided; with fewer there is none.",
+    "Ours beside the best rival: at each size the row of ADQ and the row of another weight "
+    "quantizer with the best mean validation accuracy; the test split chooses neither.",
     "A training loss marked as taught has a teacher's share in it, and compares only with those "
     "that have the same.",
     "Published figures are others' and were not measured here; training, float model and what the "
@@ -50,11 +63,25 @@ class Report:
         runs: All that were found.
         sections: The tables.
         known: Published figures.
+        title: What its reader sees first.
     """
 
     runs: tuple[Run, ...]
     sections: tuple[Section, ...]
     known: tuple[published.Published, ...]
+    title: str = "Report"
+
+    def origin(self) -> list[str]:
+        """When and on what the runs were made, as far as their manifests tell."""
+        days = sorted({start[:10] for start in _texts(self.runs, "started")})
+        when = [f"{days[0]} to {days[-1]}" if len(days) > 1 else days[0]] if days else []
+        machines = [*_texts(self.runs, "processor"), *_texts(self.runs, "hardware")]
+        versions = [
+            f"{name} {', '.join(found)}"
+            for name in ("adq_train", "torch")
+            if (found := _texts(self.runs, "versions", name))
+        ]
+        return [*when, *machines, *versions]
 
     def problems(self) -> list[str]:
         """What the tables lack: unfinished, failed and damaged runs, missing seeds, remarks."""
@@ -66,6 +93,37 @@ class Report:
             place = f"{section.model} on {section.data}"
             lines += [f"{place}: {text}" for text in (*section.problems, *section.remarks)]
         return lines
+
+
+def _texts(runs: Sequence[Run], *path: str) -> list[str]:
+    """What the manifests of runs say at a place, sorted, each text once."""
+    found = set()
+    for run in runs:
+        node: Any = run.manifest
+        for key in path:
+            node = node.get(key) if isinstance(node, dict) else None
+        found |= {node} if isinstance(node, str) and node else set()
+    return sorted(found)
+
+
+def lead_table(section: Section) -> list[list[str]]:
+    """Ours beside the best rival at each size, in the order of :data:`LEAD_HEADINGS`."""
+    return [
+        [
+            kilobytes(lead.ours.summary("model_size_bytes").mean),  # type: ignore[union-attr]
+            f"{lead.ours.name}{_chosen(lead.among[0])}",
+            plus_minus(lead.ours.summary("qat_top1_percent")),
+            f"{lead.rival.name}{_chosen(lead.among[1])}",
+            plus_minus(lead.rival.summary("qat_top1_percent")),
+            NONE if lead.difference is None else f"{lead.difference.mean:+.2f}",
+            wording(lead.difference, False),
+        ]
+        for lead in leads(section.rows)
+    ]
+
+
+def _chosen(among: int) -> str:
+    return f" (of {among})" if among > 1 else ""
 
 
 def plus_minus(summary: Summary | None, form: str = ".2f") -> str:
@@ -182,7 +240,9 @@ def escaped(text: str) -> str:
 
 def markdown(report: Report) -> str:
     """The report as Markdown, without pictures."""
-    lines = ["# Report", ""]
+    lines = [f"# {escaped(report.title)}", ""]
+    if report.origin():
+        lines += [escaped("; ".join(report.origin())), ""]
     problems = report.problems()
     if problems:
         lines += ["## Not in the tables, and remarks", ""]
@@ -191,11 +251,10 @@ def markdown(report: Report) -> str:
         lines += [f"## {escaped(heading(section))}", ""]
         if section.common:
             lines += [f"All runs: {escaped(section.common)}", ""]
-        lines += ["| " + " | ".join(HEADINGS) + " |"]
-        lines += ["|" + "|".join(":--" if i in (0, 9, 10) else "--:" for i in range(11)) + "|"]
-        for row in cells(section, report.known):
-            lines.append("| " + " | ".join(map(escaped, row)) + " |")
-        lines.append("")
+        if lead := lead_table(section):
+            lines += ["Ours beside the best rival, at equal bytes:", ""]
+            lines += [*_markdown_table(LEAD_HEADINGS, lead, (1, 3, 6)), ""]
+        lines += [*_markdown_table(HEADINGS, cells(section, report.known), WORDS), ""]
         if compared_with(section):
             lines += [escaped(compared_with(section)), ""]
         left = others(section, report.known)
@@ -204,6 +263,15 @@ def markdown(report: Report) -> str:
             lines += [*(f"- {escaped(text)}" for text in left), ""]
     lines += ["## How to read this", "", *(f"{text}\n" for text in map(escaped, READING))]
     return "\n".join(lines).rstrip() + "\n"
+
+
+def _markdown_table(
+    headings: Sequence[str], rows: Sequence[Sequence[str]], words: Sequence[int]
+) -> list[str]:
+    """Lines of a table; columns of words go to the left, numbers to the right."""
+    marks = [":--" if index in words else "--:" for index in range(len(headings))]
+    lines = ["| " + " | ".join(headings) + " |", "|" + "|".join(marks) + "|"]
+    return lines + ["| " + " | ".join(map(escaped, row)) + " |" for row in rows]
 
 
 def plain(value: Any) -> Any:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
+import os
 import platform
 import subprocess
 from collections.abc import Iterator
 from dataclasses import dataclass
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
@@ -179,7 +182,9 @@ def environment(device: str = "cpu") -> dict[str, Any]:
             "torch": torch.__version__,
             "torchvision": torchvision.__version__,
         },
+        "started": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "platform": platform.platform(),
+        "processor": processor(),
         "hardware": hardware(device),
         "cpu_threads": torch.get_num_threads(),
         "kernels": kernels.in_use() if on_cpu else {"kernels": "plain PyTorch"},
@@ -196,6 +201,17 @@ def hardware(device: str) -> str:
     if where.type == "cpu":
         return f"cpu {torch.backends.cpu.get_cpu_capability()}"
     return where.type
+
+
+def processor() -> str:
+    """The model of the CPU and how many of its cores this process may use."""
+    name = platform.processor() or platform.machine()
+    with contextlib.suppress(OSError):
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
+        name = next((x.split(":", 1)[1].strip() for x in lines if x.startswith("model name")), name)
+    usable = getattr(os, "sched_getaffinity", None)
+    cores = len(usable(0)) if usable else os.cpu_count()
+    return f"{cores} × {name}"
 
 
 def git_state() -> dict[str, Any] | None:
