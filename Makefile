@@ -5,7 +5,7 @@ BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test coverage lint format bench wheel clean
+.PHONY: help setup demo test coverage lint format bench docs wheel clean
 
 help:  ## Show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -43,6 +43,9 @@ format: $(STAMP)  ## Rewrite the code in the house style
 bench: $(STAMP)  ## Measure the training step and each quantizer, for docs/performance.md
 	$(BIN)/python scripts/bench_step.py --memory --methods adq adq_plain lsq brevitas --bits 2 3 4 8
 	$(BIN)/python scripts/bench_quantizers.py
+
+docs: $(STAMP)  ## Build the documentation as a site in outputs/site, every link checked
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 wheel: $(STAMP)  ## Build dist/*.whl
 	$(BIN)/python -m build --wheel --no-isolation

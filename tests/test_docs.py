@@ -1,0 +1,48 @@
+"""What the pages say to type: every command line is one that the programs take."""
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from adq_train.cli.overrides import problems_of
+from adq_train.cli.values import quoted
+
+ROOT = Path(__file__).parents[1]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+FENCE = re.compile(r"^( *)```\w*\n(.*?)^\1```|^((?: {4}.*\n)+)", re.S | re.M)
+
+
+def commands(page):
+    """The lines of a page's code blocks that call adq-train; long ones may go on after a \\."""
+    for _, fenced, indented in FENCE.findall(page.read_text(encoding="utf-8")):
+        for line in (fenced or indented).replace("\\\n", " ").splitlines():
+            if "adq-train " not in line:
+                continue
+            words = shlex.split(line, comments=True)
+            if "adq-train" in words[:3] and not any("…" in word for word in words):
+                yield words[words.index("adq-train") + 1 :]
+
+
+def test_every_command_of_the_pages_is_taken():
+    found = [(page.name, words) for page in PAGES for words in commands(page)]
+    assert len(found) > 20
+    for page, words in found:
+        flags = [word for word in words if word.startswith("-")]
+        overrides = [x.lstrip("+") for x in words if not x.startswith("-") and "=" in x]
+        if any(flag.startswith("--") for flag in flags):  # --help, --settings …
+            continue
+        assert problems_of(quoted(overrides), sweep="-m" in flags) == [], (page, words)
+
+
+def test_the_site_builds_and_every_link_leads_somewhere(tmp_path):
+    pytest.importorskip("material", reason="mkdocs-material is not installed")
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(tmp_path)]
+    environment = {**os.environ, "NO_MKDOCS_2_WARNING": "1"}
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "training" / "index.html").exists()
