@@ -29,8 +29,8 @@ from omegaconf import OmegaConf
 from adq_train.cli.train import main as adq_train
 from adq_train.errors import UserError
 from adq_train.run.folder import RunFolder
-from adq_train.settings.building import leaves
 from adq_train.settings.schema import register
+from adq_train.settings.targets import leaves
 
 SMALL = (
     "data=synthetic",

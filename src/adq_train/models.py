@@ -1,11 +1,13 @@
-"""The float networks: CIFAR ResNets, and any torchvision classifier by name."""
+"""The float networks: CIFAR ResNets, and any torchvision classifier by name.
+
+Torchvision is imported once it is needed: it takes longer than a small network.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import Protocol
 
-import torchvision
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -150,6 +152,8 @@ class TorchvisionModel:
     weights: str | None
 
     def __post_init__(self) -> None:
+        import torchvision
+
         known = torchvision.models.list_models(module=torchvision.models)
         if self.name not in known:
             raise ValueError(
@@ -172,6 +176,8 @@ class TorchvisionModel:
         Raises:
             UserError: The weights cannot be downloaded.
         """
+        import torchvision
+
         model: nn.Module
         if self.weights is None:
             model = torchvision.models.get_model(self.name, num_classes=num_classes)

@@ -168,7 +168,7 @@ def test_a_newer_format_asks_for_an_update(written):
 )
 def test_no_target_of_a_file_is_imported(written, target, monkeypatch):
     changed(written, model=json.dumps({**RESNET8, "_target_": target}))
-    monkeypatch.setattr("adq_train.deploy.architecture.build", None)  # nothing may get this far
+    monkeypatch.setattr("adq_train.deploy.architecture.construct", None)  # nothing may get this far
     with pytest.raises(UserError, match=r"model\._target_: .* nothing was imported"):
         adq_train.load_packed(written)
 
@@ -176,7 +176,7 @@ def test_no_target_of_a_file_is_imported(written, target, monkeypatch):
 @pytest.mark.parametrize("target", ["antigravity.x", "adq_train.models.TorchvisionModel"])
 def test_no_target_within_a_files_model_is_imported(written, target, monkeypatch):
     changed(written, model=json.dumps({**RESNET8, "width": {"_target_": target}}))
-    monkeypatch.setattr("adq_train.deploy.architecture.build", None)  # nothing may get this far
+    monkeypatch.setattr("adq_train.deploy.architecture.construct", None)  # nothing may get this far
     with pytest.raises(UserError, match=r"model\.width\._target_: .* nothing was imported"):
         adq_train.load_packed(written)
 

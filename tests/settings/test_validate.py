@@ -7,8 +7,10 @@ import pytest
 from hydra import compose, initialize_config_module
 
 from adq_train.errors import ConfigError
-from adq_train.settings.building import BASES, PARTIAL, build, fits, leaves
-from adq_train.settings.schema import Range, register
+from adq_train.settings.building import BASES, PARTIAL, build
+from adq_train.settings.ranges import Range
+from adq_train.settings.schema import register
+from adq_train.settings.targets import fits, leaves
 from adq_train.settings.validate import validate, with_homes
 
 

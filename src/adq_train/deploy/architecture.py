@@ -11,7 +11,7 @@ from torch import nn
 
 from adq_train import models
 from adq_train.errors import ConfigError, UserError
-from adq_train.settings.building import TRUSTED_PREFIXES, build, leaves
+from adq_train.settings.targets import TRUSTED_PREFIXES, construct, leaves
 
 # A file may name these and nothing else: importing a name of its choice would run code.
 BUILDERS = {
@@ -103,7 +103,7 @@ def build_network(
     if "weights" in node:
         node = {**node, "weights": None}
     try:
-        source = build(node, "model", lambda part: part, trusted)
+        source = construct(node, "model", lambda part: part, trusted, models.ModelSource)
         # Initial weights are drawn, and must not move the caller's stream.
         with torch.random.fork_rng(devices=[]):
             network: nn.Module = source.build(num_classes, in_channels)

@@ -16,7 +16,8 @@ from omegaconf import OmegaConf
 from adq_train.data.base import ImageData, Loading
 from adq_train.deploy.architecture import refuse_parts
 from adq_train.errors import ConfigError, UserError, did_you_mean
-from adq_train.settings.building import TRUSTED_PREFIXES, build
+from adq_train.settings.building import build
+from adq_train.settings.targets import TRUSTED_PREFIXES
 from adq_train.settings.validate import with_homes
 
 log = logging.getLogger(__name__)

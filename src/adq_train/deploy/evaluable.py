@@ -20,7 +20,7 @@ from adq_train.deploy.datasets import check_data_source, load_data
 from adq_train.deploy.formats import FORMATS, format_of
 from adq_train.deploy.trained import open_run, trained_network
 from adq_train.errors import UserError
-from adq_train.settings.building import TRUSTED_PREFIXES
+from adq_train.settings.targets import TRUSTED_PREFIXES
 
 TOP = 5
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -13,7 +13,6 @@ from adq_train.data.base import InputFormat
 from adq_train.deploy.architecture import build_network
 from adq_train.deploy.layer_tables import LayerTables, tables_of
 from adq_train.deploy.packed_layers import packed_layer
-from adq_train.deploy.trained import FinishedRun, trained_network
 from adq_train.errors import UserError
 from adq_train.quantization.copies import own_copy
 from adq_train.quantization.prepare import keep_weights, quantized_layers, swap
@@ -44,30 +43,6 @@ class TableModel:
     floats: dict[str, Tensor]
     folded: dict[str, str] = field(default_factory=dict)
     run: dict[str, Any] = field(default_factory=dict)
-
-
-def table_model(run: FinishedRun, network: nn.Module | None = None) -> TableModel:
-    """The trained network of a run as tables.
-
-    Args:
-        run: The run.
-        network: Its trained network, where that has been read already.
-
-    Raises:
-        UserError: There is no checkpoint, or a quantizer cannot be put in tables.
-    """
-    facts = {key: run.manifest.get(key) for key in ("command", "seed", "git", "versions", "data")}
-    return replace(
-        tables_of_network(network or trained_network(run)),
-        model=run.config.model,
-        data=run.config.data,
-        expects=run.input_format(),
-        run={
-            **facts,
-            "average_weight_bits": run.allocation.average_weight_bits,
-            "model_size_bytes": run.allocation.model_size_bytes,
-        },
-    )
 
 
 def tables_of_network(network: nn.Module) -> TableModel:

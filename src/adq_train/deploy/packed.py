@@ -71,7 +71,10 @@ def load_packed(
 
     Returns:
         A module that maps images (N, C, H, W), normalised as in training, to logits
-        (N, num_classes).
+        (N, num_classes). What the file of a run says of its images are attributes:
+        ``image_shape`` (C, H, W); ``class_names``, one per class or none; ``mean`` and ``std``,
+        tensors (C, 1, 1) for pixels in 0 … 1, so that the network takes ``(pixels - mean) / std``,
+        or None where that is not known.
 
     Raises:
         UserError: The file is missing, damaged, something else, or of a newer version.
@@ -97,11 +100,28 @@ def open_packed(
             sum(x.weight.codes.numel() for x in model.layers.values())
             + sum(x.numel() for x in model.floats.values()),
         ):
-            return model, assemble(model, unpack_weights, network)
+            network = assemble(model, unpack_weights, network)
     except UserError as error:
         raise UserError(f"{path} does not fit its own architecture: {error}") from error
     except Exception as error:  # a bent file may lead to anything
         raise UserError(f"{path} does not fit its own architecture: {error!r}") from error
+    if model.expects is not None:
+        describe_input(network, model.expects)
+    return model, network
+
+
+def describe_input(network: nn.Module, expects: InputFormat) -> None:
+    """Gives a network, in place, the attributes that :func:`load_packed` promises."""
+    network.image_shape = expects.image_shape  # type: ignore[assignment]
+    network.class_names = expects.class_names  # type: ignore[assignment]
+    pixels = expects.pixels
+    for name in ("mean", "std"):
+        values = None
+        if pixels is not None:
+            values = torch.tensor(getattr(pixels, name), dtype=torch.float64) / pixels.peak
+            values = values.float().view(-1, 1, 1)
+        # No part of the state, but moved with the network.
+        network.register_buffer(name, values, persistent=False)
 
 
 def packed_bytes(model: TableModel, float_type: torch.dtype = torch.float32) -> tuple[bytes, Sizes]:

@@ -1,9 +1,9 @@
-"""What a finished run left, read back: its settings, its data set and its trained network."""
+"""What a finished run left, read back: its settings, its data set, its network and its tables."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,14 +13,16 @@ from adq_train.artifacts import BitAllocation
 from adq_train.data.base import ImageData, InputFormat
 from adq_train.deploy.architecture import build_network, limited_to
 from adq_train.deploy.datasets import data_section, load_data
+from adq_train.deploy.model import TableModel, tables_of_network
 from adq_train.errors import UserError
 from adq_train.quantization.prepare import keep_weights
 from adq_train.quantization.restore import restored
 from adq_train.run.artifact_files import qat_key, read_bits
 from adq_train.run.folder import origin_of, read_status
 from adq_train.run.manifest import read_manifest
-from adq_train.settings.building import build, trust_problems, trusted_prefixes
+from adq_train.settings.building import build
 from adq_train.settings.schema import Config
+from adq_train.settings.targets import trust_problems, trusted_prefixes
 from adq_train.storage.yaml_files import read_yaml
 from adq_train.training.checkpoint_folder import CheckpointFolder
 
@@ -144,3 +146,27 @@ def restored_network(run: FinishedRun, name: str | None = None) -> nn.Module:
             f"{checkpoints.folder / name}.pt does not fit the configuration: {error}"
         ) from error
     return network.eval()
+
+
+def table_model(run: FinishedRun, network: nn.Module | None = None) -> TableModel:
+    """The trained network of a run as tables.
+
+    Args:
+        run: The run.
+        network: Its trained network, where that has been read already.
+
+    Raises:
+        UserError: There is no checkpoint, or a quantizer cannot be put in tables.
+    """
+    facts = {key: run.manifest.get(key) for key in ("command", "seed", "git", "versions", "data")}
+    return replace(
+        tables_of_network(network or trained_network(run)),
+        model=run.config.model,
+        data=run.config.data,
+        expects=run.input_format(),
+        run={
+            **facts,
+            "average_weight_bits": run.allocation.average_weight_bits,
+            "model_size_bytes": run.allocation.model_size_bytes,
+        },
+    )

@@ -13,9 +13,8 @@ from torch import Tensor
 
 from adq_train.deploy.fold import fold_batch_norms
 from adq_train.deploy.formats import FORMATS, Source
-from adq_train.deploy.model import table_model
 from adq_train.deploy.packed import Sizes, tables_in_order
-from adq_train.deploy.trained import open_run, trained_network
+from adq_train.deploy.trained import open_run, table_model, trained_network
 from adq_train.deploy.verify import Agreement, words, write_checked
 from adq_train.errors import UserError
 from adq_train.reporting.summary import FLOAT_BYTES, kilobytes

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import copy
 import logging
+import sys
 
 from torch import Tensor, nn
-from torch._dynamo.eval_frame import OptimizedModule
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 from adq_train.errors import UserError
@@ -41,11 +41,10 @@ def unwrapped(model: nn.Module) -> nn.Module:
 
     A compiled network would go on with the layers that it was compiled with.
     """
-    inner = {
-        OptimizedModule: "_orig_mod",
-        DataParallel: "module",
-        DistributedDataParallel: "module",
-    }
+    inner: dict[type, str] = {DataParallel: "module", DistributedDataParallel: "module"}
+    # Where torch's compiler was never loaded, nothing has been compiled; it takes a second.
+    if compiler := sys.modules.get("torch._dynamo.eval_frame"):
+        inner[compiler.OptimizedModule] = "_orig_mod"
     for kind, attribute in inner.items():
         if isinstance(model, kind):
             log.info("the %s is taken off; wrap what comes back again", kind.__name__)

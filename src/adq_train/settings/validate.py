@@ -25,13 +25,7 @@ from adq_train.quantization.base import (
     MakeWeightQuantizer,
 )
 from adq_train.sensitivity.base import SensitivityMetric
-from adq_train.settings.building import (
-    DataSource,
-    build,
-    leaves,
-    trust_problems,
-    trusted_prefixes,
-)
+from adq_train.settings.building import DataSource, build
 from adq_train.settings.schema import (
     GROUPS,
     SECTIONS,
@@ -40,6 +34,7 @@ from adq_train.settings.schema import (
     about,
     is_path,
 )
+from adq_train.settings.targets import leaves, trust_problems, trusted_prefixes
 from adq_train.storage.files import with_home
 from adq_train.training.compiling import compiler_problem
 from adq_train.training.distillation import Distillation
