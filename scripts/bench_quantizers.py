@@ -56,7 +56,7 @@ def weight_pass(name: str, bits: int, weight: Tensor) -> Callable[[], None]:
 
     def once() -> None:
         quantizer(weight)
-        quantizer.adapt(weight, 1)
+        quantizer.adapt(weight)
 
     return once
 

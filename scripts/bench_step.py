@@ -104,7 +104,7 @@ def conditions(options: argparse.Namespace, method: str) -> Iterator[None]:
 
 def stepper(
     options: argparse.Namespace, method: str, bits: int, images: Tensor, targets: Tensor
-) -> Callable[[int], float]:
+) -> Callable[[], float]:
     """A function that takes one training step and returns its seconds."""
     model = build(options, method, bits, images)
     upkeep = Upkeep(model)
@@ -115,7 +115,7 @@ def stepper(
         if images.is_cuda:
             torch.cuda.synchronize()
 
-    def step(number: int) -> float:
+    def step() -> float:
         wait()
         began = time.perf_counter()
         with conditions(options, method):
@@ -125,7 +125,7 @@ def stepper(
             loss.backward()
             upkeep.before_step()
             optimizer.step()
-            upkeep.after_step(number)
+            upkeep.after_step()
         wait()
         return time.perf_counter() - began
 
@@ -155,8 +155,8 @@ def own_peak(options: argparse.Namespace, method: str, bits: int) -> int:
     nn.Conv2d(3, 4, 3)(torch.zeros(1, 3, 8, 8))  # what torch itself takes at its first one
     before = resident("VmRSS")
     step = stepper(options, method, bits, images, targets)
-    for number in range(1, 4):
-        step(number)
+    for _ in range(1, 4):
+        step()
     return torch.cuda.max_memory_allocated() if images.is_cuda else resident("VmHWM") - before
 
 
@@ -176,9 +176,9 @@ def measure(options: argparse.Namespace) -> list[dict[str, Any]]:
     images, targets = batch(options)
     steps = [stepper(options, *row, images, targets) for row in plan]
     times: list[list[float]] = [[] for _ in plan]
-    for number in range(1, options.rounds + 3):
+    for _ in range(1, options.rounds + 3):
         for step, taken in zip(steps, times, strict=True):
-            taken.append(step(number))
+            taken.append(step())
     rows = []
     for (name, bits), taken in zip(plan, times, strict=True):
         # The first two rounds warm up.

@@ -133,36 +133,32 @@ def test_choices_reach_the_quantizers(batches):
     assert others == {2, 3}
 
 
-def test_following_counts_its_steps_and_regularizes_before_them():
+def test_following_adapts_after_each_step_and_regularizes_before_it():
     calls = []
 
     class Spy(AdqWeightQuantizer):
-        def regularize(self, weight):
-            calls.append(("regularize", float(weight.detach().sum())))
-
-        def adapt(self, weight, step):
-            calls.append(("adapt", step, float(weight.detach().sum())))
+        def adapt(self, weight):
+            calls.append(("adapt", float(weight.detach().sum())))
 
     class InputSpy(LsqActivationQuantizer):
         def regularize(self):
-            calls.append(("of the input", None))
+            calls.append(("regularize", float(model[0].weight.detach().sum())))
 
     model = adq_train.quantize(
         nn.Sequential(nn.Linear(4, 2)), [torch.randn(5, 4)], average_bits=4, first_last_bits=None,
         make_weight_quantizer=Spy, make_activation_quantizer=InputSpy,
     )  # fmt: skip
     optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
-    adq_train.follow(model, optimizer, step=7)
+    adq_train.follow(model, optimizer)
     start = float(model[0].weight.detach().sum())
     for _ in range(2):
         model(torch.ones(3, 4)).sum().backward()
         optimizer.step()
         optimizer.zero_grad()
-    kinds = [call[:-1] for call in calls]
-    once = [("regularize",), ("of the input",)]
-    assert kinds == [*once, ("adapt", 8), *once, ("adapt", 9)]
-    assert calls[0][-1] == start
-    assert calls[2][-1] == calls[3][-1] != start
+    assert [kind for kind, _ in calls] == ["regularize", "adapt", "regularize", "adapt"]
+    sums = [of_weights for _, of_weights in calls]
+    assert sums[0] == start
+    assert sums[1] == sums[2] != start
 
 
 @pytest.mark.parametrize(

@@ -63,9 +63,8 @@ def used(quantizer, values, following=None):
     output = quantizer(values)
     (output * output).sum().backward()
     if following is not None:
-        quantizer.regularize(values)
-        for step in (1, 2):
-            quantizer.adapt(following, step)
+        for _ in range(2):
+            quantizer.adapt(following)
     elif hasattr(quantizer, "regularize"):
         quantizer.regularize()
     gradients = [values.grad, *(p.grad for p in quantizer.parameters() if p.grad is not None)]
@@ -183,7 +182,7 @@ def test_upkeep_never_waits(deterministic):
         model(moved(torch.rand(2, 3, 6, 6))).sum().backward()
         upkeep = Upkeep(model)
         upkeep.before_step()
-        upkeep.after_step(1)
+        upkeep.after_step()
         assert not device.waits
 
 

@@ -111,16 +111,15 @@ def _default_metric(outputs: Tensor) -> Perturbation:
     return Perturbation("mse")
 
 
-def follow(model: nn.Module, optimizer: Optimizer, step: int = 0) -> None:
+def follow(model: nn.Module, optimizer: Optimizer) -> None:
     """Lets the codebooks of a quantized network follow its weights after each optimizer step.
 
-    Terms that a quantizer adds to the loss, such as ADQ's commitment, are seen to as well. Works
+    Terms that a quantizer adds to the loss, such as PACT's decay, are seen to as well. Works
     through the optimizer's hooks, so any training loop can stay as it is.
 
     Args:
         model: From :func:`quantize`.
         optimizer: Of its parameters; see :func:`adq_train.parameter_groups`.
-        step: Optimizer steps that are done already, when training continues.
 
     Raises:
         UserError: The model is not quantized, or the optimizer belongs to another one.
@@ -134,14 +133,8 @@ def follow(model: nn.Module, optimizer: Optimizer, step: int = 0) -> None:
             "parameter_groups() of the quantized model"
         )
     upkeep = Upkeep(model)
-
-    def after(*_: object) -> None:
-        nonlocal step
-        step += 1
-        upkeep.after_step(step)
-
     optimizer.register_step_pre_hook(lambda *_: upkeep.before_step())
-    optimizer.register_step_post_hook(after)
+    optimizer.register_step_post_hook(lambda *_: upkeep.after_step())
 
 
 def _batches(given: Iterable[object]) -> list[tuple[Tensor, Tensor]]:

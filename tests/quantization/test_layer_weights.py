@@ -72,9 +72,9 @@ def test_a_plain_weight_is_itself():
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_quantizers_follow_and_regularize_what_the_weight_is_made_from(form):
+def test_quantizers_follow_what_the_weight_is_made_from(form):
     layer, x = FORMS[form](nn.Linear(6, 8)), torch.randn(3, 6)
-    quantizer = AdqWeightQuantizer(3, decay=0.5, commitment=0.25)
+    quantizer = AdqWeightQuantizer(3, decay=0.5)
     with torch.no_grad():
         quantizer.calibrate(used_weight(layer))
     inputs = LsqActivationQuantizer(4)
@@ -83,24 +83,14 @@ def test_quantizers_follow_and_regularize_what_the_weight_is_made_from(form):
     assert isinstance(model[0], QuantLinear)
     assert model.state_dict().keys() > {f"0.{name}" for name in layer.state_dict()}
     upkeep = Upkeep(model)
-
     model(x).square().sum().backward()
-    sources = [p for n, p in model[0].named_parameters() if "weight" in n]
-    before = [p.grad.clone() for p in sources]
-    upkeep.before_step()
-    weight = used_weight(model[0])
-    term = 0.25 / 2 * (weight - quantizer(weight).detach()).square().sum()
-    for source, grad, expected in zip(
-        sources, before, torch.autograd.grad(term, sources), strict=True
-    ):
-        assert expected.any()
-        torch.testing.assert_close(source.grad - grad, expected, atol=1e-4, rtol=1e-3)
+    assert all(p.grad.any() for n, p in model[0].named_parameters() if "weight" in n)
 
     moved(model[0])
     twin, levels = copy.deepcopy(quantizer), quantizer.levels().clone()
     with torch.no_grad():
-        twin.adapt(used_weight(model[0]), 1)
-    upkeep.after_step(1)
+        twin.adapt(used_weight(model[0]))
+    upkeep.after_step()
     assert torch.equal(quantizer.levels(), twin.levels())
     assert not torch.equal(quantizer.levels(), levels)
 

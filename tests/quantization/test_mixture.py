@@ -110,48 +110,12 @@ def test_each_codebook_follows_the_weight_as_it_would_alone():
     mixture = WeightMixture(calibrated(AdqWeightQuantizer, weight), choice(0.0, 1.0, 2.0))
     alone = copy.deepcopy(mixture.quantizers)
     moved = weight + 0.5
-    mixture.adapt(moved, 1)
+    mixture.adapt(moved)
     for quantizer, other in zip(mixture.quantizers, alone, strict=True):
         before = other.levels().clone()
-        other.adapt(moved, 1)
+        other.adapt(moved)
         assert torch.equal(quantizer.levels(), other.levels())
         assert not torch.equal(before, other.levels())
-
-
-def test_the_commitment_is_that_to_the_mixture():
-    """Σ share_b · β (W - Q_b(W)) = β (W - Σ share_b Q_b(W))."""
-    torch.manual_seed(0)
-    weight = nn.Parameter(torch.randn(8, 5))
-
-    def make(bits):
-        return AdqWeightQuantizer(bits, commitment=0.3)
-
-    mixture = WeightMixture(calibrated(make, weight.detach()), choice(0.0, 1.0, 2.0))
-    mixture.regularize(weight)
-    assert weight.grad is None
-    weight.grad = torch.ones_like(weight)
-    mixture.regularize(weight)
-    torch.testing.assert_close(weight.grad, 1 + 0.3 * (weight - mixture(weight)).detach())
-
-
-def test_a_gradient_that_quantizers_scale_is_their_mean():
-    torch.manual_seed(0)
-    weight = nn.Parameter(torch.randn(8, 5))
-    given = torch.randn(8, 5)
-
-    def make(bits):
-        return AdqWeightQuantizer(bits, gradient_scaling=0.5)
-
-    quantizers, some = calibrated(make, weight.detach()), choice(0.0, 1.0, 2.0)
-    expected = torch.zeros(8, 5)
-    for quantizer, share in zip(quantizers, some.shares().detach(), strict=True):
-        weight.grad = given.clone()
-        quantizer.regularize(weight)
-        assert not torch.equal(weight.grad, given)
-        expected += share * weight.grad
-    weight.grad = given.clone()
-    WeightMixture(quantizers, some).regularize(weight)
-    torch.testing.assert_close(weight.grad, expected)
 
 
 def test_input_quantizers_regularize_themselves():

@@ -35,7 +35,7 @@ def disturb(model, step):
         model[1].running_mean.add_(1.0)
         model[1].running_var.mul_(1.5)
         model[1].num_batches_tracked += 1
-    model[2].weight_quantizer.adapt(model[2].weight, step)
+    model[2].weight_quantizer.adapt(model[2].weight)
 
 
 def test_parameters_and_statistics_are_averages_as_in_a_slow_loop():
@@ -65,7 +65,7 @@ def test_codebooks_follow_the_averaged_weights_by_their_own_rule():
     for step in range(1, 6):
         disturb(model, step)
         average.after_update(None, step)
-        alone.adapt(average.model[2].weight, step)
+        alone.adapt(average.model[2].weight)
     found = average.model[2].weight_quantizer
     assert torch.equal(found.codebook, alone.codebook)
     assert bool((found.codebook.diff() >= 0).all())

@@ -113,8 +113,6 @@ class Refuses(Hook):
 @pytest.mark.parametrize("precision", ["float32", "fp16"])
 def test_a_step_that_a_hook_refuses_leaves_weights_codebooks_and_moments(precision):
     model, asked = network(), []
-    for index in (0, 4):
-        model[index].weight_quantizer.commitment = 1.0
     average = WeightAverage(model, 0.5)
     hooks = Refuses(1, 2), spy("after", asked), average
     trainer = trainer_of(model, *hooks, precision=precision)

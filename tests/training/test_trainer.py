@@ -67,11 +67,9 @@ def test_layers_run_in_low_precision_and_quantizers_in_float32(dtype):
     assert loss.item() == pytest.approx(F.cross_entropy(before(IMAGES), TARGETS).item(), rel=0.05)
 
 
-def test_the_gradients_of_fp16_are_unscaled_before_clipping_and_regularization():
+def test_the_gradients_of_fp16_are_unscaled_before_clipping():
     models = [network(norm=False), network(norm=False)]
     for model, precision in zip(models, ("float32", "fp16"), strict=True):
-        for index in (0, 4):
-            model[index].weight_quantizer.commitment = 1.0
         take(trainer_of(model, precision=precision, gradient_clip_norm=0.2))
     start = network(norm=False)
     for name in ("0.weight", "4.weight"):
@@ -136,7 +134,7 @@ def test_an_epoch_is_the_loop_that_one_would_write_by_hand():
         nn.utils.clip_grad_norm_(reference.parameters(), 0.5)
         optimizer.step()
         for index in (0, 3):
-            reference[index].weight_quantizer.adapt(reference[index].weight, step + 1)
+            reference[index].weight_quantizer.adapt(reference[index].weight)
         total += float(value.detach()) * len(targets)
     assert report.train_loss == pytest.approx(total / 15, rel=1e-6)
     assert (report.epoch, report.step, report.lr) == (1, 3, 0.1 * 0.25)
@@ -169,7 +167,8 @@ def test_speed_is_reported():
         assert report.seconds == trainer.seconds
 
 
-def test_the_regularization_of_activation_quantizers_reaches_the_gradient():
+@pytest.mark.parametrize("precision", ["float32", "fp16"])
+def test_the_regularization_of_activation_quantizers_reaches_the_gradient(precision):
     models = []
     for decay in (0.0, 0.3):
         model = dense()
@@ -178,25 +177,12 @@ def test_the_regularization_of_activation_quantizers_reaches_the_gradient():
             inputs.calibrate(torch.linspace(0, 1, 50))
             model[index].input_quantizer = inputs
         start = model[0].input_quantizer.alpha.item()
-        trainer_of(model, optimizer=grouped(model), batches=Drawn(6), epochs=1).train_epoch()
+        given = {"optimizer": grouped(model), "batches": Drawn(6), "precision": precision}
+        trainer_of(model, epochs=1, **given).train_epoch()
         models.append(model)
     plain, decayed = (model[0].input_quantizer.alpha.item() for model in models)
     # One step of SGD at the quantizers' rate, 0.1 · 0.5.
     assert plain - decayed == pytest.approx(0.05 * 0.3 * start, rel=1e-4)
-
-
-def test_the_commitment_term_reaches_the_gradient():
-    plain, committed = dense(), dense()
-    for index in (0, 3):
-        committed[index].weight_quantizer.commitment = 10.0
-    for model in (plain, committed):
-        trainer_of(model, batches=Drawn(6), epochs=1).train_epoch()
-    start = dense()
-    for index in (0, 3):
-        weight = start[index].weight
-        pull = 0.1 * 10.0 * (weight - start[index].weight_quantizer(weight))
-        expected = plain[index].weight - pull
-        torch.testing.assert_close(committed[index].weight, expected)
 
 
 def test_parts_are_those_of_chunk_but_for_a_last_one_of_a_single_image():

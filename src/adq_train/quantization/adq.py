@@ -28,6 +28,8 @@ INITIALIZATIONS = ("quantile", "uniform", "kmeans", "random")
 LEVEL_SETS = ("symmetric", "full", "no_zero")
 GRANULARITIES = ("layer", "channel")
 ADAPTATIONS = ("centroid", "quantile", "none")
+# With centroids, a level whose moving average of weights is smaller is moved: less than one weight.
+DEAD = 0.5
 
 
 def side_sizes(bit_width: int, level_set: str) -> tuple[int, int]:
@@ -160,9 +162,8 @@ def revive_dead_level(
     sums: Tensor,
     pinned: Tensor,
     reach: tuple[Tensor, Tensor],
-    threshold: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Moves the emptiest level into the most populated cell, if it is dead.
+    """Moves the emptiest level into the most populated cell, if its EMA count is below ``DEAD``.
 
     The new level stands halfway between the crowded level and the farther border of its cell.
     It takes half of that level's EMA count and the sum that agrees with its own value: with its
@@ -175,7 +176,6 @@ def revive_dead_level(
         sums: (K,) EMA of their sum.
         pinned: (K,) bool; a pinned level is never dead.
         reach: Smallest and largest weight, () each.
-        threshold: A level with a smaller EMA count is dead.
 
     Returns:
         Codebook, counts and sums, each (K,), not sorted.
@@ -190,8 +190,8 @@ def revive_dead_level(
     below, above = borders[crowded], borders[crowded + 1]
     value = (level + torch.where(above - level >= level - below, above, level + below - level)) / 2
 
-    # A cell with a single weight has nothing to share, and no half may be dead at once.
-    move = (counts[dead] < threshold) & (counts[crowded] >= max(2, 2 * threshold))
+    # A cell with a single weight has nothing to share.
+    move = (counts[dead] < DEAD) & (counts[crowded] >= 2)
     half = counts[crowded] / 2
     slots = torch.arange(len(codebook), device=codebook.device)
     is_dead = move & (slots == dead)
@@ -223,14 +223,6 @@ class AdqWeightQuantizer(WeightQuantizer):
         adaptation: What the EMA tracks: each level's ``quantile``, times its ratio at the start,
             the ``centroid`` of each cell, or ``none`` for a codebook that stays as initialised.
         decay: γ, in [0, 1).
-        interval: Optimizer steps between two adaptations.
-        dead_threshold: With ``centroid``, a level whose EMA count is smaller is moved; 0 never
-            moves one.
-        clip_gradient: Whether weights beyond the outermost levels get no gradient.
-        commitment: β ≥ 0; adds β (W - Ŵ) to each weight's gradient.
-        gradient_scaling: δ ≥ 0; a weight's gradient g is multiplied by 1 + δ sign(g) (W - Ŵ) / s,
-            with s the mean distance of two levels (EWGS, Lee et al. 2021, arXiv 2104.00903, eq. 5):
-            steps towards a threshold become smaller, those away from it larger.
 
     Raises:
         ValueError: An argument lies outside its range.
@@ -252,11 +244,6 @@ class AdqWeightQuantizer(WeightQuantizer):
         granularity: str = "layer",
         adaptation: str = "quantile",
         decay: float = 0.99,
-        interval: int = 1,
-        dead_threshold: float = 0.5,
-        clip_gradient: bool = False,
-        commitment: float = 0.0,
-        gradient_scaling: float = 0.0,
     ) -> None:
         super().__init__(bit_width)
         check_choice("initialization", initialization, INITIALIZATIONS)
@@ -265,24 +252,11 @@ class AdqWeightQuantizer(WeightQuantizer):
         check_choice("adaptation", adaptation, ADAPTATIONS)
         if not 0 <= decay < 1:
             raise ValueError(f"decay must be at least 0 and less than 1, got {decay}")
-        if interval < 1:
-            raise ValueError(f"interval must be at least 1, got {interval}")
-        if dead_threshold < 0:
-            raise ValueError(f"dead_threshold must be at least 0, got {dead_threshold}")
-        if commitment < 0:
-            raise ValueError(f"commitment must be at least 0, got {commitment}")
-        if not gradient_scaling >= 0:
-            raise ValueError(f"gradient_scaling must be at least 0, got {gradient_scaling}")
         self.initialization = initialization
         self.level_set = level_set
         self.granularity = granularity
         self.adaptation = adaptation
         self.decay = decay
-        self.interval = interval
-        self.dead_threshold = dead_threshold
-        self.clip_gradient = clip_gradient
-        self.commitment = commitment
-        self.gradient_scaling = gradient_scaling
         num_levels = sum(side_sizes(bit_width, level_set)) + (level_set != "no_zero")
         self.register_buffer("codebook", torch.zeros(num_levels))
         self.register_buffer("counts", torch.zeros(num_levels))
@@ -324,9 +298,9 @@ class AdqWeightQuantizer(WeightQuantizer):
         """Maps a weight tensor to the levels nearest to it, times the channel scale."""
         x = at_least_float32(x)
         if self.granularity == "layer":
-            quantized: Tensor = CodebookSTE.apply(x, self.codebook, self.clip_gradient)
+            quantized: Tensor = CodebookSTE.apply(x, self.codebook, False)
             return quantized
-        scaled: Tensor = CodebookSTE.apply(x / self.scale, self.codebook, self.clip_gradient)
+        scaled: Tensor = CodebookSTE.apply(x / self.scale, self.codebook, False)
         return scaled * self.scale
 
     def quantize(self, x: Tensor) -> Tensor:
@@ -342,9 +316,9 @@ class AdqWeightQuantizer(WeightQuantizer):
         return self.scale
 
     @torch.no_grad()
-    def adapt(self, weight: Tensor, step: int) -> None:
+    def adapt(self, weight: Tensor) -> None:
         """One EMA update of the codebook towards the weights as they are now."""
-        if self.adaptation == "none" or step % self.interval:
+        if self.adaptation == "none":
             return
         self.scale = self._channel_scale(weight)
         weights = self._scaled(weight)
@@ -365,25 +339,11 @@ class AdqWeightQuantizer(WeightQuantizer):
         keep = self.pinned | (counts < torch.finfo(counts.dtype).tiny)
         codebook = torch.where(keep, self.codebook, sums / counts)
         reach = weights.min(), weights.max()
-        codebook, counts, sums = revive_dead_level(
-            codebook, counts, sums, self.pinned, reach, self.dead_threshold
-        )
+        codebook, counts, sums = revive_dead_level(codebook, counts, sums, self.pinned, reach)
         # A revived level stands elsewhere in the order; its state and the zero move with it.
         order = codebook.argsort(stable=True)
         self.codebook, self.counts = codebook[order], counts[order]
         self.sums, self.pinned = sums[order], self.pinned[order]
-
-    @torch.no_grad()
-    def regularize(self, weight: Tensor) -> None:
-        """Scales the gradient by elements, and adds β (W - Ŵ), that of (β/2) ‖W - sg[Ŵ]‖²."""
-        if weight.grad is None or not (self.commitment or self.gradient_scaling):
-            return
-        error = weight - self(weight)
-        if self.gradient_scaling:
-            distance = self.scale * self.codebook.diff().mean()
-            relative = torch.where(distance > 0, error / distance, 0.0)
-            weight.grad.mul_(1 + self.gradient_scaling * weight.grad.sign() * relative)
-        weight.grad.add_(error, alpha=self.commitment)
 
     def _load_from_state_dict(self, state: dict[str, Any], prefix: str, *rest: Any) -> None:
         ratio = state.get(f"{prefix}ratio")

@@ -73,12 +73,8 @@ class WeightQuantizer(Quantizer):
         return torch.ones((), device=weight.device)
 
     @torch.no_grad()
-    def adapt(self, weight: Tensor, step: int) -> None:
-        """Called after optimizer step number ``step`` (from 1); learned quantizers do nothing."""
-
-    @torch.no_grad()
-    def regularize(self, weight: Tensor) -> None:
-        """Called before each optimizer step; may add to ``weight.grad``."""
+    def adapt(self, weight: Tensor) -> None:
+        """Called after each optimizer step; learned quantizers do nothing."""
 
 
 class ActivationQuantizer(Quantizer):

@@ -102,26 +102,11 @@ class WeightMixture(nn.Module):
         return mixed((x(weight) for x in self.quantizers), self.choice.shares())
 
     @torch.no_grad()
-    def adapt(self, weight: Tensor, step: int) -> None:
+    def adapt(self, weight: Tensor) -> None:
         """Lets each codebook follow the weight; see :class:`~.base.WeightQuantizer`."""
-        for quantizer in self._each():
-            quantizer.adapt(weight, step)
-
-    @torch.no_grad()
-    def regularize(self, weight: Tensor) -> None:
-        """Makes the weight's gradient the mean, by shares, of what each quantizer makes of it."""
-        given = weight.grad
-        if given is None:
-            return
-        made = []
-        for quantizer in self._each():
-            weight.grad = given.clone()
-            quantizer.regularize(weight)
-            made.append(weight.grad)
-        weight.grad = mixed(made, self.choice.shares())
-
-    def _each(self) -> list[WeightQuantizer]:
-        return [x for x in self.quantizers if isinstance(x, WeightQuantizer)]
+        for quantizer in self.quantizers:
+            if isinstance(quantizer, WeightQuantizer):
+                quantizer.adapt(weight)
 
 
 class InputMixture(nn.Module):

@@ -22,7 +22,6 @@ from adq_train.quantization.base import (
 )
 from adq_train.quantization.copies import unfuse
 from adq_train.quantization.layer_weights import (
-    kept_weight,
     made_by_hooks,
     used_weight,
     with_kept_weight,
@@ -209,30 +208,15 @@ class Upkeep:
         self._inputs = [layer.input_quantizer for layer in quantized_layers(model).values()]
 
     def before_step(self) -> None:
-        """Lets quantizers add to the gradients."""
-        for quantizer, layer in self._weights:
-            regularize(quantizer, layer)
+        """Lets quantizers of inputs add to the gradients."""
         for input_quantizer in self._inputs:
             input_quantizer.regularize()
 
     @torch.no_grad()
-    def after_step(self, step: int) -> None:
-        """Lets codebooks follow the weights after optimizer step number ``step``, from 1."""
+    def after_step(self) -> None:
+        """Lets codebooks follow the weights."""
         for quantizer, layer in self._weights:
-            quantizer.adapt(used_weight(layer), step)
-
-
-def regularize(quantizer: WeightQuantizer, layer: QuantLayer) -> None:
-    """Lets a quantizer add to the gradient of a layer's weight, or of what that is made from."""
-    with torch.enable_grad():
-        weight = used_weight(layer)
-    if weight is kept_weight(layer):
-        quantizer.regularize(weight)
-    elif weight.requires_grad:
-        leaf = weight.detach().requires_grad_()
-        leaf.grad = torch.zeros_like(leaf)
-        quantizer.regularize(leaf)
-        weight.backward(leaf.grad)  # type: ignore[no-untyped-call]
+            quantizer.adapt(used_weight(layer))
 
 
 def weight_quantizers(model: nn.Module) -> dict[WeightQuantizer, QuantLayer]:

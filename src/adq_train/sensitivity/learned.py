@@ -174,7 +174,7 @@ class Learned:
         adam = torch.optim.Adam(logits, self.lr, BETAS)
         optimizers = Optimizers(*training.make_optimizers(model).parts, adam)
         costs = expected_costs(training.problem, device)
-        upkeep, step = Upkeep(model), 0
+        upkeep = Upkeep(model)
         model.train()
         epochs = 1 if training.short else self.epochs
         generators = [device] if device.type == "cuda" else []
@@ -187,8 +187,7 @@ class Learned:
                     (loss + self.penalty * excess(costs, choices)).backward()  # type: ignore[no-untyped-call]
                     upkeep.before_step()
                     optimizers.step()
-                    step += 1
-                    upkeep.after_step(step)
+                    upkeep.after_step()
                 last = float(loss.detach())
                 if not all(x.isfinite().all() for x in (loss, *logits)):
                     raise UserError(

@@ -77,7 +77,7 @@ class WeightAverage(Hook):
         )
         for name in theirs.keys() - codebooks - set(own):
             mine[name].copy_(theirs[name])
-        self._upkeep.after_step(step)
+        self._upkeep.after_step()
 
     def on_end(self, trainer: Trainer) -> None:
         """Gives the trained network the averaged weights."""

@@ -204,7 +204,7 @@ class Trainer:
             nn.utils.clip_grad_norm_(self.model.parameters(), self.settings.gradient_clip_norm)
         self.scaler.step(self.optimizer)  # type: ignore[arg-type]
         self.scaler.update()
-        self._upkeep.after_step(self.steps + 1)
+        self._upkeep.after_step()
         for hook in self.hooks:
             hook.after_update(self, self.steps + 1)
         return loss
