@@ -20,6 +20,9 @@ if TYPE_CHECKING:
     from adq_train.deploy.model import TableModel
     from adq_train.deploy.packed import Sizes
 
+# Of what a file says about itself in its metadata; the value is JSON.
+METADATA_KEY = "adq_train"
+
 
 @dataclass(frozen=True)
 class Source:

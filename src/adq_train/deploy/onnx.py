@@ -17,14 +17,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from adq_train.deploy.formats import Opened, Source, Written, require
+from adq_train.deploy.formats import METADATA_KEY, Opened, Source, Written, require
 from adq_train.deploy.layer_tables import Staircase
 from adq_train.deploy.model import TableModel, assemble
 from adq_train.deploy.packed_layers import FEW, PackedLayer, Steps, look_up
 from adq_train.errors import UserError
-
-# Of the file's own metadata; the value is JSON.
-METADATA_KEY = "adq_train"
 
 
 def write(source: Source) -> Written:
@@ -44,9 +41,9 @@ def run(path: Path, source: Source) -> nn.Module:
 
 def open_file(path: Path) -> Opened:
     """An ONNX file of anybody, in a process of its own."""
-    from adq_train.deploy.onnx_apart import OnnxApart
+    from adq_train.deploy.apart import FileApart
 
-    apart = OnnxApart(path)
+    apart = FileApart(path, "onnxruntime")
     return Opened("onnx", apart, apart.expects, apart.facts.get("data"), apart.facts.get("run"))
 
 

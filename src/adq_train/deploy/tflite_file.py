@@ -13,12 +13,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from adq_train.deploy.formats import require
+from adq_train.deploy.formats import METADATA_KEY, require
 
 EXTRA = "edge"
 IDENTIFIER = b"TFL3"
-# Of the file's own metadata; the value is JSON.
-METADATA_KEY = "adq_train"
 # Kernels read buffers with vector instructions; microcontrollers read them where they lie.
 ALIGNMENT = 16
 
@@ -124,6 +122,8 @@ class _Writer:
         graph.inputs, graph.name = [self._number(program.input)], "main"
         graph.operators = [self._operator(x) for x in program.operations]
         graph.outputs, graph.tensors = [self._number(program.output)], self.tensors
+        for value in (program.input, program.output):
+            self.tensors[self._number(value)].shapeSignature = [-1, *value.shape[1:]]
         model.version, model.subgraphs, model.description = 3, [graph], "adq-train"
         model.operatorCodes = [self._code(*key) for key in self.codes]
         model.signatureDefs = [self._signature(program)]
@@ -152,8 +152,6 @@ class _Writer:
             tensor.buffer = self._buffer(
                 value.data.astype(np.dtype(value.dtype).newbyteorder("<")).tobytes()
             )
-        elif value.shape:
-            tensor.shapeSignature = [-1, *value.shape[1:]]
         if value.scale is not None:
             tensor.quantization = grid = self.schema.QuantizationParametersT()
             grid.scale = np.atleast_1d(value.scale).astype(np.float32)

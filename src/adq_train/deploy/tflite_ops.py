@@ -23,7 +23,7 @@ from adq_train.deploy.tflite_file import Operation, Value
 
 INT8_LOWEST, INT8_TOP, INT16_TOP = -128, 127, 32767
 INT8_SPAN = 255
-# Accumulators are int32; what the products add to a bias must fit too.
+# Of int32: a bias leaves as much again for the sum that it is added to.
 LARGEST_BIAS = 1 << 30
 FUSED_RELU = {"fusedActivationFunction": 1}
 SAME, VALID = 0, 1
@@ -95,7 +95,7 @@ class Weighted:
     Attributes:
         codes: (C_out, …) as torch has them, each within -127 … 127.
         scale: (C_out,), positive.
-        bias: (C_out,), or None.
+        bias: (C_out,), or None; at most 2^30 times the scale and the step of the input.
     """
 
     codes: NDArray[Any]
@@ -105,29 +105,50 @@ class Weighted:
 
 @dataclass(frozen=True)
 class Window:
-    """What a convolution or a pooling looks at, each as (height, width)."""
+    """What a convolution or a pooling looks at, each as (height, width).
+
+    Attributes:
+        kernel: Its size.
+        stride: From one to the next.
+        padding: On either side.
+        dilation: Of the kernel.
+        beyond: How much padding there is more behind than before.
+    """
 
     kernel: tuple[int, int]
     stride: tuple[int, int]
     padding: tuple[int, int] = (0, 0)
     dilation: tuple[int, int] = (1, 1)
+    beyond: tuple[int, int] = (0, 0)
 
     def output(self, size: Sequence[int]) -> tuple[int, int]:
         """Height and width of what it makes of an image of this size."""
         height, width = (
-            (size[i] + 2 * self.padding[i] - self.dilation[i] * (self.kernel[i] - 1) - 1)
+            (size[i] + sum(self.sides(i)) - self.dilation[i] * (self.kernel[i] - 1) - 1)
             // self.stride[i]
             + 1
             for i in (0, 1)
         )
         return height, width
 
+    def reaching(self, size: Sequence[int], wanted: Sequence[int]) -> Window:
+        """The same with as much padding behind as it takes to make an image of a wanted size."""
+        height, width = (
+            (wanted[i] - 1) * self.stride[i] + self.kernel[i] - size[i] - 2 * self.padding[i]
+            for i in (0, 1)
+        )
+        return replace(self, beyond=(max(height, 0), max(width, 0)))
+
+    def sides(self, i: int) -> tuple[int, int]:
+        """Padding before and behind, of height (0) or width (1)."""
+        return self.padding[i], self.padding[i] + self.beyond[i]
+
     def is_same(self, size: Sequence[int]) -> bool:
         """Whether LiteRT's padding SAME, which it works out itself, is this padding."""
         for i in (0, 1):
             reach = (-(-size[i] // self.stride[i]) - 1) * self.stride[i] + 1
-            missing = reach + self.dilation[i] * (self.kernel[i] - 1) - size[i]
-            if max(missing, 0) != 2 * self.padding[i]:
+            total = max(reach + self.dilation[i] * (self.kernel[i] - 1) - size[i], 0)
+            if (total // 2, total - total // 2) != self.sides(i):
                 return False
         return True
 
@@ -224,7 +245,9 @@ class Emitter:
         self, x: Codes, gain: NDArray[Any], bias: NDArray[Any], target: Target
     ) -> Codes:
         """A gain and an offset for each channel of (1, H, W, C): a depthwise 1 × 1 convolution."""
-        scale = np.where(gain == 0, 1.0, np.abs(gain) / INT8_TOP)
+        # A channel that is all but switched off gets a scale that can carry its offset.
+        least = np.maximum(np.abs(bias) / (LARGEST_BIAS * float(x.step)), 1e-30)
+        scale = np.maximum(np.abs(gain) / INT8_TOP, least)
         layer = Weighted(np.rint(gain / scale).reshape(-1, 1, 1, 1), scale, bias)
         return self.convolution(x, layer, Window((1, 1), (1, 1)), len(gain), target)
 
@@ -375,9 +398,11 @@ class Emitter:
         return replace(x, value=value)
 
     def _wide(self, x: Codes, name: str) -> Codes:
-        """The same codes in 16 bits; there QUANTIZE is exact, because the step stays."""
+        """The same codes in 16 bits, exactly, by way of float: older runtimes know no other."""
+        real = Value(f"{name}/float", x.shape, "float32")
         value = replace(x.value, name=f"{name}/wide", dtype="int16", zero_point=0)
-        self._append("QUANTIZE", 2, (x.value,), value)
+        self._append("DEQUANTIZE", 2, (x.value,), real)
+        self._append("QUANTIZE", 2, (real,), value)
         return replace(x, value=value)
 
     def _on_wide(
@@ -392,23 +417,23 @@ class Emitter:
         self, x: Codes, window: Window, name: str, code: int = 0
     ) -> tuple[Codes, Window, int]:
         """An input, padded if LiteRT does not itself; the window then, and the kind of padding."""
-        if window.padding == (0, 0):
+        sides = [(0, 0), window.sides(0), window.sides(1), (0, 0)]
+        if not any(map(sum, sides)):
             return x, window, VALID
         if window.is_same(x.shape[1:3]):
             return x, window, SAME
-        height, width = window.padding
-        sides = [(0, 0), (height, height), (width, width), (0, 0)]
         padded = self.pad(x, sides, f"{name}/padded", code)
-        return padded, replace(window, padding=(0, 0)), VALID
+        return padded, replace(window, padding=(0, 0), beyond=(0, 0)), VALID
 
     def _layer(
         self, x: Codes, layer: Weighted, kind: _Layer, shape: tuple[int, ...], target: Target
     ) -> Codes:
         """A layer with weights and a bias."""
-        scale, bias, weight = _fitted(layer, x.step, kind)
+        scale, weight = layer.scale.astype(np.float32), kind.weight
         source, dtypes = (x, ("int8", "int32")) if target.grid else (None, ("int16", "int64"))
         source = source or self._wide(x, target.name)
         name, steps = target.name, x.step * scale
+        bias = np.zeros(len(scale)) if layer.bias is None else np.rint(layer.bias / steps)
         factors = Value(f"{name}/weight", weight.shape, "int8", scale, 0, kind.axis, weight)
         offsets = Value(f"{name}/bias", (len(scale),), dtypes[1], steps, data=bias)
 
@@ -441,21 +466,3 @@ class _Layer:
     weight: NDArray[Any]
     axis: int
     options: dict[str, Any]
-
-
-def _fitted(
-    layer: Weighted, step: np.float32, kind: _Layer
-) -> tuple[NDArray[np.float32], NDArray[np.int64], NDArray[np.int64]]:
-    """Scale, bias on the grid step · scale, and weights.
-
-    Where a bias is too large for that, the channel's scale becomes coarser: its products are far
-    below the bias then.
-    """
-    scale = layer.scale.astype(np.float64)
-    bias = np.zeros(len(scale)) if layer.bias is None else layer.bias.astype(np.float64)
-    factor = np.maximum(np.abs(bias) / (float(step) * scale) / LARGEST_BIAS, 1.0)
-    along = [1] * kind.weight.ndim
-    along[kind.axis] = -1
-    weight = np.rint(kind.weight / factor.reshape(along)).astype(np.int64)
-    coarse: NDArray[np.float32] = (scale * factor).astype(np.float32)
-    return coarse, np.rint(bias / (step * coarse)).astype(np.int64), weight

@@ -1,6 +1,6 @@
-"""Runs an ONNX file of anybody in a process of its own, whose memory has a limit.
+"""Runs a file of anybody in a process of its own, whose memory has a limit.
 
-onnxruntime computes whatever a graph says, already when it loads it; so neither the size of an
+A runtime computes whatever a graph says, some already when they load it; so neither the size of an
 answer nor a crash can be known beforehand. Messages are a line of JSON, then raw float32 values.
 Torch is not imported here.
 """
@@ -12,11 +12,11 @@ import json
 import math
 import os
 import resource
-import stat
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
+
+from adq_train.deploy.runtimes import RUNTIMES
 
 # Beyond what the program itself takes: for the graph, and for each byte of images and of the file.
 SPARE_BYTES = 2 << 30
@@ -28,35 +28,25 @@ LARGEST_CLASSES = 1 << 20
 
 def main() -> None:
     """Answers requests on standard input until it ends."""
-    path, threads = Path(sys.argv[1]), int(sys.argv[2])
+    path, threads, runtime = Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
     answers = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # what libraries print is no answer
     try:
         import numpy as np
-        import onnx
 
-        onnxruntime: Any = importlib.import_module("onnxruntime")
-
+        kind = RUNTIMES[runtime]
+        for package in kind.packages:
+            importlib.import_module(package)
         limit = _Limit(path)
         limit.allow(0)
-        proto = onnx.load(str(path), load_external_data=False)
-        check_places(proto, path)
-        del proto
-        options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = threads
-        options.log_severity_level = 4
-        session = onnxruntime.InferenceSession(
-            str(path), options, providers=["CPUExecutionProvider"]
-        )
-        (image,), first = session.get_inputs(), session.get_outputs()[0]
-        metadata = session.get_modelmeta().custom_metadata_map
-        _answer(answers, inputs=image.shape, outputs=first.shape, metadata=metadata)
+        graph = kind(path, threads)
+        _answer(answers, inputs=graph.inputs, outputs=graph.outputs, metadata=graph.metadata)
         while line := sys.stdin.buffer.readline():
             shape = json.loads(line)["shape"]
             raw = sys.stdin.buffer.read(4 * math.prod(shape))
             limit.allow(len(raw))
             images = np.frombuffer(raw, np.float32).reshape(shape)
-            logits = session.run([first.name], {image.name: images})[0]
+            logits = graph.run(images)
             if logits.dtype != np.float32 or logits.ndim != 2 or len(logits) != shape[0]:
                 raise ValueError(f"it answers with {logits.dtype} of shape {logits.shape}")
             if logits.shape[1] > LARGEST_CLASSES:
@@ -92,35 +82,3 @@ class _Limit:
         soft = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
         if sys.platform == "linux":
             resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
-
-
-def check_places(proto: Any, path: Path) -> None:
-    """Refuses a model whose tensors are kept anywhere but in files beside it.
-
-    Raises:
-        ValueError: Names the place.
-    """
-    for tensor in _tensors(proto):
-        if tensor.data_location != tensor.EXTERNAL:
-            continue
-        places = {entry.key: entry.value for entry in tensor.external_data}
-        name = places.get("location", "")
-        beside = path.parent / name
-        plain = name not in ("", ".", "..") and Path(name).name == name
-        if not plain or not beside.exists() or not stat.S_ISREG(os.lstat(beside).st_mode):
-            raise ValueError(f"it keeps values in {name!r}, which is no plain file beside it")
-        end = int(places.get("offset", 0)) + int(places.get("length", 0))
-        if end > beside.stat().st_size:
-            raise ValueError(f"it keeps values beyond the end of {name!r}")
-
-
-def _tensors(message: Any) -> Iterator[Any]:
-    """Every tensor within a protobuf message, wherever it is."""
-    if message.DESCRIPTOR.name == "TensorProto":
-        yield message
-        return
-    for field, value in message.ListFields():
-        if field.message_type is None:
-            continue
-        for part in [value] if hasattr(value, "ListFields") else value:
-            yield from _tensors(part)

@@ -1,4 +1,4 @@
-"""An ONNX file that may come from anybody, run in another process (onnx_worker.py)."""
+"""A file, run by its runtime: one of ours here, one of anybody in another process."""
 
 from __future__ import annotations
 
@@ -15,39 +15,62 @@ import torch
 from torch import Tensor, nn
 
 from adq_train.data.base import InputFormat
-from adq_train.deploy.formats import require
-from adq_train.deploy.onnx import METADATA_KEY
+from adq_train.deploy.formats import METADATA_KEY
+from adq_train.deploy.runtimes import RUNTIMES
 from adq_train.errors import UserError
 
 LONGEST_LINE = 1 << 24
 # Not with -m: that would import from the working folder, which may be anybody's.
 START = "import sys; sys.path[:] = filter(None, sys.path); " + (
-    "from adq_train.deploy.onnx_worker import main; main()"
+    "from adq_train.deploy.apart_worker import main; main()"
 )
 
 
-class OnnxApart(nn.Module):
-    """An ONNX file; maps images (N, C, H, W) to logits (N, num_classes).
+class FileHere(nn.Module):
+    """A file of ours, in this process; maps images (N, C, H, W) to logits (N, num_classes).
 
     Args:
         path: The file.
+        runtime: A name of :data:`~adq_train.deploy.runtimes.RUNTIMES`.
+        threads: For the runtimes that have several; None for as many as torch uses.
 
     Raises:
-        UserError: The packages are missing, the file cannot be read, or its graph has other
-            shapes than its metadata say.
+        UserError: The runtime cannot read it.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, runtime: str, threads: int | None = None) -> None:
         super().__init__()
-        for package in ("onnx", "onnxruntime"):
-            require(package)
+        try:
+            self.graph = RUNTIMES[runtime](path, threads or torch.get_num_threads())
+        except (ValueError, RuntimeError, OSError) as error:
+            reason = str(error).strip().splitlines()[0]
+            raise UserError(f"{path}: {runtime} cannot read it ({reason})") from error
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Maps images (N, C, H, W) to logits (N, num_classes)."""
+        return torch.from_numpy(self.graph.run(images.float().contiguous().numpy()))
+
+
+class FileApart(nn.Module):
+    """A file of anybody, in a process of its own (apart_worker.py); maps images to logits as here.
+
+    Args:
+        path: The file.
+        runtime: A name of :data:`~adq_train.deploy.runtimes.RUNTIMES`.
+
+    Raises:
+        UserError: The file cannot be read, or its graph has other shapes than its metadata say.
+    """
+
+    def __init__(self, path: Path, runtime: str) -> None:
+        super().__init__()
         if not path.is_file():
             raise UserError(f"there is no file {path}")
-        self.path = path
+        self.path, self.runtime = path, runtime
         self.process = subprocess.Popen(
             [
                 sys.executable, "-c", START, str(path.absolute()),
-                str(torch.get_num_threads()),
+                str(torch.get_num_threads()), runtime,
             ],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
@@ -100,9 +123,11 @@ class OnnxApart(nn.Module):
         except ValueError as error:
             code = self.process.wait()
             how = signal.Signals(-code).name if code < 0 else f"exit code {code}"
-            raise UserError(f"{self.path}: onnxruntime ended without an answer ({how})") from error
+            raise UserError(
+                f"{self.path}: {self.runtime} ended without an answer ({how})"
+            ) from error
         if "error" in content:
-            raise UserError(f"{self.path}: onnxruntime cannot run it ({content['error']})")
+            raise UserError(f"{self.path}: {self.runtime} cannot run it ({content['error']})")
         return dict(content)
 
     def forward(self, images: Tensor) -> Tensor:

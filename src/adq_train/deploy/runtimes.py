@@ -1,0 +1,182 @@
+"""Other programs that run networks, each behind the same three attributes and one method.
+
+Torch is not imported here: a process of its own (apart_worker.py) is to be small.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import stat
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, ClassVar, Protocol
+
+# What activations may take where a runtime wants to know beforehand.
+ARENA_BYTES = 64 << 20
+
+
+class Graph(Protocol):
+    """A file, loaded.
+
+    Attributes:
+        packages: What it needs, as it is imported.
+        inputs: Shape of the images, channels first; no numbers where it is free.
+        outputs: Shape of the logits.
+        metadata: Texts by name.
+    """
+
+    packages: ClassVar[tuple[str, ...]]
+    inputs: list[Any]
+    outputs: list[Any]
+    metadata: dict[str, str]
+
+    def __init__(self, path: Path, threads: int) -> None: ...
+
+    def run(self, images: Any) -> Any:
+        """Maps images (N, C, H, W) to logits (N, num_classes), both arrays of float32."""
+        ...
+
+
+class OnnxGraph:
+    """An ONNX file in onnxruntime."""
+
+    packages: ClassVar[tuple[str, ...]] = ("onnx", "onnxruntime")
+
+    def __init__(self, path: Path, threads: int) -> None:
+        import onnx
+
+        onnxruntime: Any = importlib.import_module("onnxruntime")
+        proto = onnx.load(str(path), load_external_data=False)
+        check_places(proto, path)
+        del proto
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = threads
+        options.log_severity_level = 4
+        self.session = onnxruntime.InferenceSession(
+            str(path), options, providers=["CPUExecutionProvider"]
+        )
+        (image,), first = self.session.get_inputs(), self.session.get_outputs()[0]
+        self.names = image.name, first.name
+        self.inputs, self.outputs = image.shape, first.shape
+        self.metadata = self.session.get_modelmeta().custom_metadata_map
+
+    def run(self, images: Any) -> Any:
+        """Maps images to logits."""
+        return self.session.run([self.names[1]], {self.names[0]: images})[0]
+
+
+class LitertGraph:
+    """A .tflite file in LiteRT. Its images have their channels last."""
+
+    packages: ClassVar[tuple[str, ...]] = (
+        "ai_edge_litert.interpreter",
+        "ai_edge_litert.schema_py_generated",
+    )
+
+    def __init__(self, path: Path, threads: int) -> None:
+        interpreter: Any = importlib.import_module(self.packages[0])
+        content = path.read_bytes()
+        self.metadata = texts_of(content)
+        self.interpreter = interpreter.Interpreter(model_content=content, num_threads=threads)
+        (image,), first = (
+            self.interpreter.get_input_details(),
+            self.interpreter.get_output_details()[0],
+        )
+        self.numbers, self.shape = (image["index"], first["index"]), ()
+        shapes = [[None if n < 0 else int(n) for n in x["shape_signature"]] for x in (image, first)]
+        self.outputs = shapes[1]
+        self.inputs = [*shapes[0][:1], *shapes[0][-1:], *shapes[0][1:-1]]
+
+    def run(self, images: Any) -> Any:
+        """Maps images to logits."""
+        images = images.transpose(0, *range(2, images.ndim), 1)
+        if images.shape != self.shape:
+            self.interpreter.resize_tensor_input(self.numbers[0], images.shape, strict=True)
+            self.interpreter.allocate_tensors()
+            self.shape = images.shape
+        self.interpreter.set_tensor(self.numbers[0], images)
+        self.interpreter.invoke()
+        return self.interpreter.get_tensor(self.numbers[1])
+
+
+class TflmGraph:
+    """A .tflite file in TensorFlow Lite Micro's portable kernels, an image at a time."""
+
+    packages: ClassVar[tuple[str, ...]] = (
+        "tflite_micro",
+        "ai_edge_litert.schema_py_generated",
+    )
+
+    def __init__(self, path: Path, threads: int) -> None:
+        runtime = importlib.import_module(self.packages[0]).runtime
+        content = path.read_bytes()
+        self.metadata = texts_of(content)
+        self.interpreter = runtime.Interpreter.from_bytes(content, arena_size=ARENA_BYTES)
+        _, *image = map(int, self.interpreter.get_input_details(0)["shape"])
+        self.inputs = [None, *image[-1:], *image[:-1]]
+        self.outputs = [None, *map(int, self.interpreter.get_output_details(0)["shape"][1:])]
+
+    def run(self, images: Any) -> Any:
+        """Maps images to logits."""
+        import numpy as np
+
+        logits = []
+        for image in images:
+            self.interpreter.set_input(image.transpose(*range(1, image.ndim), 0)[None].copy(), 0)
+            self.interpreter.invoke()
+            logits.append(self.interpreter.get_output(0))
+        return np.concatenate(logits)
+
+
+def texts_of(content: bytes) -> dict[str, str]:
+    """The metadata of a .tflite file."""
+    schema: Any = importlib.import_module("ai_edge_litert.schema_py_generated")
+    model = schema.Model.GetRootAs(content)
+    entries = [model.Metadata(i) for i in range(model.MetadataLength())]
+    found = {x.Name(): model.Buffers(x.Buffer()).DataAsNumpy() for x in entries}
+    # An empty buffer reads as 0.
+    return {
+        name.decode(): bytes(text).decode(errors="replace")
+        for name, text in found.items()
+        if not isinstance(text, int)
+    }
+
+
+RUNTIMES: dict[str, type[Graph]] = {
+    "onnxruntime": OnnxGraph,
+    "LiteRT": LitertGraph,
+    "TensorFlow Lite Micro": TflmGraph,
+}
+
+
+def check_places(proto: Any, path: Path) -> None:
+    """Refuses a model whose tensors are kept anywhere but in files beside it.
+
+    Raises:
+        ValueError: Names the place.
+    """
+    for tensor in _tensors(proto):
+        if tensor.data_location != tensor.EXTERNAL:
+            continue
+        places = {entry.key: entry.value for entry in tensor.external_data}
+        name = places.get("location", "")
+        beside = path.parent / name
+        plain = name not in ("", ".", "..") and Path(name).name == name
+        if not plain or not beside.exists() or not stat.S_ISREG(os.lstat(beside).st_mode):
+            raise ValueError(f"it keeps values in {name!r}, which is no plain file beside it")
+        end = int(places.get("offset", 0)) + int(places.get("length", 0))
+        if end > beside.stat().st_size:
+            raise ValueError(f"it keeps values beyond the end of {name!r}")
+
+
+def _tensors(message: Any) -> Iterator[Any]:
+    """Every tensor within a protobuf message, wherever it is."""
+    if message.DESCRIPTOR.name == "TensorProto":
+        yield message
+        return
+    for field, value in message.ListFields():
+        if field.message_type is None:
+            continue
+        for part in [value] if hasattr(value, "ListFields") else value:
+            yield from _tensors(part)
