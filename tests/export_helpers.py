@@ -15,7 +15,9 @@ from adq_train.deploy.layer_tables import tables_of
 from adq_train.deploy.model import TableModel, float_state
 from adq_train.quantization.describe import describe_layers
 from adq_train.quantization.prepare import prepare, quantized_layers
+from adq_train.quantization.target import target_of
 from adq_train.settings.building import build
+from adq_train.training.calibration import calibrated
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 RESNET8 = {"_target_": "adq_train.models.CifarResNetModel", "depth": 8, "width": 4}
@@ -74,3 +76,29 @@ def quantized_network(
     tables = {name: tables_of(name, layer) for name, layer in quantized.items()}
     floats = {k: v.detach() for k, v in float_state(network, quantized).items()}
     return network.eval(), TableModel(model, DIGITS, expects, tables, floats)
+
+
+def int8_network(
+    network: nn.Module,
+    shape: tuple[int, int, int],
+    *,
+    bits: int = 4,
+    weights: str = "adq",
+    inputs: str = "lsq",
+    target: str = "int8",
+) -> nn.Module:
+    """A network that was calibrated for a target, in evaluation mode; norms of both signs."""
+    torch.manual_seed(0)
+    images = torch.randn(16, *shape)
+    for module in network.modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            nn.init.uniform_(module.weight, 0.5, 1.5)
+            module.weight.data[::3] *= -1
+            nn.init.normal_(module.bias, std=0.2)
+    layers = tuple(LayerBits(x.name, bits, bits) for x in describe_layers(network, images[:1]))
+    allocation = BitAllocation("test", {}, layers, 0, 0, 0, 0, 0, 0, False)
+    chosen = target_of(target)
+    makers = chosen.makers(
+        (make("weight_quantizer", weights), make("activation_quantizer", inputs))
+    )
+    return calibrated(network, allocation, makers, [images], 0, chosen).eval()

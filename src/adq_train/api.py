@@ -21,8 +21,8 @@ from adq_train.quantization.adq import AdqWeightQuantizer
 from adq_train.quantization.base import MakeActivationQuantizer, MakeWeightQuantizer
 from adq_train.quantization.copies import own_copy
 from adq_train.quantization.describe import describe_layers
-from adq_train.quantization.n2uq import N2uqActivationQuantizer
 from adq_train.quantization.prepare import Upkeep, quantized_layers
+from adq_train.quantization.target import target_of
 from adq_train.sensitivity.base import Conditions
 from adq_train.sensitivity.gradient import Gradient
 from adq_train.sensitivity.noise import settle
@@ -43,9 +43,10 @@ def quantize(
     first_last_bits: int | None = 8,
     pinned: Mapping[str, int] | None = None,
     make_weight_quantizer: MakeWeightQuantizer = AdqWeightQuantizer,
-    make_activation_quantizer: MakeActivationQuantizer = N2uqActivationQuantizer,
+    make_activation_quantizer: MakeActivationQuantizer | None = None,
     sensitivity: Perturbation | Gradient | None = None,
     seed: int = 0,
+    target: str = "float",
 ) -> nn.Module:
     """A quantized copy of a network, with more bits where they matter, ready for training.
 
@@ -64,10 +65,13 @@ def quantize(
             choose theirs as well.
         pinned: Bits of other layers that are not to be chosen, by name or shell pattern.
         make_weight_quantizer: Maps a bit-width to a quantizer.
-        make_activation_quantizer: Maps a bit-width to a quantizer.
+        make_activation_quantizer: Maps a bit-width to a quantizer; by default N2UQ's, or LSQ's
+            for int8.
         sensitivity: Ω; by default the divergence of the outputs, or of a model with one output
             their squared distance. With ``criterion="loss"`` the batches must hold class targets.
         seed: For the sample of inputs, and for random initialisations.
+        target: What will run the network: ``float`` arithmetic, or ``int8``, for which weight
+            levels lie on int8 grids, and what passes between layers gets eight bits.
 
     Raises:
         UserError: A model that does not map one tensor to logits, whose layers cannot be replaced,
@@ -80,7 +84,8 @@ def quantize(
         raise UserError("model: it is quantized already; give the float network")
     if hasattr(model, "adq"):
         raise UserError("model: its attribute adq would be replaced by the result's; rename it")
-    model = own_copy(model)
+    model, chosen = own_copy(model), target_of(target)
+    chosen.check(model)
     image = batches[0][0][:1]
     layers = describe_layers(model, image)
     bits = BitsConfig(sorted(bit_widths), first_last=first_last_bits, pinned=dict(pinned or {}))
@@ -90,17 +95,19 @@ def quantize(
     if doubt := caveat(outputs, [targets for _, targets in batches]):
         log.warning("%s; sensitivities of such a model mean little", doubt)
     metric = sensitivity or _default_metric(outputs[0])
-    quantizers = make_weight_quantizer, make_activation_quantizer
-    conditions = Conditions(
-        problem.candidates, batches, *quantizers, seed, likely=likely_bits(problem)
-    )
+    quantizers = make_weight_quantizer, make_activation_quantizer or chosen.inputs
+    try:
+        make = chosen.makers(quantizers)
+    except ValueError as error:
+        raise UserError(f"make_activation_quantizer: {error}") from error
+    conditions = Conditions(problem.candidates, batches, *make, seed, likely=likely_bits(problem))
     rows = metric.measure(model, layers, conditions)
     table = SensitivityTable(metric.name, problem.candidates, tuple(map(settle, rows)))
     require_finite(table)
     allocation = allocate(IlpAllocator(), problem, table)
-    quantized = calibrated(model, allocation, quantizers, [x for x, _ in batches], seed)
+    quantized = calibrated(model, allocation, make, [x for x, _ in batches], seed, chosen)
     require_achieved(allocation, achieved(quantized, image, problem.pinned))
-    return carrying(quantized, table, allocation, quantizers)
+    return carrying(quantized, table, allocation, quantizers, target)
 
 
 def _default_metric(outputs: Tensor) -> Perturbation:

@@ -23,6 +23,7 @@ from adq_train.quantization.base import MakeActivationQuantizer, Makers, MakeWei
 from adq_train.quantization.copies import own_copy, unwrapped
 from adq_train.quantization.prepare import quantized_layers
 from adq_train.quantization.restore import restored
+from adq_train.quantization.target import target_of
 from adq_train.settings.building import build
 from adq_train.states import state_digest, tied_names
 from adq_train.storage.files import written_whole
@@ -42,11 +43,13 @@ class Quantized:
         allocation: Its bits, with averages, packed size and bit operations.
         quantizers: How its quantizers are made, as nodes of a configuration; None for makers that
             are no classes of this package.
+        target: What will run it, ``float`` or ``int8``.
     """
 
     table: SensitivityTable
     allocation: BitAllocation
     quantizers: tuple[dict[str, Any] | None, dict[str, Any] | None]
+    target: str = "float"
 
 
 def described(make: Callable[[int], nn.Module]) -> dict[str, Any] | None:
@@ -62,12 +65,16 @@ def described(make: Callable[[int], nn.Module]) -> dict[str, Any] | None:
 
 
 def carrying(
-    model: nn.Module, table: SensitivityTable, allocation: BitAllocation, make: Makers
+    model: nn.Module,
+    table: SensitivityTable,
+    allocation: BitAllocation,
+    make: Makers,
+    target: str = "float",
 ) -> nn.Module:
     """Gives a quantized network, in place, what it was made from; see :class:`Quantized`."""
     made = described(make[0]), described(make[1])
     # torch declares that attributes of modules are tensors or modules, and takes any.
-    model.adq = Quantized(table, allocation, made)  # type: ignore[assignment]
+    model.adq = Quantized(table, allocation, made, target)  # type: ignore[assignment]
     return model
 
 
@@ -103,6 +110,7 @@ def save(model: nn.Module, path: str | Path) -> None:
         "table": carried.table.to_json(),
         "allocation": carried.allocation.to_json(),
         "quantizers": json.dumps(carried.quantizers),
+        **({} if carried.target == "float" else {"target": carried.target}),
     }
     metadata["sha256"] = _digest(state, metadata)
     with written_whole(Path(path)) as temporary:
@@ -154,6 +162,7 @@ def load(
         allocation = BitAllocation.from_json(metadata["allocation"])
         nodes: Any = json.loads(metadata["quantizers"])
         of_weights, of_inputs = nodes
+        target = target_of(metadata.get("target", "float"))
     except (KeyError, ValueError, TypeError, RecursionError, UserError) as error:
         raise UserError(f"{path} is damaged ({error}); write it again") from error
     try:
@@ -165,11 +174,11 @@ def load(
         raise UserError(f"{path} is damaged ({error}); write it again") from error
     model = own_copy(network if isinstance(network, nn.Module) else network()).cpu()
     try:
-        restored(model, allocation, make, state)
-    except (KeyError, RuntimeError, AttributeError, TypeError) as error:
+        restored(model, allocation, target.makers(make), state, target)
+    except (KeyError, RuntimeError, AttributeError, TypeError, ValueError) as error:
         reason = " ".join(str(error).split())
         raise UserError(f"{path} does not fit the network: {reason}") from error
-    return carrying(model, table, allocation, make).eval()
+    return carrying(model, table, allocation, make, target.name).eval()
 
 
 def _digest(state: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:

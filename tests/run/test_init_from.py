@@ -77,6 +77,31 @@ def test_an_interrupted_one_ends_with_the_same_bits(more):
     assert equal(model_of("resumed"), model_of("whole"))
 
 
+def test_a_run_for_integers_goes_on_from_one_for_float(more, cli):
+    """Weights are taken and edges calibrated; between two such runs, edges are taken as well."""
+    outcome = more("trainer.epochs=1", "target=int8", "run_dir=whole")
+    assert outcome.code == 0, outcome.err
+    assert "target: int8, weight levels on int8 grids and 7 edges at 8 bits" in outcome.err
+    for name in ("status.json", "result.json"):
+        Path("whole", name).unlink()
+    shutil.copytree("whole", "resumed")
+    for name in ("checkpoints/last.pt", "checkpoints/best.pt", "metrics.jsonl"):
+        Path("resumed", name).unlink()
+    outcome = more("trainer.epochs=1", "target=int8", "run_dir=resumed")
+    assert "qat: 1 epochs" in outcome.err
+    assert more("trainer.epochs=1", "target=int8", "run_dir=whole").code == 0
+    assert equal(model_of("resumed"), model_of("whole"))
+    edges = {k: x for k, x in model_of("whole").items() if k.startswith("edge_quantizers")}
+    assert len(edges) == 14
+    outcome = cli(*QUICK, "target=int8", "init_from=whole", "trainer.epochs=0", "run_dir=same")
+    assert "calibrated anew" not in outcome.err
+    assert equal(model_of("same"), model_of("whole"))
+    assert (
+        read("same", "result.json")["qat_top1_percent"]
+        == (read("whole", "result.json")["qat_top1_percent"])
+    )
+
+
 def test_other_bits_and_quantizers_are_calibrated_anew_on_the_same_weights(more):
     source = model_of("run")
     for run_dir, change, part in (

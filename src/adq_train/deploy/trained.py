@@ -17,6 +17,7 @@ from adq_train.deploy.model import TableModel, tables_of_network
 from adq_train.errors import UserError
 from adq_train.quantization.prepare import keep_weights
 from adq_train.quantization.restore import restored
+from adq_train.quantization.target import FLOAT, Target
 from adq_train.run.artifact_files import qat_key, read_bits
 from adq_train.run.folder import origin_of, read_status
 from adq_train.run.manifest import read_manifest
@@ -51,6 +52,16 @@ class FinishedRun:
         """What the network expects; from the manifest, or for an older run from its data set."""
         known = self.manifest.get("input")
         return InputFormat.from_dict(known) if known else self.load_data().input_format
+
+    def target(self) -> Target:
+        """What the network was made for.
+
+        Raises:
+            ConfigError: The configuration names something else.
+        """
+        node = self.config.target
+        target: Target = build(node, "target", lambda part: part, self.trusted) if node else FLOAT
+        return target
 
     def load_data(self, changes: Mapping[str, str] | None = None) -> ImageData:
         """The run's data set, on the CPU.
@@ -94,7 +105,7 @@ def open_run(path: Path, trusted_packages: Sequence[str] = ()) -> FinishedRun:
     if problems:
         raise UserError(f"{path / 'config.yaml'}: {'; '.join(problems)}")
     _, allocation = read_bits(path, settings, origin_of(path, settings))
-    trusted = trusted_prefixes(trusted_packages)
+    trusted = trusted_prefixes(settings)
     return FinishedRun(path, config, settings, read_manifest(path), allocation, trusted)
 
 
@@ -134,14 +145,16 @@ def restored_network(run: FinishedRun, name: str | None = None) -> nn.Module:
         build(getattr(config, group), group, lambda part: part, run.trusted)
         for group in ("weight_quantizer", "activation_quantizer")
     ]
+    target = run.target()
     weights = state["model"]
     with limited_to(len(weights), sum(x.numel() for x in weights.values())):
         network = build_network(
             config.model, expects.num_classes, expects.image_shape[0], run.trusted
         )
     try:
-        restored(network, run.allocation, (make[0], make[1]), weights)
-    except (KeyError, RuntimeError, AttributeError, TypeError) as error:
+        makers = target.makers((make[0], make[1]))
+        restored(network, run.allocation, makers, weights, target)
+    except (KeyError, RuntimeError, AttributeError, TypeError, ValueError) as error:
         raise UserError(
             f"{checkpoints.folder / name}.pt does not fit the configuration: {error}"
         ) from error

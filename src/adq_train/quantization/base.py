@@ -78,7 +78,14 @@ class WeightQuantizer(Quantizer):
 
 
 class ActivationQuantizer(Quantizer):
-    """A quantizer of a layer's input; ``forward(x)`` equals ``levels()[quantize(x).long()]``."""
+    """A quantizer of a layer's input; ``forward(x)`` equals ``levels()[quantize(x).long()]``.
+
+    Attributes:
+        is_uniform: Whether levels are integers times a step, and thresholds halfway between them,
+            whatever is learned.
+    """
+
+    is_uniform = False
 
     @torch.no_grad()
     def thresholds(self) -> Tensor:

@@ -104,6 +104,8 @@ class DorefaActivationQuantizer(RangedActivationQuantizer):
         ValueError: An argument lies outside its range.
     """
 
+    is_uniform = True
+
     def __init__(self, bit_width: int, *, clip: float = 1.0) -> None:
         super().__init__(bit_width)
         if not 0 < clip < float("inf"):

@@ -117,6 +117,8 @@ class LsqActivationQuantizer(RangedActivationQuantizer):
         ValueError: ``bit_width`` lies outside its range.
     """
 
+    is_uniform = True
+
     def __init__(self, bit_width: int) -> None:
         super().__init__(bit_width)
         self.step = nn.Parameter(torch.ones(()))

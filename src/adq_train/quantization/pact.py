@@ -60,6 +60,8 @@ class PactActivationQuantizer(RangedActivationQuantizer):
         ValueError: An argument lies outside its range.
     """
 
+    is_uniform = True
+
     def __init__(self, bit_width: int, *, decay: float = 1e-4) -> None:
         super().__init__(bit_width)
         if not decay >= 0:

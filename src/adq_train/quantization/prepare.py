@@ -57,17 +57,33 @@ def collect_inputs(
     samples: dict[str, list[Tensor]] = {name: [] for name in every}
 
     def record(name: str, layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        values = inputs[0].detach().float().flatten()
-        if len(values) > values_per_batch:
-            generator = torch.Generator().manual_seed(derived_seed(seed, name, len(samples[name])))
-            chosen = torch.randint(len(values), (values_per_batch,), generator=generator)
-            values = values[chosen.to(values.device)]
-        samples[name].append(values)
+        samples[name].append(sampled(inputs[0], seed, name, len(samples[name]), values_per_batch))
 
     hooks = {name: partial(record, name) for name in samples}
     for images in batches:
         run_with_hooks(model, images, hooks)
     return {name: torch.cat(parts) for name, parts in samples.items()}
+
+
+def sampled(x: Tensor, seed: int, name: str, batch: int, most: int = 2**15) -> Tensor:
+    """Some of the values of a tensor, drawn with replacement, or all of them where they are few.
+
+    Args:
+        x: Any shape.
+        seed: Of the run.
+        name: Of the place that the tensor is from.
+        batch: Number of the batch.
+        most: At most so many values.
+
+    Returns:
+        One dimension, float32.
+    """
+    values = x.detach().float().flatten()
+    if len(values) <= most:
+        return values
+    generator = torch.Generator().manual_seed(derived_seed(seed, name, batch))
+    chosen = torch.randint(len(values), (most,), generator=generator)
+    return values[chosen.to(values.device)]
 
 
 def quantize_layer(

@@ -11,11 +11,16 @@ from adq_train.artifacts import BitAllocation
 from adq_train.quantization.base import Makers
 from adq_train.quantization.layers import same_weight
 from adq_train.quantization.prepare import prepare
+from adq_train.quantization.target import FLOAT, Target
 from adq_train.states import load_state, with_tied
 
 
 def restored(
-    network: nn.Module, allocation: BitAllocation, make: Makers, state: Mapping[str, Tensor]
+    network: nn.Module,
+    allocation: BitAllocation,
+    make: Makers,
+    state: Mapping[str, Tensor],
+    target: Target = FLOAT,
 ) -> nn.Module:
     """Turns a float network into a quantized one with a given state, in place.
 
@@ -24,6 +29,7 @@ def restored(
         allocation: The bits of its layers.
         make: Map a bit-width to a quantizer of weights and of inputs.
         state: Of the quantized network.
+        target: What it was made for.
 
     Raises:
         KeyError: The state lacks a tensor of the float network.
@@ -36,5 +42,6 @@ def restored(
     sample = torch.linspace(-1, 1, 1024)
     names = [name for x in allocation.layers for name in same_weight(network, x.name)]
     prepare(network, allocation, *make, dict.fromkeys(names, sample), seed=0)
+    target.connect(network)
     load_state(network, state)
     return network

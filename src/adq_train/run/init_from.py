@@ -16,8 +16,10 @@ from adq_train.data.base import ImageData
 from adq_train.deploy.trained import FinishedRun, open_run, restored_network
 from adq_train.errors import UserError
 from adq_train.quantization.base import Makers
+from adq_train.quantization.edges import EDGES, calibrate_edges, edge_quantizers
 from adq_train.quantization.layers import same_weight
 from adq_train.quantization.prepare import prepare
+from adq_train.quantization.target import Target
 from adq_train.run.artifact_files import float_key
 from adq_train.run.manifest import differences
 from adq_train.settings.schema import Config
@@ -145,6 +147,7 @@ def continued(
     allocation: BitAllocation,
     images: Sequence[Tensor],
     make: Makers,
+    target: Target,
 ) -> nn.Module:
     """A quantized network with the weights of another run, and its quantizers where they agree.
 
@@ -159,6 +162,7 @@ def continued(
         allocation: Its bits.
         images: Batches (N, …) to calibrate with.
         make: Map a bit-width to a quantizer of weights and of inputs.
+        target: What will run it.
     """
     source = start.network.to(next(model.parameters()).device)
     if config.trainer.channels_last:
@@ -176,6 +180,12 @@ def continued(
     load_state(quantized, {k: x if k.startswith(own) else taken[k] for k, x in state.items()})
     if anew:
         reestimate_batch_norm(quantized, images)
+    target.connect(quantized)
+    if edge_quantizers(source):  # where the run that begins has none, nothing is taken
+        state = quantized.state_dict()
+        load_state(quantized, {k: taken[k] if k.startswith(EDGES) else x for k, x in state.items()})
+    else:
+        calibrate_edges(quantized, images, config.seed)
     return quantized
 
 

@@ -11,6 +11,7 @@ from adq_train.allocation.allocator import Allocator
 from adq_train.data.base import ImageData, Loading
 from adq_train.models import ModelSource
 from adq_train.quantization.base import ActivationQuantizer, WeightQuantizer
+from adq_train.quantization.target import Target
 from adq_train.sensitivity.base import SensitivityMetric
 from adq_train.settings.targets import TRUSTED_PREFIXES, construct
 from adq_train.training.distillation import Distillation
@@ -37,6 +38,7 @@ BASES: dict[str, type] = {
     "quantizer_optimizer": Optimizer,
     "scheduler": Schedule,
     "distillation": Distillation,
+    "target": Target,
 }
 # Groups whose classes are completed at run time: with bits, or with parameters.
 PARTIAL = ("weight_quantizer", "activation_quantizer", "optimizer", "quantizer_optimizer")

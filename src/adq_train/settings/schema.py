@@ -400,6 +400,7 @@ class Config:
     optimizer: Any = group("Of weights, norms and biases.", FLOAT_MODEL, OptimizerSettings)
     quantizer_optimizer: Any = group("Of thresholds, steps and levels in QAT.", RESULT)
     scheduler: Any = group("The course of the learning rates.", FLOAT_MODEL)
+    target: Any = group("What will run the network, where that is not float arithmetic.", RESULT)
 
     @property
     def rates(self) -> OptimizerSettings:
@@ -478,8 +479,8 @@ def without(config: dict[str, Any], affecting: tuple[Affects, ...]) -> dict[str,
             of_each = {k: declarations.get(f"{name}.{k}", of).affects for k in value}
             own = {k: v for k, v in value.items() if of_each[k] not in affecting}
             left |= {name: own} if own or not value else {}
-        elif of.affects not in affecting:
-            left[name] = value
+        elif of.affects not in affecting and (value or name not in GROUPS):
+            left[name] = value  # a group of which nothing is chosen is no part of a run
     return left
 
 

@@ -24,6 +24,7 @@ from adq_train.quantization.base import (
     MakeActivationQuantizer,
     MakeWeightQuantizer,
 )
+from adq_train.quantization.target import FLOAT, Target
 from adq_train.sensitivity.base import SensitivityMetric
 from adq_train.settings.building import DataSource, build
 from adq_train.settings.schema import (
@@ -56,6 +57,7 @@ class Parts:
     make_quantizer_optimizer: MakeOptimizer
     scheduler: Schedule
     distillation: Distillation
+    target: Target
     device: torch.device
 
 
@@ -93,30 +95,38 @@ def validate(cfg: DictConfig) -> tuple[Config, Parts]:
         for name, value in config["budget"].items()
     }
     problems = [*_section_problems(config), *trust_problems(config)]
-    trusted = trusted_prefixes(config["trusted_packages"])
+    trusted = trusted_prefixes(config)
     device = _device(config["trainer"]["device"], problems)
     if config["trainer"]["compile"] != "none" and (missing := compiler_problem(device)):
         problems.append(f"trainer.compile: {missing}, or set trainer.compile=none")
     built = {}
     if not any("_target_" in problem for problem in problems):
-        for group in GROUPS:
+        for group in (x for x in GROUPS if config[x] or x != "target"):
             try:
                 built[group] = build(config[group], group, _trial(group, config), trusted)
             except ConfigError as error:
                 problems += error.problems
+    target: Target = built.get("target", FLOAT)
+    make: Any = built.get("weight_quantizer"), built.get("activation_quantizer")
+    if all(make):
+        try:
+            make = target.makers(make)
+        except ValueError as error:
+            problems.append(f"activation_quantizer: {error}")
     if problems:
         raise ConfigError(dict.fromkeys(problems))
     parts = Parts(
         data=built["data"],
         model=built["model"],
-        make_weight_quantizer=built["weight_quantizer"],
-        make_activation_quantizer=built["activation_quantizer"],
+        make_weight_quantizer=make[0],
+        make_activation_quantizer=make[1],
         sensitivity=built["sensitivity"],
         allocator=built["allocator"],
         make_optimizer=built["optimizer"],
         make_quantizer_optimizer=built["quantizer_optimizer"],
         scheduler=built["scheduler"],
         distillation=built["distillation"],
+        target=target,
         device=device,
     )
     return Config.of(config), parts

@@ -9,8 +9,10 @@ from torch import Tensor, nn
 from adq_train.artifacts import BitAllocation
 from adq_train.quantization.base import Makers
 from adq_train.quantization.copies import copied
+from adq_train.quantization.edges import calibrate_edges
 from adq_train.quantization.layers import same_weight
 from adq_train.quantization.prepare import collect_inputs, prepare
+from adq_train.quantization.target import FLOAT, Target
 from adq_train.training.batch_norm import reestimate_batch_norm
 
 
@@ -23,7 +25,12 @@ def inputs_of(
 
 
 def calibrated(
-    model: nn.Module, allocation: BitAllocation, make: Makers, images: Sequence[Tensor], seed: int
+    model: nn.Module,
+    allocation: BitAllocation,
+    make: Makers,
+    images: Sequence[Tensor],
+    seed: int,
+    target: Target = FLOAT,
 ) -> nn.Module:
     """A quantized copy of a float network, initialised from images.
 
@@ -33,11 +40,15 @@ def calibrated(
         make: Map a bit-width to a quantizer of weights and of inputs.
         images: Batches (N, …); each counts the same in batch norm's statistics.
         seed: For the sample of inputs, and for random initialisations.
+        target: What will run the network.
 
     Raises:
-        UserError: Weights or inputs are NaN or infinite; the layer is named.
+        UserError: Weights or inputs are NaN or infinite, or the target does not take the network;
+            the layer is named.
     """
     quantized = copied(model)
     prepare(quantized, allocation, *make, inputs_of(model, allocation, images, seed), seed)
     reestimate_batch_norm(quantized, images)
+    target.connect(quantized)
+    calibrate_edges(quantized, images, seed)
     return quantized

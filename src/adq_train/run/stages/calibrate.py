@@ -8,6 +8,7 @@ from torch import nn
 
 from adq_train.allocation.achieved import achieved, require_achieved
 from adq_train.artifacts import BitAllocation
+from adq_train.quantization.edges import edge_quantizers
 from adq_train.run.init_from import continued
 from adq_train.run.session import Session
 from adq_train.training.calibration import calibrated
@@ -28,12 +29,16 @@ def calibrate(session: Session, allocation: BitAllocation) -> nn.Module:
     make = parts.make_weight_quantizer, parts.make_activation_quantizer
     seed = session.config.seed
     if session.start:
-        model = continued(session.start, session.config, session.model, allocation, images, make)
+        model = continued(
+            session.start, session.config, session.model, allocation, images, make, parts.target
+        )
     else:
-        model = calibrated(session.model, allocation, make, images, seed)
+        model = calibrated(session.model, allocation, make, images, seed, parts.target)
     session.ranks.broadcast_model(model)
     watched = evaluate(model, session.data.validation, session.ranks)
     stage = "init_from" if session.start else "calibrate"
+    if edges := len(edge_quantizers(model)):
+        log.info("target: int8, weight levels on int8 grids and %d edges at 8 bits", edges)
     log.info("%s: validation top-1 %.2f %%", stage, watched.top1_percent)
     require_achieved(allocation, achieved(model, images[0][:1], session.problem.pinned))
     return model

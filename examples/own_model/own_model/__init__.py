@@ -1,1 +1,0 @@
-"""A network and a data set of one's own."""

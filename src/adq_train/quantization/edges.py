@@ -1,0 +1,204 @@
+"""Eight bits for what passes between layers: sums, concatenations, pools, and what several read."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from adq_train.errors import UserError
+from adq_train.quantization.base import RangedActivationQuantizer, check_finite
+from adq_train.quantization.functional import at_least_float32, best_clip
+from adq_train.quantization.graph import Graph, place
+from adq_train.quantization.layer_weights import evaluating
+from adq_train.quantization.lsq import lsq, lsq_indices
+from adq_train.quantization.prepare import sampled
+from adq_train.quantization.watch import intercepted
+
+# The attribute of a network that holds the quantizers of its edges, in the order of its graph.
+EDGES = "edge_quantizers"
+EDGE_BITS = 8
+
+# What makes a value, what becomes one with it, and what hands it on as it is.
+MAKES = ("input", "layer", "add", "cat", "avg_pool", "adaptive_avg_pool", "mean")
+COMPLETES = ("batch_norm", "relu", "relu6", "identity")
+PASSES = (*COMPLETES, "max_pool", "flatten", "slice", "pad")
+
+
+class EdgeQuantizer(RangedActivationQuantizer):
+    """A learned step on a value between layers: codes 0 … 255, or -128 … 127.
+
+    The quantizer and the gradient of the step are LSQ's (arXiv 1902.08153, equations 1–3). The step
+    is learned as a logarithm: steps of 8 bits are small, and one step of an optimizer means the
+    same relative change in each.
+
+    Args:
+        bit_width: b, 2 … 8.
+
+    Raises:
+        ValueError: ``bit_width`` lies outside its range.
+    """
+
+    is_uniform = True
+
+    def __init__(self, bit_width: int = EDGE_BITS) -> None:
+        super().__init__(bit_width)
+        self.log_step = nn.Parameter(torch.zeros(()))
+
+    def code_range(self, signed: bool) -> tuple[int, int]:
+        """Smallest and largest code: all 2^b of them, also in a signed range."""
+        low = -(2 ** (self.bit_width - 1)) if signed else 0
+        return low, low + 2**self.bit_width - 1
+
+    @torch.no_grad()
+    def calibrate(self, values: Tensor, seed: int = 0) -> None:
+        """The step of least squared error on a sample; negative values make the range signed.
+
+        Raises:
+            ValueError: A value is NaN or infinite.
+        """
+        check_finite("values", values)
+        self.set_signed(bool(values.min() < 0))
+        self.log_step.copy_(best_clip(values.float(), -self.low, self.high).log())
+
+    def step(self) -> Tensor:
+        """The step (), with its gradient."""
+        return self.log_step.exp()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Fake-quantized values of shape (N, …)."""
+        x = at_least_float32(x)
+        features = x.shape[1:].numel() if x.dim() > 1 else x.numel()
+        return lsq(x, self.step(), self.low, self.high, features)
+
+    def quantize(self, x: Tensor) -> Tensor:
+        """Indices into :meth:`levels`, uint8."""
+        return lsq_indices(x, self.step(), self.low, self.high)
+
+    def levels(self) -> Tensor:
+        """The 2^b uniform levels."""
+        return self.codes() * self.step().detach()
+
+
+def edges(graph: Graph) -> Iterator[fx.Node]:
+    """The nodes whose values need a quantizer of their own, in the order of the graph.
+
+    Each value that a layer, an addition, a concatenation or an average makes, and the input of the
+    network, after the batch norm and the ReLU that follow it; but not where its only reader is one
+    quantized layer, whose own quantizer sees it, nor what the network returns.
+
+    Raises:
+        UserError: An operation is not known; it is named.
+    """
+    for node in graph:
+        operation = graph.operation(node)
+        if operation.kind == "other":
+            raise UserError(
+                f"target: int8 does not know {place(node)}; it knows quantized layers, batch norm, "
+                "relu, relu6, pools, mean, flatten, slices, zero padding, dropout, additions and "
+                "concatenations; use target=float, or put one of these in its place"
+            )
+    for node in graph:
+        if graph.operation(node).kind not in MAKES:
+            continue
+        while (reader := _only_reader(node)) and graph.operation(reader).kind in COMPLETES:
+            node = reader
+        if _needs_own(graph, node):
+            yield node
+
+
+def _only_reader(node: fx.Node) -> fx.Node | None:
+    readers = list(node.users)
+    return readers[0] if len(readers) == 1 else None
+
+
+def _needs_own(graph: Graph, node: fx.Node) -> bool:
+    """Whether nothing further on quantizes a value, and something would want it quantized."""
+    while (reader := _only_reader(node)) and graph.operation(reader).kind in PASSES:
+        node = reader
+    return bool(node.users) and not (
+        reader and graph.operation(reader).kind in ("layer", "output", "leaf")
+    )
+
+
+def connect(
+    network: nn.Module,
+    make: Callable[[int], nn.Module] = lambda _: EdgeQuantizer(),
+    leaves: tuple[type[nn.Module], ...] = (),
+) -> nn.Module:
+    """Puts quantizers on a network's edges, in place: its ``forward()`` becomes that of its graph.
+
+    Names of modules and parameters stay; the quantizers are a list ``edge_quantizers``.
+
+    Args:
+        network: With quantized layers, on any device. One that has such quantizers gets others.
+        make: Makes a quantizer from its number.
+        leaves: See :class:`~.graph.Graph`.
+
+    Raises:
+        UserError: The graph cannot be followed; the place is named.
+    """
+    if hasattr(network, EDGES):
+        count = len(edge_quantizers(network))
+        setattr(network, EDGES, nn.ModuleList(make(i) for i in range(count)))
+        return network
+    graph = Graph(network, leaves)
+    found = list(edges(graph))
+    for number, node in enumerate(found):
+        with graph.fx.inserting_after(node):
+            new = graph.fx.call_module(f"{EDGES}.{number}", (node,))
+        node.replace_all_uses_with(new)
+        new.args = (node,)
+    device = next(network.parameters()).device
+    setattr(network, EDGES, nn.ModuleList(make(i).to(device) for i in range(len(found))))
+    _follow(network, graph.fx)
+    return network
+
+
+def _follow(network: nn.Module, graph: fx.Graph) -> None:
+    """Gives one network, in place, the ``forward()`` that a graph describes."""
+    if isinstance(network, fx.GraphModule):
+        network.graph = graph
+        return
+    # A class of its own with this forward(), as nn.utils.parametrize makes one: so copies keep it,
+    # and everything else of the network stays what it was.
+    forward = type(fx.GraphModule(network, graph)).forward
+    kind = type(network)
+    network.__class__ = type(kind.__name__, (kind,), {"forward": forward})
+
+
+def edge_quantizers(network: nn.Module) -> list[Any]:
+    """The quantizers on the edges of a network, in the order of its graph; none for most."""
+    found = getattr(network, EDGES, ())
+    return list(found) if isinstance(found, nn.ModuleList) else []
+
+
+@torch.no_grad()
+def calibrate_edges(network: nn.Module, batches: Sequence[Tensor], seed: int) -> None:
+    """Initialises the steps of a network's edges from what passes there.
+
+    Args:
+        network: From :func:`connect`, its layers calibrated.
+        batches: Images (N, …).
+        seed: Which values are drawn.
+
+    Raises:
+        UserError: A value is NaN or infinite.
+    """
+    quantizers = {f"{EDGES}.{i}": x for i, x in enumerate(edge_quantizers(network))}
+    samples: dict[str, list[Tensor]] = {name: [] for name in quantizers}
+
+    def record(name: str, forward: Callable[..., Any], x: Tensor) -> Tensor:
+        samples[name].append(sampled(x, seed, name, len(samples[name])))
+        return x
+
+    with evaluating(network), intercepted(quantizers, record):
+        for images in batches:
+            network(images)
+    for name, quantizer in quantizers.items():
+        try:
+            quantizer.calibrate(torch.cat(samples[name]))
+        except ValueError as error:
+            raise UserError(f"{name}: {error}; check the float model") from error

@@ -1,0 +1,107 @@
+"""What will run the network: float arithmetic, or integers of eight bits throughout."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+from torch import nn
+
+from adq_train.errors import UserError
+from adq_train.quantization.base import ActivationQuantizer, Makers
+from adq_train.quantization.edges import connect, edges
+from adq_train.quantization.graph import Graph
+from adq_train.quantization.int8_grid import int8_maker
+from adq_train.quantization.lsq import LsqActivationQuantizer
+from adq_train.quantization.n2uq import N2uqActivationQuantizer
+
+
+class Target:
+    """Float arithmetic: layers are quantized, what passes between them stays float.
+
+    Attributes:
+        name: How users call it.
+        inputs: Makes the quantizers of layers' inputs where nothing else is asked for.
+    """
+
+    name: ClassVar[str] = "float"
+    inputs: ClassVar[type[ActivationQuantizer]] = N2uqActivationQuantizer
+
+    def makers(self, make: Makers) -> Makers:
+        """The makers of quantizers of weights and of inputs, as this target wants them.
+
+        Raises:
+            ValueError: It cannot use them; says which it can.
+        """
+        return make
+
+    def check(self, network: nn.Module) -> None:
+        """Refuses a float network that :meth:`connect` could not take.
+
+        Raises:
+            UserError: Names the place in the network.
+        """
+
+    def connect(self, network: nn.Module) -> None:
+        """Adds to a network with quantized layers, in place, what else is quantized.
+
+        Raises:
+            UserError: As :meth:`check`.
+        """
+
+
+class Int8Target(Target):
+    """The network that integer runtimes compute: what is trained is what they run.
+
+    Weight levels lie on an int8 grid per layer (times a scale per channel where the method has
+    one), inputs of layers have evenly spaced levels, and what else passes between layers has eight
+    bits with learned steps.
+    """
+
+    name = "int8"
+    inputs: ClassVar[type[ActivationQuantizer]] = LsqActivationQuantizer
+
+    def makers(self, make: Makers) -> Makers:
+        """Weights on int8 grids; inputs as they are, if their levels are evenly spaced.
+
+        Raises:
+            ValueError: They are not; names the quantizer and those that will do.
+        """
+        quantizer = make[1](8)
+        if not quantizer.is_uniform:
+            raise ValueError(
+                "target=int8 needs evenly spaced levels and thresholds, and "
+                f"{type(quantizer).__name__} has others; choose lsq, pact or dorefa, or "
+                "target=float"
+            )
+        return int8_maker(make[0]), make[1]
+
+    def check(self, network: nn.Module) -> None:
+        """Follows the graph of a float network.
+
+        Raises:
+            UserError: It cannot be followed; the place is named.
+        """
+        list(edges(Graph(network)))
+
+    def connect(self, network: nn.Module) -> None:
+        """Puts quantizers of eight bits on the network's edges.
+
+        Raises:
+            UserError: The graph cannot be followed; the place is named.
+        """
+        connect(network)
+
+
+FLOAT = Target()
+TARGETS = {kind.name: kind for kind in (Target, Int8Target)}
+
+
+def target_of(name: str) -> Target:
+    """The target of this name.
+
+    Raises:
+        UserError: There is none.
+    """
+    if name not in TARGETS:
+        raise UserError(f"target: must be one of {', '.join(TARGETS)}, got {name!r}")
+    return TARGETS[name]()
