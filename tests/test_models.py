@@ -10,6 +10,7 @@ from adq_train.errors import UserError
 from adq_train.models import (
     BasicBlock,
     CifarResNetModel,
+    OwnModel,
     TorchvisionModel,
     _adapt_ends,
 )
@@ -220,3 +221,20 @@ def test_googlenets_own_normalisation_needs_three_channels():
     assert model.transform_input
     _adapt_ends(model, 1000, 1)
     assert model(torch.randn(2, 1, 64, 64)).shape == (2, 1000)
+
+
+class Taking(nn.Module):
+    """Takes one number of the data under its name, and has a setting of its own."""
+
+    def __init__(self, num_classes, width=2):
+        super().__init__()
+        self.sizes = num_classes, width
+
+
+def test_a_class_gets_what_its_constructor_takes_of_the_data():
+    assert OwnModel(Taking, {}).build(7, 3).sizes == (7, 2)
+    assert OwnModel(Taking, {"width": 5, "num_classes": 7}).build(7, 3).sizes == (7, 5)
+    with pytest.raises(UserError, match=r"model\.num_classes: is 6, but the data has 7; leave it"):
+        OwnModel(Taking, {"num_classes": 6}).build(7, 3)
+    with pytest.raises(UserError, match=r"model: Taking cannot be built \(TypeError: .*'depth'"):
+        OwnModel(Taking, {"depth": 6}).build(7, 3)

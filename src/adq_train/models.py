@@ -5,8 +5,10 @@ Torchvision is imported once it is needed: it takes longer than a small network.
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -20,6 +22,45 @@ class ModelSource(Protocol):
     def build(self, num_classes: int, in_channels: int) -> nn.Module:
         """The network with its first weights."""
         ...
+
+
+# What a network's constructor may take of the data.
+OF_DATA = ("num_classes", "in_channels")
+
+
+@dataclass(frozen=True)
+class OwnModel:
+    """A network's class as a model source: its constructor gets what it takes of the data.
+
+    Attributes:
+        kind: The class.
+        settings: Arguments of its constructor.
+    """
+
+    kind: type[nn.Module]
+    settings: Mapping[str, Any]
+
+    def build(self, num_classes: int, in_channels: int) -> nn.Module:
+        """The network; ``num_classes`` and ``in_channels`` are passed where it takes them.
+
+        Raises:
+            UserError: Its settings name other numbers, or its constructor fails.
+        """
+        taken = inspect.signature(self.kind).parameters
+        numbers = dict(zip(OF_DATA, (num_classes, in_channels), strict=True))
+        of_data = {name: number for name, number in numbers.items() if name in taken}
+        for name, number in of_data.items():
+            if self.settings.get(name, number) != number:
+                raise UserError(
+                    f"model.{name}: is {self.settings[name]}, but the data has {number}; leave it "
+                    "out, it comes from the data"
+                )
+        try:
+            return self.kind(**{**of_data, **self.settings})
+        except Exception as error:  # a constructor may fail in any way
+            raise UserError(
+                f"model: {self.kind.__qualname__} cannot be built ({type(error).__name__}: {error})"
+            ) from error
 
 
 class BasicBlock(nn.Module):

@@ -4,9 +4,11 @@ import shlex
 from typing import Literal
 
 import pytest
+import torch
 from hydra import compose, initialize_config_module
 
 from adq_train.errors import ConfigError
+from adq_train.models import OwnModel
 from adq_train.settings.building import BASES, PARTIAL, build
 from adq_train.settings.ranges import Range
 from adq_train.settings.schema import register
@@ -132,6 +134,45 @@ def test_a_trusted_package_of_the_user_s_own(tmp_path, monkeypatch):
         with pytest.raises(ConfigError, match=f"my_allocators.{target} {reason}"):
             build({"_target_": f"my_allocators.{target}"}, "allocator", id, ("my_allocators.",))
     assert build({"_target_": "my_allocators.Loads"}, "data", id, ("my_allocators.",))
+
+
+OWN_NETWORKS = """
+from typing import TYPE_CHECKING
+from torch import nn
+if TYPE_CHECKING:
+    from elsewhere import Unknown
+
+class Net(nn.Module):
+    def __init__(self, num_classes: int, width: "Unknown" = 2):
+        super().__init__()
+
+class Builder(nn.Module):
+    def build(self, num_classes, in_channels):
+        return self
+
+import missing_dependency
+"""
+
+
+def test_a_network_of_the_user_s_own_needs_no_builder(tmp_path, monkeypatch):
+    path = tmp_path / "my_networks.py"
+    path.write_text(OWN_NETWORKS)
+    monkeypatch.syspath_prepend(tmp_path)
+    own = ("my_networks.",)
+    node = {"_target_": "my_networks.Net", "width": 3}
+    with pytest.raises(ConfigError) as caught:  # the reason is not lost, and no remedy misplaced
+        build(node, "model", id, own)
+    assert str(caught.value).endswith("Net (No module named 'missing_dependency')")
+    path.write_text(OWN_NETWORKS.replace("import missing_dependency", ""))
+    assert isinstance(build(node, "model", id, own).build(4, 1), torch.nn.Module)
+    assert not isinstance(build({"_target_": "my_networks.Builder"}, "model", id, own), OwnModel)
+    for group in ("data", "allocator"):
+        with pytest.raises(ConfigError, match="is not a "):
+            build(node, group, id, own)
+    # A module of this package that reads files is no network for whoever writes a config.yaml.
+    for target in ("deploy.onnx.OnnxModel", "deploy.onnx_apart.OnnxApart", "models.CifarResNet"):
+        with pytest.raises(ConfigError, match="neither a subclass of nn"):
+            build({"_target_": f"adq_train.{target}", "path": "x"}, "model", id)
 
 
 @pytest.mark.parametrize("group", BASES)

@@ -51,7 +51,7 @@ Evaluates a run folder or a file of adq-export on the test images of its data se
 
   data=NAME data.KEY=VALUE  another data set, or other settings of it: data.root=/data/imagenet;
                             data.download=true fetches it where it is not there
-  trusted_packages=[NAME]   packages of your own whose classes a run uses; they will be imported
+  trusted_packages=[NAME]   packages of your own whose classes it names; they will be imported
   batch_size=500            images of a batch
   predict=FILE_OR_FOLDER    classify images of your own instead
   json=true                 one line of JSON

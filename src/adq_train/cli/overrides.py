@@ -134,9 +134,10 @@ def _sorted(
             values.append(override)
             continue
         wrong = [str(v) for v in _choices(override) if str(v) not in options]
+        own = "" if search_path else f", or give --config-dir=<folder> with a {key}/<choice>.yaml"
         problems += [
             f"{key}={value}: there is no such choice{did_you_mean(value, options)}; "
-            f"choose from {', '.join(sorted(options))}"
+            f"choose from {', '.join(sorted(options))}{own}"
             for value in wrong
         ]
         if not wrong:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -11,38 +12,59 @@ from torch import nn
 
 from adq_train import models
 from adq_train.errors import ConfigError, UserError
-from adq_train.settings.targets import TRUSTED_PREFIXES, construct, leaves
+from adq_train.settings.targets import TRUSTED_PREFIXES, added_to, construct, leaves
 
-# A file may name these and nothing else: importing a name of its choice would run code.
+# A file may name these, and what its reader trusts: importing a name of its choice would run code.
 BUILDERS = {
     f"adq_train.models.{kind.__name__}": kind
     for kind in (models.CifarResNetModel, models.TorchvisionModel)
 }
 
 
-def check_builder(node: Any) -> None:
-    """Refuses a model that a packed file cannot name.
+def check_builder(node: Any, trusted: tuple[str, ...] = TRUSTED_PREFIXES) -> None:
+    """Refuses a model that a packed file may not name.
+
+    Args:
+        node: The file's ``model`` section.
+        trusted: Starts of module names that its reader trusts.
 
     Raises:
         UserError: Names the target.
     """
     target = node.get("_target_") if isinstance(node, dict) else node
-    if not isinstance(target, str) or target not in BUILDERS:
+    if not isinstance(target, str) or not (target in BUILDERS or is_own(target, trusted)):
         raise UserError(
             f"model._target_: {target!r} is not one of the builders that a packed file may name "
-            f"({', '.join(BUILDERS)}); nothing was imported"
+            f"({', '.join(BUILDERS)}); nothing was imported{how_to_trust(target)}"
         )
-    refuse_parts(node, "model")
+    refuse_parts(node, "model", trusted)
 
 
-def refuse_parts(node: Any, path: str) -> None:
+def is_own(target: str, trusted: tuple[str, ...]) -> bool:
+    """Whether a target is of a package that the user has added to the trusted ones."""
+    return target.startswith(added_to(trusted))
+
+
+def how_to_trust(target: object) -> str:
+    """How to trust a target's package, as the end of a message."""
+    package = str(target).split(".")[0]
+    known = package.isidentifier() and not f"{package}.".startswith(TRUSTED_PREFIXES)
+    return f"; if you trust it, add trusted_packages=[{package}]" if known else ""
+
+
+def refuse_parts(node: Any, path: str, trusted: tuple[str, ...] = TRUSTED_PREFIXES) -> None:
     """Refuses targets within a section of a file: its arguments are values, not objects.
 
+    Args:
+        node: The section.
+        path: Its name.
+        trusted: Starts of module names that its reader trusts.
+
     Raises:
-        UserError: Names the first one.
+        UserError: Names the first one that is of no package of the reader's own.
     """
     for name, value in leaves(node):
-        if name != "_target_" and name.endswith("_target_"):
+        if name != "_target_" and name.endswith("_target_") and not is_own(str(value), trusted):
             raise UserError(f"{path}.{name}: a file may not name {value!r}; nothing was imported")
 
 
@@ -100,10 +122,12 @@ def build_network(
         UserError: The section does not describe a model of this version.
     """
     fetched = node.get("weights")
-    if "weights" in node:
+    if "weights" in node and node.get("_target_") in BUILDERS:
         node = {**node, "weights": None}
     try:
         source = construct(node, "model", lambda part: part, trusted, models.ModelSource)
+        if isinstance(source, models.TorchvisionModel):  # also a subclass of somebody's
+            source = replace(source, weights=None)
         # Initial weights are drawn, and must not move the caller's stream.
         with torch.random.fork_rng(devices=[]):
             network: nn.Module = source.build(num_classes, in_channels)

@@ -14,7 +14,7 @@ import torch
 from omegaconf import OmegaConf
 
 from adq_train.data.base import ImageData, Loading
-from adq_train.deploy.architecture import refuse_parts
+from adq_train.deploy.architecture import how_to_trust, is_own, refuse_parts
 from adq_train.errors import ConfigError, UserError, did_you_mean
 from adq_train.settings.building import build
 from adq_train.settings.targets import TRUSTED_PREFIXES
@@ -105,16 +105,23 @@ def _chosen(choice: str) -> Any:
     return OmegaConf.to_container(OmegaConf.create((folder / f"{choice}.yaml").read_text("utf-8")))
 
 
-def check_data_source(node: Any) -> None:
+def check_data_source(node: Any, trusted: tuple[str, ...] = TRUSTED_PREFIXES) -> None:
     """Refuses a data section of a file that names anything but a data set of this package.
 
     The target must be a class that a module of ``adq_train.data`` itself defines; what such a
     module has imported, and what a dotted name reaches from there, does not count.
 
+    Args:
+        node: The section.
+        trusted: Starts of module names; those of packages of the reader's own count as well.
+
     Raises:
         UserError: Names the target.
     """
     target = node.get("_target_") if isinstance(node, dict) else None
+    if is_own(str(target), trusted):
+        refuse_parts(node, "data", trusted)
+        return
     module, _, name = str(target).rpartition(".")
     if module.startswith("adq_train.data.") and module.count(".") == 2 and name.isidentifier():
         try:
@@ -128,5 +135,5 @@ def check_data_source(node: Any) -> None:
                 return
     raise UserError(
         f"data._target_: {target!r} is not a data set of adq-train; give data=<one of its data "
-        "sets>"
+        f"sets>{how_to_trust(target)}"
     )

@@ -16,11 +16,12 @@ from torchvision.transforms import v2
 from adq_train.data.base import ImageData, InputFormat, Pixels
 from adq_train.data.listing import images_below
 from adq_train.data.pictures import UnreadableError, read_picture, shown
+from adq_train.deploy import packed_form
 from adq_train.deploy.datasets import check_data_source, load_data
 from adq_train.deploy.formats import FORMATS, format_of
 from adq_train.deploy.trained import open_run, trained_network
 from adq_train.errors import UserError
-from adq_train.settings.targets import TRUSTED_PREFIXES
+from adq_train.settings.targets import TRUSTED_PREFIXES, trusted_prefixes
 
 TOP = 5
 
@@ -51,7 +52,7 @@ def open_path(path: Path, trusted_packages: Sequence[str] = ()) -> Evaluable:
 
     Args:
         path: Of it.
-        trusted_packages: Whose classes a run folder may name; files may name built-in ones alone.
+        trusted_packages: Whose classes it may name besides the built-in ones.
 
     Raises:
         UserError: It is none of them, or damaged.
@@ -67,9 +68,13 @@ def open_path(path: Path, trusted_packages: Sequence[str] = ()) -> Evaluable:
         if not path.exists():
             raise UserError(f"there is no {path}; give a run folder or a file of adq-export")
         kind = FORMATS["packed"]  # it can tell whether it is one
-    file = kind.writer().open_file(path)
+    trusted = trusted_prefixes(trusted_packages)
+    if kind.name == "packed":  # the one form that names a class of its network
+        file = packed_form.open_file(path, trusted)
+    else:
+        file = kind.writer().open_file(path)
     recorded = _fingerprint(file.run)
-    return Evaluable(file.form, file.network, file.expects, file.data, recorded)
+    return Evaluable(file.form, file.network, file.expects, file.data, recorded, trusted)
 
 
 def _fingerprint(run: Any) -> str | None:
@@ -89,7 +94,7 @@ def open_data(
         UserError: It has other images or classes than the network expects.
     """
     if opened.form != "run":
-        check_data_source(section)
+        check_data_source(section, opened.trusted)
     data = load_data(section, batch_size, opened.trusted, download)
     expects = opened.expects
     if expects and (expects.num_classes, expects.image_shape) != (

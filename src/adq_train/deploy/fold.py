@@ -61,7 +61,7 @@ def foldable(network: nn.Module) -> dict[str, str]:
 
 
 @torch.no_grad()
-def fold_batch_norms(model: TableModel) -> TableModel:
+def fold_batch_norms(model: TableModel, network: nn.Module | None = None) -> TableModel:
     """The same network with its batch norms folded into the convolutions before them.
 
     With g = γ / sqrt(variance + ε), a channel's scale is multiplied by g and its bias becomes
@@ -69,11 +69,12 @@ def fold_batch_norms(model: TableModel) -> TableModel:
 
     Args:
         model: Tables of a network.
+        network: The architecture, where the tables do not name one of this package.
 
     Returns:
         Tables without the norms that could be folded.
     """
-    network = assemble(model)
+    network = assemble(model, network=network)
     layers, floats = dict(model.layers), dict(model.floats)
     pairs = foldable(network)
     for norm_name, name in pairs.items():

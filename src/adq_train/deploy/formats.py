@@ -33,17 +33,20 @@ class Source:
         tables: The same as tables; batch norms folded where that was asked for.
         example: Inputs (N, …) of the network.
         float_type: Precision of what stays float, for the forms that have a choice.
+        trusted: Where the model that the tables name may be defined; empty: in this package.
     """
 
     network: nn.Module
     tables: TableModel
     example: Tensor
     float_type: torch.dtype
+    trusted: tuple[str, ...] = ()
 
     @property
     def architecture(self) -> nn.Module | None:
-        """The network, where the tables do not name a builder of it."""
-        return None if self.tables.model else self.network
+        """The network, where the tables do not name a builder of this package."""
+        named = str(self.tables.model.get("_target_")).startswith("adq_train.")
+        return None if named else self.network
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ from adq_train.deploy.packed_layers import packed_layer
 from adq_train.errors import UserError
 from adq_train.quantization.copies import own_copy
 from adq_train.quantization.prepare import keep_weights, quantized_layers, swap
+from adq_train.settings.targets import TRUSTED_PREFIXES
 
 QUANTIZED = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose2d)
 
@@ -91,7 +92,12 @@ def float_state(network: nn.Module, layers: Mapping[str, Any]) -> dict[str, Tens
 
 
 @torch.no_grad()
-def assemble(model: TableModel, dense: bool = True, network: nn.Module | None = None) -> nn.Module:
+def assemble(
+    model: TableModel,
+    dense: bool = True,
+    network: nn.Module | None = None,
+    trusted: tuple[str, ...] = TRUSTED_PREFIXES,
+) -> nn.Module:
     """The network that evaluates from the tables, on the CPU.
 
     Args:
@@ -99,6 +105,7 @@ def assemble(model: TableModel, dense: bool = True, network: nn.Module | None = 
         dense: Whether to unpack the weights once; otherwise they stay codes of one byte each.
         network: The architecture, with any weights, float or quantized; left as it was. None:
             the one that ``model.model`` names.
+        trusted: Where that may be defined.
 
     Raises:
         UserError: Names or shapes are not those of the architecture.
@@ -108,7 +115,7 @@ def assemble(model: TableModel, dense: bool = True, network: nn.Module | None = 
     else:
         assert model.expects is not None
         expects = model.expects
-        network = build_network(model.model, expects.num_classes, expects.image_shape[0])
+        network = build_network(model.model, expects.num_classes, expects.image_shape[0], trusted)
     network.requires_grad_(False)
     keep_weights(network)
     modules = dict(network.named_modules())

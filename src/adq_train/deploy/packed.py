@@ -6,7 +6,7 @@ import hashlib
 import json
 import math
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from adq_train.deploy.bits import pack, unpack
 from adq_train.deploy.layer_tables import LayerTables, Staircase, WeightTable
 from adq_train.deploy.model import TableModel, assemble
 from adq_train.errors import UserError
+from adq_train.settings.targets import TRUSTED_PREFIXES, trusted_prefixes
 
 FORMAT = "adq-train packed model"
 VERSION = 1
@@ -55,10 +56,12 @@ def load_packed(
     path: str | Path,
     unpack_weights: bool = True,
     network: nn.Module | Callable[[], nn.Module] | None = None,
+    trusted_packages: Sequence[str] = (),
 ) -> nn.Module:
     """The network of a packed file, ready to evaluate on the CPU.
 
-    No code comes from the file: it names one of adq-train's model builders, and tensors. Its
+    No code comes from the file: it holds tensors and names a model, which must be one of
+    adq-train's builders or of a package that you trust. Its
     logits are those of the trained network, bit for bit, on the CPU in float32, unless batch
     norms were folded or float parts rounded when it was written.
 
@@ -67,7 +70,8 @@ def load_packed(
         unpack_weights: Whether to unpack the weights to float32 now. Otherwise they stay codes
             of one byte each, and are looked up whenever their layer runs: less memory, slower.
         network: The architecture of a network of your own, float with any weights, or what
-            builds it; None: the builder of adq-train's that the file names.
+            builds it; None: the model that the file names.
+        trusted_packages: Packages of your own that the file may name; they will be imported.
 
     Returns:
         A module that maps images (N, C, H, W), normalised as in training, to logits
@@ -80,11 +84,14 @@ def load_packed(
         UserError: The file is missing, damaged, something else, or of a newer version.
     """
     own = network() if callable(network) and not isinstance(network, nn.Module) else network
-    return open_packed(Path(path), unpack_weights, own)[1]
+    return open_packed(Path(path), unpack_weights, own, trusted_prefixes(trusted_packages))[1]
 
 
 def open_packed(
-    path: Path, unpack_weights: bool = True, network: nn.Module | None = None
+    path: Path,
+    unpack_weights: bool = True,
+    network: nn.Module | None = None,
+    trusted: tuple[str, ...] = TRUSTED_PREFIXES,
 ) -> tuple[TableModel, nn.Module]:
     """A packed file's content and its network, as :func:`load_packed` gives it.
 
@@ -94,13 +101,18 @@ def open_packed(
     model = read_packed(path)
     if network is None and not model.model:
         raise UserError(f"{path} holds a network of your own; give load_packed(path, network=…)")
+    if network is None:
+        try:
+            check_builder(model.model, trusted)
+        except UserError as error:
+            raise UserError(f"{path}: {error}") from error
     try:
         with limited_to(
             len(model.layers) + len(model.floats),
             sum(x.weight.codes.numel() for x in model.layers.values())
             + sum(x.numel() for x in model.floats.values()),
         ):
-            network = assemble(model, unpack_weights, network)
+            network = assemble(model, unpack_weights, network, trusted)
     except UserError as error:
         raise UserError(f"{path} does not fit its own architecture: {error}") from error
     except Exception as error:  # a bent file may lead to anything
@@ -132,11 +144,8 @@ def packed_bytes(model: TableModel, float_type: torch.dtype = torch.float32) -> 
         float_type: Precision of what stays float; tables are always float32.
 
     Raises:
-        UserError: The model is of no builder of this package, or a value does not fit the
-            precision.
+        UserError: A value does not fit the precision.
     """
-    if model.model:
-        check_builder(model.model)
     floats = [x.to(float_type).flatten() for x in model.floats.values()]
     for name, values in zip(model.floats, floats, strict=True):
         if not values.isfinite().all():
@@ -179,8 +188,6 @@ def read_packed(path: Path) -> TableModel:
     try:
         tensors = load_tensors(data)
         node, run = strict_json(metadata["model"]), strict_json(metadata["run"])
-        if node:
-            check_builder(node)
         unzip = zlib.decompressobj()
         text = unzip.decompress(tensors["index"].numpy().tobytes(), LARGEST_INDEX)
         if unzip.unconsumed_tail:

@@ -8,17 +8,18 @@ import torch
 from torch import nn
 
 from adq_train.deploy.formats import Opened, Source, Written
-from adq_train.deploy.packed import load_packed, open_packed, packed_bytes
+from adq_train.deploy.packed import open_packed, packed_bytes
 from adq_train.errors import UserError
 from adq_train.quantization.copies import copied
 from adq_train.quantization.prepare import quantized_layers
+from adq_train.settings.targets import TRUSTED_PREFIXES
 from adq_train.states import COUNTER
 
 
 def write(source: Source) -> Written:
     """The content of the file, and what its parts take."""
-    if source.architecture is not None:
-        require_floats(source.architecture)
+    if not source.tables.model:
+        require_floats(source.network)
     content, sizes = packed_bytes(source.tables, source.float_type)
     return Written(content, sizes)
 
@@ -30,13 +31,13 @@ def reference(source: Source) -> nn.Module:
 
 def run(path: Path, source: Source) -> nn.Module:
     """The file read back, into an architecture that holds no value of the network."""
-    own = source.architecture
-    return load_packed(path, network=None if own is None else scrambled(own))
+    own = None if source.tables.model else scrambled(source.network)
+    return open_packed(path, network=own, trusted=source.trusted or TRUSTED_PREFIXES)[1]
 
 
-def open_file(path: Path) -> Opened:
-    """A packed file of anybody."""
-    model, network = open_packed(path)
+def open_file(path: Path, trusted: tuple[str, ...] = TRUSTED_PREFIXES) -> Opened:
+    """A packed file of anybody, which may name a model of the trusted packages."""
+    model, network = open_packed(path, trusted=trusted)
     return Opened("packed", network, model.expects, model.data, model.run)
 
 

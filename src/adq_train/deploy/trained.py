@@ -105,7 +105,7 @@ def open_run(path: Path, trusted_packages: Sequence[str] = ()) -> FinishedRun:
     if problems:
         raise UserError(f"{path / 'config.yaml'}: {'; '.join(problems)}")
     _, allocation = read_bits(path, settings, origin_of(path, settings))
-    trusted = trusted_prefixes(settings)
+    trusted = trusted_prefixes(trusted_packages)
     return FinishedRun(path, config, settings, read_manifest(path), allocation, trusted)
 
 

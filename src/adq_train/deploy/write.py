@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -146,8 +146,6 @@ def export_run(
     model = table_model(run, network)
     num_weights = sum(x.weight.codes.numel() for x in model.layers.values())
     float32 = FLOAT_BYTES * (num_weights + _count(model.floats.values()))
-    if form.fold_batch_norm:
-        model = fold_batch_norms(model)
     dtype = torch.float16 if form.float_type == "float16" else torch.float32
     drawn = torch.Generator().manual_seed(0)
     example = torch.randn(RANDOM_IMAGES, *run.input_format().image_shape, generator=drawn)
@@ -155,7 +153,10 @@ def export_run(
         batches: Iterable[Tensor] = [example]
     else:
         batches = (images for images, _ in run.load_data(data_changes).test.epoch(0))
-    source = Source(network, model, example, dtype)
+    source = Source(network, model, example, dtype, run.trusted)
+    if form.fold_batch_norm:
+        model = fold_batch_norms(model, source.architecture)
+        source = replace(source, tables=model)
     with made(output.parent), written_whole(output) as temporary:
         written, agreement = write_checked(temporary, kind, source, batches, form.tolerance)
     tables = _count(t for x in model.layers.values() for t in tables_in_order(x))

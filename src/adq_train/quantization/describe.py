@@ -37,7 +37,9 @@ def count_macs(layer: nn.Module, input: Tensor, output: Tensor) -> int:
 
 
 @torch.no_grad()
-def describe_layers(model: nn.Module, image: Tensor) -> tuple[LayerInfo, ...]:
+def describe_layers(
+    model: nn.Module, image: Tensor, num_classes: int | None = None
+) -> tuple[LayerInfo, ...]:
     """Runs one image and lists the quantizable layers in the order of their execution.
 
     Surgery is tried on a copy, whose layers get quantizers that change nothing: what is then not
@@ -46,10 +48,11 @@ def describe_layers(model: nn.Module, image: Tensor) -> tuple[LayerInfo, ...]:
     Args:
         model: A float network; left as it was.
         image: (1, C, H, W).
+        num_classes: That the data has; None where any number of outputs will do.
 
     Raises:
         UserError: The network has no such layer, or is one itself; it does not map the image to
-            logits; or it holds a layer where it cannot be replaced.
+            logits, one for each class; or it holds a layer where it cannot be replaced.
     """
     require_replaceable(model)
     trial = own_copy(model)
@@ -93,7 +96,7 @@ def describe_layers(model: nn.Module, image: Tensor) -> tuple[LayerInfo, ...]:
                 f"model: its forward() fails on an input of shape {tuple(image.shape)} and type "
                 f"{image.dtype} ({type(error).__name__}: {error}); it must take one tensor (N, …)"
             ) from error
-    check_logits(output, len(image))
+    check_logits(output, len(image), num_classes)
     require_reachable(aliases, reads)
     if not found:
         raise UserError("model: it has no convolution or linear layer that could be quantized")
@@ -192,8 +195,13 @@ def warn_used_elsewhere(trial: nn.Module, weights: Mapping[str, object]) -> None
         )
 
 
-def check_logits(output: object, count: int) -> None:
+def check_logits(output: object, count: int, num_classes: int | None = None) -> None:
     """Refuses outputs of a network that are not the logits of ``count`` inputs.
+
+    Args:
+        output: Of the network.
+        count: How many inputs there were.
+        num_classes: That the data has, where that is known.
 
     Raises:
         UserError: Says what they are, and how to hand over the logits alone.
@@ -207,4 +215,9 @@ def check_logits(output: object, count: int) -> None:
         raise UserError(
             f"model: its output for {count} input(s) has shape {tuple(output.shape)} and type "
             f"{output.dtype}, not logits (N, …); wrap it in a module that returns those"
+        )
+    if num_classes is not None and output.shape != (count, num_classes):
+        raise UserError(
+            f"model: its output for {count} input(s) has shape {tuple(output.shape)}, but the data "
+            f"has {num_classes} classes; let its constructor take num_classes, or give its setting"
         )

@@ -86,7 +86,8 @@ class Session:
                 network.to(memory_format=torch.channels_last)
         parts.target.check(model)
         images, _ = next(data.calibration.epoch(0))
-        problem = problem_of(describe_layers(model, images[:1]), config.bits, config.budget)
+        layers = describe_layers(model, images[:1], data.num_classes)
+        problem = problem_of(layers, config.bits, config.budget)
         parts.allocator.check(problem)
         if isinstance(parts.sensitivity, ReadsAhead):
             apart = not problem.tied and parts.allocator.needs_table

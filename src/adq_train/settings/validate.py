@@ -95,7 +95,7 @@ def validate(cfg: DictConfig) -> tuple[Config, Parts]:
         for name, value in config["budget"].items()
     }
     problems = [*_section_problems(config), *trust_problems(config)]
-    trusted = trusted_prefixes(config)
+    trusted = trusted_prefixes(config["trusted_packages"])
     device = _device(config["trainer"]["device"], problems)
     if config["trainer"]["compile"] != "none" and (missing := compiler_problem(device)):
         problems.append(f"trainer.compile: {missing}, or set trainer.compile=none")
