@@ -268,7 +268,7 @@ def test_a_masked_class_is_told_what_to_use_instead():
         (torch.zeros(4, 8), "it is one Tensor; give a list of batches"),
         ([torch.zeros(0, 8)], "there are none"),
         ([(torch.zeros(4, 8),) * 3], r"batch 0 is \['Tensor', 'Tensor', 'Tensor'\]"),
-        ([torch.zeros(4, 8), {"x": torch.zeros(4, 8)}], "batch 1 is dict"),
+        ([torch.zeros(4, 8), {"x": torch.zeros(4, 8)}], "some are Tensor and some mappings of x"),
         ([torch.zeros(4, 8).numpy()], "batch 0 is ndarray"),
         ([torch.zeros(())], "batch 0 is Tensor; a batch is a tensor of inputs"),
         ([(torch.zeros(4, 8), torch.zeros(3))], "one entry for each of its 4 inputs"),

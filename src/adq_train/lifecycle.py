@@ -19,6 +19,7 @@ from adq_train.deploy.formats import FORMATS, Source, format_of
 from adq_train.deploy.model import tables_of_network
 from adq_train.deploy.verify import Agreement, write_checked
 from adq_train.errors import ConfigError, UserError
+from adq_train.nested import mapped
 from adq_train.quantization.base import MakeActivationQuantizer, Makers, MakeWeightQuantizer
 from adq_train.quantization.copies import own_copy, unwrapped
 from adq_train.quantization.prepare import quantized_layers
@@ -28,6 +29,7 @@ from adq_train.settings.building import build
 from adq_train.states import state_digest, tied_names
 from adq_train.storage.files import written_whole
 from adq_train.storage.stamps import digest
+from adq_train.task import Forward, Output, Task, prepare_task
 
 FORMAT = "adq-train quantized network"
 VERSION = "1"
@@ -196,17 +198,26 @@ def _maker(group: str, given: Any, node: Any) -> Any:
 
 
 def export(
-    model: nn.Module, path: str | Path, example: Tensor, format: str | None = None
+    model: nn.Module,
+    path: str | Path,
+    example: Any,
+    format: str | None = None,
+    *,
+    forward: Forward | None = None,
+    output: Output | None = None,
 ) -> Agreement:
     """Writes a quantized network in a form that other programs run, and checks what it wrote.
 
     Args:
         model: From :func:`~.api.quantize` or :func:`load`; left as it was.
         path: The file.
-        example: Inputs (N, …) of the network, normalised; the file is checked on them.
+        example: Inputs (N, …) of the network, normalised; the file is checked on them. For a packed
+            file also a tuple of arguments, a mapping of named ones, or what ``forward`` takes.
         format: ``onnx`` (one input, one output, N is free), or ``packed`` for
             ``adq_train.load_packed(path, network=…)``; None: by the ending of the file, as
             ``adq-export`` names it: ``.onnx``, ``.safetensors``.
+        forward: ``forward(model, example)`` gives a result, as of :func:`~.api.quantize`.
+        output: ``output(result)`` picks the tensors that are checked.
 
     Returns:
         How the file's outputs agree with the network's on the example.
@@ -225,7 +236,13 @@ def export(
             "or give format"
         )
     network = own_copy(model).cpu().eval()
-    tables, example = tables_of_network(network), example.detach().cpu()
-    source = Source(network, tables, example, torch.float32)
+    example = mapped(lambda x: x.detach().cpu(), example)
+    task = prepare_task(network, [example if forward else (example, None)], Task(forward, output))
+    if task.count is not None and not kind.exact:
+        raise UserError(
+            f"format: {kind.name} takes a network from one tensor to one; wrap it in a module that "
+            "is so, or use format=packed"
+        )
+    source = Source(network, tables_of_network(network), example, torch.float32)
     with written_whole(path) as temporary:
         return write_checked(temporary, kind, source, [example])[1]

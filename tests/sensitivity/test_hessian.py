@@ -113,7 +113,7 @@ def test_probing_stops_as_soon_as_every_layer_is_settled(small, batches, monkeyp
 
     calls = []
 
-    def constant(model, weights, vectors, batches):
+    def constant(model, weights, vectors, batches, gives_loss):
         calls.append(1)
         noise = (-1) ** len(calls)
         return {name: 1.0 + (0.5 * noise if name == "fc" else 0.0) for name in weights}

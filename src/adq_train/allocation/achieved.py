@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import asdict
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,22 +13,23 @@ from torch import Tensor, nn
 from adq_train.allocation.budget import Bits, Figures, figures
 from adq_train.artifacts import BitAllocation, LayerInfo
 from adq_train.errors import UserError
-from adq_train.quantization.describe import count_macs
+from adq_train.quantization.describe import count_macs, per_example
 from adq_train.quantization.layer_weights import used_weight, weight_identity
 from adq_train.quantization.prepare import quantized_layers
 from adq_train.quantization.watch import run_with_hooks
 
 
 @torch.no_grad()
-def achieved(model: nn.Module, image: Tensor, pinned: Mapping[str, int]) -> Figures:
+def achieved(model: nn.Module, image: Any, pinned: Mapping[str, int], count: int = 1) -> Figures:
     """Figures from the elements, multiply-accumulates and quantizers of a prepared model.
 
     Counted in evaluation mode without PyTorch's hooks, as it is evaluated.
 
     Args:
         model: Prepared; left as it was.
-        image: (1, C, H, W).
+        image: (1, C, H, W); or what else the network takes.
         pinned: The layers that stay outside the averages, by name.
+        count: Examples in the image, over which what is counted is divided.
 
     Raises:
         UserError: A quantizer has more levels than its bits can tell apart, or a layer is not
@@ -69,7 +71,7 @@ def achieved(model: nn.Module, image: Tensor, pinned: Mapping[str, int]) -> Figu
                     f"{name}: the quantizer of its {what} has {len(quantizer.levels())} levels, "
                     f"more than {quantizer.bit_width} bits can tell apart; check the quantizer"
                 )
-    return figures(list(infos.values()), bits, pinned)
+    return figures([per_example(x, count) for x in infos.values()], bits, pinned)
 
 
 def require_achieved(allocation: BitAllocation, counted: Figures) -> None:

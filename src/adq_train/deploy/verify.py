@@ -6,15 +6,19 @@ import copy
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from adq_train.deploy.formats import Format, Source, Written
 from adq_train.errors import UserError
+from adq_train.nested import few, mapped
 
 # Images on which the effect of rounding is measured, where there is a difference to judge.
 ROUNDING_IMAGES = 512
+# Of the largest value, where values are compared and not classes.
+VALUES_ROUND = 1e-5
 
 
 @dataclass(frozen=True)
@@ -23,7 +27,8 @@ class Agreement:
 
     Attributes:
         num_images: How many images there were.
-        different: On how many the two have different top-1 classes, near ties aside.
+        different: On how many the two have different top-1 classes, near ties aside; or of outputs
+            with one column, other values.
         largest_difference: Largest absolute difference of two logits.
         near_ties: On how many more the classes differ, but lie so close together in the first
             network that rounding can swap them.
@@ -66,15 +71,15 @@ def write_checked(
 
 
 @torch.no_grad()
-def compare(first: nn.Module, second: nn.Module, batches: Iterable[Tensor]) -> Agreement:
-    """Runs two networks on the same images (N, C, H, W).
+def compare(first: nn.Module, second: nn.Module, batches: Iterable[Any]) -> Agreement:
+    """Runs two networks on the same images (N, C, H, W), or what else they take.
 
     Raises:
         UserError: Their logits have different shapes, or are not finite.
     """
     count, largest = 0, 0.0
     margins: list[float] = []
-    samples: list[Tensor] = []
+    samples: list[Any] = []
     for images in batches:
         a, b = first(images), second(images)
         if a.shape != b.shape:
@@ -82,20 +87,37 @@ def compare(first: nn.Module, second: nn.Module, batches: Iterable[Tensor]) -> A
         if not (a.isfinite().all() and b.isfinite().all()):
             raise UserError("logits are not finite on some images; there is nothing to compare")
         if count < ROUNDING_IMAGES:
-            samples.append(images[: ROUNDING_IMAGES - count])
-        count += len(images)
+            samples.append(few(images, ROUNDING_IMAGES - count))
+        count += len(a)
         largest = max(largest, float((a - b).abs().max()))
-        swapped = a.argmax(1) != b.argmax(1)
-        rival = a.gather(1, b.argmax(1, keepdim=True)).squeeze(1)
-        margins += (a.amax(1) - rival)[swapped].tolist()
+        margins += _margins(a, b)
     rounding = rounding_of(first, samples) if margins else 0.0
     # Two logits can move towards each other, each by so much.
     near = sum(margin <= 2 * rounding for margin in margins)
     return Agreement(count, len(margins) - near, largest, near, rounding)
 
 
+def _margins(a: Tensor, b: Tensor) -> list[float]:
+    """What rounding must bridge for each difference of two outputs to be none.
+
+    Args:
+        a: (N, C, …) of the first network; the classes are compared.
+        b: Of the second; with C = 1, or (N,), values that differ by more than float32 rounds.
+    """
+    if a.dim() < 2 or a.shape[1] == 1:
+        moved = (a - b).abs()
+        return moved[moved > VALUES_ROUND * a.abs().max()].tolist()
+    swapped = a.argmax(1) != b.argmax(1)
+    rival = a.gather(1, b.argmax(1, keepdim=True)).squeeze(1)
+    return (a.amax(1) - rival)[swapped].tolist()
+
+
+def _doubled(x: Tensor) -> Tensor:
+    return x.double() if x.is_floating_point() else x
+
+
 @torch.no_grad()
-def rounding_of(network: nn.Module, batches: Iterable[Tensor]) -> float:
+def rounding_of(network: nn.Module, batches: Iterable[Any]) -> float:
     """How far rounding moves a logit: the largest distance to the same network in float64.
 
     That is more than the rounding of the last sum: where it carries a layer's input over a
@@ -110,7 +132,9 @@ def rounding_of(network: nn.Module, batches: Iterable[Tensor]) -> float:
     """
     exact = copy.deepcopy(network).double()
     try:
-        distances = [(network(x).double() - exact(x.double())).abs().max() for x in batches]
+        distances = [
+            (network(x).double() - exact(mapped(_doubled, x))).abs().max() for x in batches
+        ]
     except RuntimeError:  # a forward() with float32 of its own
         return 0.0
     return max(map(float, distances), default=0.0)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from torch.nn.modules.lazy import LazyModuleMixin
 
 from adq_train.artifacts import LayerInfo
 from adq_train.errors import UserError
+from adq_train.nested import tensors
 from adq_train.quantization.copies import own_copy
 from adq_train.quantization.layer_weights import (
     evaluating,
@@ -38,7 +40,7 @@ def count_macs(layer: nn.Module, input: Tensor, output: Tensor) -> int:
 
 @torch.no_grad()
 def describe_layers(
-    model: nn.Module, image: Tensor, num_classes: int | None = None
+    model: nn.Module, image: Any, num_classes: int | None = None, count: int | None = None
 ) -> tuple[LayerInfo, ...]:
     """Runs one image and lists the quantizable layers in the order of their execution.
 
@@ -47,8 +49,10 @@ def describe_layers(
 
     Args:
         model: A float network; left as it was.
-        image: (1, C, H, W).
+        image: (1, C, H, W); or what else the network takes, see :mod:`~.task`.
         num_classes: That the data has; None where any number of outputs will do.
+        count: Examples in the image, over which what is counted is divided; None: a tensor of one,
+            whose outputs must be logits.
 
     Raises:
         UserError: The network has no such layer, or is one itself; it does not map the image to
@@ -93,17 +97,35 @@ def describe_layers(
             raise
         except Exception as error:  # its forward() may fail in any way
             raise UserError(
-                f"model: its forward() fails on an input of shape {tuple(image.shape)} and type "
-                f"{image.dtype} ({type(error).__name__}: {error}); it must take one tensor (N, …)"
+                f"model: its forward() fails on {described_input(image)} "
+                f"({type(error).__name__}: {error}); it must take one tensor (N, …)"
             ) from error
-    check_logits(output, len(image), num_classes)
+    if count is None:
+        check_logits(output, len(image), num_classes)
     require_reachable(aliases, reads)
     if not found:
-        raise UserError("model: it has no convolution or linear layer that could be quantized")
+        raise UserError(
+            f"model: none of its {len(layers)} convolution and linear layers is called; a forward "
+            "of your own must call the network that it is given"
+            if layers
+            else "model: it has no convolution or linear layer that could be quantized"
+        )
     warn_full_precision(trial, name_of)
     past = [weight_identity(layers[name]) for name in reads.past]
     warn_used_elsewhere(trial, {name_of[x]: x for x in past if x in name_of})
-    return tuple(found.values())
+    return tuple(per_example(x, count or 1) for x in found.values())
+
+
+def per_example(total: LayerInfo, count: int) -> LayerInfo:
+    """What a layer costs for one of ``count`` examples, rounded up."""
+    return replace(total, macs=-(-total.macs // count), num_inputs=-(-total.num_inputs // count))
+
+
+def described_input(value: Any) -> str:
+    """The shapes and types of what goes in, for messages."""
+    return ", ".join(
+        f"an input of shape {tuple(x.shape)} and type {x.dtype}" for _, x in tensors(value)
+    )
 
 
 def require_replaceable(model: nn.Module) -> None:
@@ -149,7 +171,7 @@ def require_reachable(aliases: Iterable[str], reads: Reads) -> None:
         raise UserError(
             f"model: its forward() uses a weight of shape {shape} that is not among its "
             "parameters(); hold modules in an nn.ModuleList or nn.ModuleDict, not in a plain list, "
-            "dict or function"
+            "dict or function, and let a forward of your own call the network that it is given"
         )
 
 

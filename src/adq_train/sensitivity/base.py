@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -53,6 +53,7 @@ class Conditions:
         likely: About the bits that every layer of the network will get, for metrics that measure
             one layer among others that are quantized; see :func:`~.allocation.uniform.likely_bits`.
         training: For a metric that trains; None where there is nothing to train on.
+        gives_loss: Whether what the network gives is a loss, (N, 1) or (1, 1) for a batch.
     """
 
     bit_widths: Sequence[int]
@@ -62,6 +63,7 @@ class Conditions:
     seed: int = 0
     likely: Sequence[LayerBits] = ()
     training: Training | None = None
+    gives_loss: bool = False
 
 
 class SensitivityMetric(Protocol):
@@ -182,7 +184,7 @@ def layer_weights(model: nn.Module, names: Iterable[str]) -> dict[str, Tensor]:
     return found
 
 
-def logits_with(model: nn.Module, weights: Mapping[str, Tensor], images: Tensor) -> Tensor:
+def logits_with(model: nn.Module, weights: Mapping[str, Tensor], images: Any) -> Tensor:
     """The outputs of a network as a function of the weights of some of its layers.
 
     A weight that two layers have in common goes by the name of the first, and is replaced in both,

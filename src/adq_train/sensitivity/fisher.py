@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +14,8 @@ from torch.nn import functional as F
 
 from adq_train.artifacts import LayerInfo, LayerSensitivity
 from adq_train.data.base import Batch
+from adq_train.errors import UserError
+from adq_train.nested import entries, length, tensors
 from adq_train.reporting.progress import Progress
 from adq_train.sensitivity.base import (
     Conditions,
@@ -31,7 +34,7 @@ Gradients = dict[str, Tensor]
 
 
 def squared_gradients(
-    model: nn.Module, names: Sequence[str], images: Tensor, targets: Tensor
+    model: nn.Module, names: Sequence[str], images: Any, targets: Tensor, gives_loss: bool = False
 ) -> Gradients:
     """Squares of the gradients of each image's cross-entropy.
 
@@ -43,16 +46,18 @@ def squared_gradients(
         model: In evaluation mode: batch norm then uses its fixed statistics, so that an image's
             loss depends on no other image, and the network is the one of inference.
         names: The layers whose weights are looked at.
-        images: (N, C, H, W).
+        images: (N, C, H, W); or nested tensors (N, …).
         targets: (N,).
+        gives_loss: Whether the network gives its loss, and needs no targets.
 
     Returns:
         By layer, (N, …) with its weight's shape.
     """
     weights = layer_weights(model, names)
 
-    def loss(weights: Gradients, image: Tensor, target: Tensor) -> Tensor:
-        return F.cross_entropy(logits_with(model, weights, image[None]), target[None])
+    def loss(weights: Gradients, image: Any, target: Tensor) -> Tensor:
+        found = logits_with(model, weights, entries(image, None))
+        return found.mean() if gives_loss else F.cross_entropy(found, target[None])
 
     gradient: Callable[[Gradients, Tensor, Tensor], Gradients] = grad(loss)
     try:
@@ -60,8 +65,9 @@ def squared_gradients(
         return {name: value.square() for name, value in each.items()}
     except RuntimeError as error:
         log.debug("fisher: one image at a time, as vmap fails (%s)", str(error).splitlines()[0])
-    squares = {name: value.new_zeros(len(images), *value.shape) for name, value in weights.items()}
-    for index, (image, target) in enumerate(zip(images, targets, strict=True)):
+    squares = {name: value.new_zeros(len(targets), *value.shape) for name, value in weights.items()}
+    for index, target in enumerate(targets):
+        image = entries(images, index)
         leaves = {name: value.clone().requires_grad_() for name, value in weights.items()}
         loss(leaves, image, target).backward()  # type: ignore[no-untyped-call]
         for name, leaf in leaves.items():
@@ -105,7 +111,7 @@ class Fisher(WeightMetric):
             x.name: torch.stack([weight_error(model, x.name, b, conditions) for b in bit_widths])
             for x in layers
         }
-        each = self.each_image(model, errors, conditions.batches)
+        each = self.each_image(model, errors, conditions.batches, conditions.gives_loss)
         for info in layers:
             means = zip(bit_widths, map(summary, each[info.name].T), strict=True)
             values, error = by_bits(dict(means))
@@ -114,7 +120,11 @@ class Fisher(WeightMetric):
             )
 
     def each_image(
-        self, model: nn.Module, errors: Mapping[str, Tensor], batches: Sequence[Batch]
+        self,
+        model: nn.Module,
+        errors: Mapping[str, Tensor],
+        batches: Sequence[Batch],
+        gives_loss: bool = False,
     ) -> dict[str, Tensor]:
         """Σ_i g_i² (ΔW_i)² of every image, for K errors of the weights of some layers.
 
@@ -122,22 +132,34 @@ class Fisher(WeightMetric):
             model: In evaluation mode.
             errors: ΔW by layer, (K, …) with its weight's shape.
             batches: Images (N, C, H, W) and targets (N,).
+            gives_loss: Whether the network gives its loss, and needs no targets.
 
         Returns:
             By layer, (N of all batches, K), float64.
+
+        Raises:
+            UserError: Examples cannot be told apart in a batch.
         """
         found: dict[str, list[Tensor]] = {name: [] for name in errors}
-        size = self.chunk_size
+        if gives_loss:
+            batches = [(x, torch.zeros(length(x))) for x, _ in batches]
+        for images, targets in batches:
+            if any(not x.dim() or len(x) != len(targets) for _, x in tensors(images)):
+                raise UserError(
+                    "sensitivity: fisher needs one entry for each example in every tensor of a "
+                    "batch; take hessian or perturbation"
+                )
         chunks = [
-            (images[start : start + size], targets[start : start + size])
+            (entries(images, part), targets[part])
             for images, targets in batches
-            for start in range(0, len(images), size)
+            for start in range(0, len(targets), self.chunk_size)
+            for part in [slice(start, start + self.chunk_size)]
         ]
         with Progress("gradients", total=len(chunks)) as progress:
             for images, targets in chunks:
-                squares = squared_gradients(model, list(errors), images, targets)
+                squares = squared_gradients(model, list(errors), images, targets, gives_loss)
                 for name, value in squares.items():
                     square = errors[name].double().square().flatten(1)
                     found[name].append(value.double().flatten(1) @ square.T)
-                progress.advance(f"{len(images)} images")
+                progress.advance(f"{len(targets)} images")
         return {name: torch.cat(values) for name, values in found.items()}

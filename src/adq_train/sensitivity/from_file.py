@@ -64,18 +64,9 @@ class FromFile:
         Raises:
             UserError: A layer or a bit-width is not in the file, or a layer is another one.
         """
-        table = self.table()
-        rows = {row.name: row for row in table.layers}
-        problems = [problem for x in layers if (problem := _problem(x, rows, bit_widths))]
-        if problems:
-            more = f"; and {len(problems) - 3} more" if len(problems) > 3 else ""
-            raise UserError(
-                f"sensitivity.path: {self.path} does not cover this model: "
-                f"{'; '.join(problems[:3])}{more}; measure it anew with this model and "
-                f"bits.candidates={list(bit_widths)}"
-            )
-        if apart and any(rows[x.name].activation_sensitivity is None for x in layers):
-            raise UserError(not_apart(f"{self.path} ({table.metric})"))
+        require_cover(self.table(), layers, bit_widths, f"sensitivity.path: {self.path}")
+        if apart and any(x.activation_sensitivity is None for x in self.table().layers):
+            raise UserError(not_apart(f"{self.path} ({self.name})"))
 
     def measure(
         self, model: nn.Module, layers: Sequence[LayerInfo], conditions: Conditions
@@ -86,15 +77,73 @@ class FromFile:
             UserError: A layer or a bit-width is not in the file, or a layer is another one.
         """
         self.check(layers, conditions.bit_widths, apart=False)
-        rows = {row.name: row for row in self.table().layers}
-        for info in layers:
-            row = rows[info.name]
-            values: dict[str, Any] = {
-                key: {bits: found[bits] for bits in conditions.bit_widths if bits in found}
-                for key in VALUES
-                if (found := getattr(row, key)) is not None
-            }
-            yield replace(row, num_weights=info.num_weights, macs=info.macs, **values)
+        yield from rows_of(self.table(), layers, conditions.bit_widths)
+
+
+@dataclass(frozen=True)
+class FromTable:
+    """Ω[l, b] as a table has it, of which names and values are enough.
+
+    Attributes:
+        table: Of all layers of the model, at all candidates.
+    """
+
+    table: SensitivityTable
+
+    @property
+    def name(self) -> str:
+        """The name of the metric that the table has the values of."""
+        return self.table.metric
+
+    def measure(
+        self, model: nn.Module, layers: Sequence[LayerInfo], conditions: Conditions
+    ) -> Iterator[LayerSensitivity]:
+        """Reads the rows of the model's layers; see :class:`~.base.SensitivityMetric`.
+
+        Raises:
+            UserError: A layer or a bit-width is not in the table, or a layer is another one.
+        """
+        require_cover(self.table, layers, conditions.bit_widths, "sensitivity: the table")
+        yield from rows_of(self.table, layers, conditions.bit_widths)
+
+
+def require_cover(
+    table: SensitivityTable, layers: Sequence[LayerInfo], bit_widths: Sequence[int], what: str
+) -> None:
+    """Refuses a table that does not say enough of some layers.
+
+    Args:
+        table: The table.
+        layers: Of the model.
+        bit_widths: The candidates.
+        what: The table in words, for messages.
+
+    Raises:
+        UserError: A layer or a bit-width is not in it, or a layer is another one.
+    """
+    rows = {row.name: row for row in table.layers}
+    problems = [problem for x in layers if (problem := _problem(x, rows, bit_widths))]
+    if problems:
+        more = f"; and {len(problems) - 3} more" if len(problems) > 3 else ""
+        raise UserError(
+            f"{what} does not cover this model: {'; '.join(problems[:3])}{more}; measure it anew "
+            f"with this model and bits.candidates={list(bit_widths)}"
+        )
+
+
+def rows_of(
+    table: SensitivityTable, layers: Sequence[LayerInfo], bit_widths: Sequence[int]
+) -> Iterator[LayerSensitivity]:
+    """The rows of some layers, at the candidates alone, with the model's counts."""
+    rows = {row.name: row for row in table.layers}
+    for info in layers:
+        row = rows[info.name]
+        values: dict[str, Any] = {
+            key: {bits: found[bits] for bits in bit_widths if bits in found}
+            for key in VALUES
+            if (found := getattr(row, key)) is not None
+        }
+        yield replace(row, num_weights=info.num_weights, macs=info.macs, **values)
 
 
 def _problem(

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from adq_train.artifacts import LayerInfo, LayerSensitivity
 from adq_train.data.base import derived_seed
 from adq_train.errors import UserError
+from adq_train.nested import mapped
 from adq_train.quantization.base import check_choice
 from adq_train.quantization.prepare import collect_inputs
 from adq_train.quantization.watch import Call, intercepted
@@ -54,7 +55,7 @@ def fisher_vectors(logits: Tensor, draws: int, seed: int) -> Tensor:
 
 
 def output_gradients(
-    model: nn.Module, layers: Mapping[str, nn.Module], images: Tensor, vectors: Tensor
+    model: nn.Module, layers: Mapping[str, nn.Module], images: Any, vectors: Tensor
 ) -> Gradients:
     """∂ (v_k · logits) / ∂z at the output z of every call of some layers, for K vectors.
 
@@ -104,7 +105,7 @@ def output_gradients(
 
 
 def require_images_apart(
-    model: nn.Module, layers: Mapping[str, nn.Module], images: Tensor, logits: Tensor
+    model: nn.Module, layers: Mapping[str, nn.Module], images: Any, logits: Tensor
 ) -> None:
     """Refuses layers whose outputs' first axis does not tell the images apart.
 
@@ -119,7 +120,7 @@ def require_images_apart(
     Raises:
         UserError: Names the layer.
     """
-    pair = images[:1].repeat_interleave(2, 0)
+    pair = mapped(lambda x: x[:1].repeat_interleave(2, 0), images)
     vector = torch.stack([torch.ones_like(logits[0]), torch.zeros_like(logits[0])])
     for name, (gradient,) in output_gradients(model, layers, pair, vector[None]):
         if len(gradient) % 2 or gradient.reshape(2, -1)[1].any():
@@ -131,7 +132,7 @@ def require_images_apart(
 
 
 def slopes(
-    model: nn.Module, forms: Mapping[str, Forms], images: Tensor, gradients: Gradients
+    model: nn.Module, forms: Mapping[str, Forms], images: Any, gradients: Gradients, count: int
 ) -> dict[str, dict[Key, Tensor]]:
     """How far each v_k · logits moves along the change Δz that each quantized form makes.
 
@@ -143,6 +144,7 @@ def slopes(
         forms: By layer.
         images: (N, C, H, W).
         gradients: Of all calls of the layers in ``forms``, as :func:`output_gradients` gives them.
+        count: N, the number of images.
 
     Returns:
         Σ ⟨g_k, Δz⟩ by layer and form, (K, N).
@@ -153,9 +155,9 @@ def slopes(
     def compare(name: str, forward: Call, *inputs: Any, **named: Any) -> Tensor:
         z: Tensor = forward(*inputs, **named)
         _, each = next(remaining)
-        g = [x.reshape(len(images), -1).float() for x in each]
+        g = [x.reshape(count, -1).float() for x in each]
         for owner, key, form in of_layer[name]:
-            change = (form(*inputs, **named) - z).reshape(len(images), -1).float()
+            change = (form(*inputs, **named) - z).reshape(count, -1).float()
             product = torch.stack([torch.linalg.vecdot(x, change) for x in g])
             found[owner][key] = found[owner].get(key, 0) + product
         return z
@@ -230,15 +232,16 @@ class Gradient(FormMetric):
         }
         with Progress("gradients", total=len(batches)) as progress:
             for index, images in enumerate(batches):
+                count = len(outputs[index])
                 seed = derived_seed(conditions.seed, "gradient", index)
                 vectors = fisher_vectors(outputs[index], self.draws, seed)
                 if index == 0:
                     require_images_apart(model, called, images, outputs[0])
                 gradients = output_gradients(model, called, images, vectors)
-                for name, found in slopes(model, forms, images, gradients).items():
+                for name, found in slopes(model, forms, images, gradients, count).items():
                     for key, slope in found.items():
                         each[name][key].append(slope.double().square().sum(0) / 2)
-                progress.advance(f"{len(images)} images")
+                progress.advance(f"{count} images")
         smallest = rounding(outputs) ** 2
         for info in layers:
             values = {k: summary(torch.cat(x), smallest) for k, x in each[info.name].items()}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -58,6 +59,7 @@ def curvatures(
     weights: dict[str, Tensor],
     vectors: dict[str, Tensor],
     batches: Sequence[Batch],
+    gives_loss: bool = False,
 ) -> dict[str, float]:
     """v_l · (H v)_l of every layer l, H the Hessian of the mean cross-entropy over all images.
 
@@ -69,20 +71,24 @@ def curvatures(
         weights: By layer.
         vectors: v by layer, of the weights' shapes.
         batches: Images (N, C, H, W) and targets (N,).
+        gives_loss: Whether the network gives its loss, and needs no targets; each batch then counts
+            the same.
     """
     leaves = {name: weight.detach().requires_grad_() for name, weight in weights.items()}
     totals = dict.fromkeys(weights, 0.0)
-    count = sum(len(targets) for _, targets in batches)
+    count = len(batches) if gives_loss else sum(len(targets) for _, targets in batches)
     for images, targets in batches:
         # Other kernels of attention have no second derivative.
         with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):
-            loss = F.cross_entropy(logits_with(model, leaves, images), targets, reduction="sum")
+            found = logits_with(model, leaves, images)
+            total = partial(F.cross_entropy, target=targets, reduction="sum")
+            loss = found.mean() if gives_loss else total(found)
             gradients = torch.autograd.grad(
                 loss / count, list(leaves.values()), create_graph=True, materialize_grads=True
             )
             slope = sum(
                 ((g * v).sum() for g, v in zip(gradients, vectors.values(), strict=True)),
-                torch.zeros((), device=images.device),
+                found.new_zeros(()),
             )
             products = torch.autograd.grad(slope, list(leaves.values()), materialize_grads=True)
         for name, product in zip(leaves, products, strict=True):
@@ -131,7 +137,7 @@ class Hessian(WeightMetric):
     ) -> Iterator[LayerSensitivity]:
         """Measures all layers at once; see :class:`~.base.SensitivityMetric`."""
         model = plain_copy(model).requires_grad_(False)
-        traces = self.traces(model, conditions.batches, conditions.seed)
+        traces = self.traces(model, conditions.batches, conditions.seed, conditions.gives_loss)
         low = [x.name for x in layers if traces[x.name].trace < -traces[x.name].standard_error]
         if low:
             log.warning(
@@ -151,7 +157,7 @@ class Hessian(WeightMetric):
             )
 
     def traces(
-        self, model: nn.Module, batches: Sequence[Batch], seed: int
+        self, model: nn.Module, batches: Sequence[Batch], seed: int, gives_loss: bool = False
     ) -> dict[str, TraceEstimate]:
         """The trace of every quantizable layer's block of the Hessian, with its standard error.
 
@@ -159,6 +165,7 @@ class Hessian(WeightMetric):
             model: In evaluation mode.
             batches: Images (N, C, H, W) and targets (N,).
             seed: Of the random vectors.
+            gives_loss: Whether the network gives its loss.
 
         Returns:
             By layer.
@@ -171,7 +178,9 @@ class Hessian(WeightMetric):
         with Progress("probes", total=self.max_probes) as progress:
             while open_layers and len(samples) < self.max_probes:
                 vectors = probe(weights, seed, len(samples))
-                samples.append(list(curvatures(model, weights, vectors, batches).values()))
+                samples.append(
+                    list(curvatures(model, weights, vectors, batches, gives_loss).values())
+                )
                 values = torch.tensor(samples, dtype=torch.float64)
                 if len(samples) >= min(FEWEST_PROBES, self.max_probes):
                     errors = values.std(0) / len(samples) ** 0.5

@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from adq_train.artifacts import LayerInfo, LayerSensitivity
 from adq_train.data.base import Batch
 from adq_train.errors import UserError
+from adq_train.nested import few
 from adq_train.quantization.base import check_choice
 from adq_train.quantization.layers import same_weight
 from adq_train.quantization.prepare import collect_inputs, quantize_layer, replaced, swap
@@ -109,7 +110,7 @@ class Perturbation(FormMetric):
         if self.recalibrate_batch_norm:
             reestimate_batch_norm(model, images)
         outputs = [model(x) for x in images]
-        if self.criterion != "mse" and num_columns(outputs[0]) == 1:
+        if self.criterion != "mse" and not conditions.gives_loss and num_columns(outputs[0]) == 1:
             raise UserError(
                 f"sensitivity.criterion: {self.criterion} needs two or more outputs for an image, "
                 "but the model has one, and softmax over one class is always 1; set criterion=mse "
@@ -154,7 +155,7 @@ class Perturbation(FormMetric):
         """The criterion (N,) of all images for each variant of one layer."""
         if not self.recalibrate_batch_norm:
             return self._differences(model, name, variants, runs, batches, reference)
-        norms = batch_norms_after(model, name, batches[0][0][:1])
+        norms = batch_norms_after(model, name, few(batches[0][0], 1))
         found: dict[Key, Tensor] = {}
         for key, forms in variants.items():
             with kept_statistics(norms):
@@ -216,3 +217,20 @@ class Perturbation(FormMetric):
         # Outputs of one image, or that are all the same, have none.
         scale = variance or 1.0 if self.criterion == "mse" else 1.0
         return Reference(outputs, scale, error**2 / scale)
+
+
+@dataclass(frozen=True)
+class LossRise(Perturbation):
+    """Ω[l, b]: by how much a loss of one's own rises, for networks that give their loss.
+
+    Otherwise it is :class:`Perturbation` with ``criterion="loss"``. Of a loss that is one number
+    for a batch, each batch counts the same.
+    """
+
+    criterion: str = "loss"
+
+    def _form(self, outputs: Tensor) -> Tensor:
+        return outputs.double()
+
+    def _difference(self, before: Tensor, after: Tensor, targets: Tensor) -> Tensor:
+        return (after - before).squeeze(1)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import Any, Protocol
 
@@ -12,7 +12,9 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from adq_train.nested import few, tensors
 from adq_train.quantization.layers import QuantLayer
+from adq_train.task import RUN
 
 log = logging.getLogger(__name__)
 
@@ -40,7 +42,7 @@ class Trial(fx.Interpreter):
 
     def run_node(self, n: fx.Node) -> Any:
         """One operation."""
-        before = [(x, x._version) for x in _tensors(self.fetch_args_kwargs_from_env(n))]
+        before = [(x, x._version) for _, x in tensors(self.fetch_args_kwargs_from_env(n))]
         result = super().run_node(n)
         self.in_place |= any(x._version != version for x, version in before)
         return result
@@ -157,15 +159,18 @@ def make_runs(model: nn.Module, batches: Sequence[Tensor], limit_bytes: int) -> 
     """
     if not limit_bytes:
         return WholeRuns(model, batches)
-    few = batches[0][:2]
+    some = few(batches[0], 2)
+    tracer = Tracer()
+    tracer.traced_func_name = RUN if hasattr(model, RUN) else "forward"
     try:
-        graph = Tracer().trace(model)
+        graph = tracer.trace(model)
         trial = Trial(model, graph=graph)
-        found = trial.run(few.clone())
+        found = trial.run(copy.deepcopy(some))
+        same = torch.equal(found, model(copy.deepcopy(some)))
     except Exception as error:  # a forward() that is traced may fail in any way
         log.info("profile: whole runs, as the model cannot be traced (%s)", _first_line(error))
         return WholeRuns(model, batches)
-    if not torch.equal(found, model(few.clone())):
+    if not same:
         log.info("profile: whole runs, as the traced model gives other outputs")
         return WholeRuns(model, batches)
     return PartialRuns(model, batches, graph, limit_bytes, trial.in_place)
@@ -177,16 +182,5 @@ def _first_line(error: Exception) -> str:
 
 def num_bytes(values: Iterable[Any]) -> int:
     """Memory behind some values; tensors that share it count once."""
-    storages = [tensor.untyped_storage() for tensor in _tensors(values)]
+    storages = [x.untyped_storage() for _, x in tensors(list(values))]
     return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
-
-
-def _tensors(value: Any) -> Iterator[Tensor]:
-    """The tensors in nested containers."""
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, dict):
-        yield from _tensors(value.values())
-    elif isinstance(value, Iterable) and not isinstance(value, str):
-        for item in value:
-            yield from _tensors(item)

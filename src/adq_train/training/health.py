@@ -15,6 +15,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils import get_total_norm
 
 from adq_train.errors import UserError
+from adq_train.nested import tensors
 from adq_train.training.hook import EpochReport, Hook
 from adq_train.training.trainer import Trainer
 
@@ -54,19 +55,19 @@ def clear_unless(finite: Tensor, parameters: Iterable[nn.Parameter]) -> None:
             parameter.grad.masked_fill_(~finite, 0)
 
 
-def origin(model: nn.Module, images: Tensor, run: Callable[[], object]) -> str:
+def origin(model: nn.Module, images: Any, run: Callable[[], object]) -> str:
     """Where values that are not finite begin, found by running a batch once more.
 
     Args:
         model: The network; its hooks and statistics are left as they were, its gradients are not.
-        images: The batch's images.
+        images: The batch's images, or what else the network takes.
         run: Runs the batch forward and backward.
 
     Returns:
         The first module in forward order with such an output, or else the first parameter with
         such a gradient, in words.
     """
-    if not torch.isfinite(images).all():
+    if any(x.is_floating_point() and not torch.isfinite(x).all() for _, x in tensors(images)):
         return "the images of the batch"
     found: list[str] = []
 
