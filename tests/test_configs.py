@@ -34,7 +34,7 @@ def test_every_choice_composes_and_builds(group, tmp_path):
     kept = tmp_path / "kept.json"
     kept.write_text('{"layers": []}')
     required = {
-        ("data", "imagenet"): ["data.root=somewhere"],
+        **{("data", x): ["data.root=somewhere"] for x in ("imagenet", "folder", "table", "arrays")},
         ("experiment", "resnet18_imagenet"): ["data.root=somewhere"],
         ("allocator", "fixed"): ["allocator.bits={layer*.conv1:4,fc:[2,3]}"],
         ("allocator", "from_file"): [f"allocator.path={kept}"],

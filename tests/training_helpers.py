@@ -46,8 +46,9 @@ class Drawn:
             yield pixels * math.inf if self.spoiled == (epoch, index) else pixels, targets
 
 
-def data_of(batches):
-    return ImageData("made up", 2, (4, 1, 1), "made up", batches, batches, batches, batches)
+def data_of(batches, counts=()):
+    parts = [batches] * 4
+    return ImageData("made up", 2, (4, 1, 1), "made up", *parts, class_counts=counts)
 
 
 def _quantize(model, *indices):
@@ -90,8 +91,9 @@ def grouped(model):
 
 
 def trainer_of(
-    model, *hooks, optimizer=None, batches=None, schedule=None, seed=0, ranks=ALONE, **settings
-):
+    model, *hooks, optimizer=None, batches=None, counts=(), schedule=None, seed=0, ranks=ALONE,
+    **settings,
+):  # fmt: skip
     """A trainer of a small network, on Drawn batches if on no others.
 
     Its optimizer is an SGD, or any that is given; settings are those of the section trainer.
@@ -102,7 +104,7 @@ def trainer_of(
     return Trainer(
         model,
         optimizer,
-        data_of(batches or Drawn()),
+        data_of(batches or Drawn(), counts),
         hooks,
         settings=TrainerConfig(**settings),
         seed=seed,

@@ -11,6 +11,7 @@ from adq_train.data.base import (
     ImageData,
     InputFormat,
     derived_seed,
+    set_aside,
 )
 from adq_train.errors import UserError
 
@@ -41,6 +42,35 @@ def test_more_held_out_than_there_is():
     with pytest.raises(UserError, match=r"validation_images \(60\) .* none of the 100 training"):
         held_out.split(100)
     assert len(held_out.split(101)[2]) == 1
+
+
+def test_shares_are_of_the_training_images():
+    held_out = HeldOut(validation_images="0.1x", calibration_images="0.25x")
+    assert [len(x) for x in held_out.split(150)] == [15, 38, 97]
+    assert [len(x) for x in held_out.split(3)] == [1, 1, 1]  # each one at least
+    assert [len(x) for x in held_out.split(100_000)] == [10_000, 1024, 88_976]
+    assert [len(x) for x in held_out.split(40, validation=False)] == [0, 10, 30]
+    numbers = HeldOut(validation_images=15, calibration_images=38)
+    for a, b in zip(held_out.split(150), numbers.split(150), strict=True):
+        assert torch.equal(a, b)
+    with pytest.raises(UserError, match=r"leave none of the 2 .*shares of them such as 0.1x"):
+        held_out.split(2)
+
+
+@pytest.mark.parametrize("text", ["0.1", "0x", "1.1x", "x", "-0.1x", "10%"])
+def test_what_is_no_share_is_refused(text):
+    with pytest.raises(ValueError, match=r"validation_images must be a number, or a share such as"):
+        HeldOut(validation_images=text, calibration_images=1)
+
+
+def test_images_for_testing_are_set_aside_once_for_all_seeds():
+    test, rest = set_aside("0.2x", 50)
+    assert sorted([*test.tolist(), *rest.tolist()]) == list(range(50))
+    assert len(test) == 10
+    torch.manual_seed(5)
+    assert torch.equal(set_aside(10, 50)[0], test)
+    with pytest.raises(UserError, match="test_images: 50 leave none"):
+        set_aside(50, 50)
 
 
 @pytest.mark.parametrize("name", ["validation_images", "calibration_images"])

@@ -1,9 +1,11 @@
 import os
 import re
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from omegaconf import OmegaConf
 from PIL import Image
 from torchvision.transforms import v2
 
@@ -13,6 +15,7 @@ from adq_train.data.image_folder import Folders
 from adq_train.deploy.evaluable import read_image
 from adq_train.errors import UserError
 
+CONFIGS = Path(__file__).parents[2] / "configs/data"
 CLASSES = ("bird", "cat", "dog")
 KINDS = (("RGB", "JPEG"), ("L", "png"), ("RGBA", "png"), ("L", "jpg"), ("RGB", "png"))
 IMAGENET = v2.Normalize([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
@@ -44,7 +47,7 @@ def root(tmp_path):
 
 def load(root, *, seed=0, num_workers=0, batch_size=4, **changes):
     sizes = {"image_size": 16, "resize": 18, "validation_images": 3, "calibration_images": 2}
-    data_set = Folders(root=str(root), num_workers=num_workers, **{**sizes, **changes})
+    data_set = Folders(**{"root": str(root), "num_workers": num_workers, **sizes, **changes})
     return data_set.load(Loading(batch_size, 4, seed, torch.device("cpu")))
 
 
@@ -343,3 +346,36 @@ def test_an_image_alone_among_broken_ones_is_left_out_of_training(root):
 def test_a_batch_beyond_memory_is_refused(root):
     with pytest.raises(UserError, match=r"data.image_size: a batch of 100,000 .* 5,033.2 GB, and"):
         load(root, image_size=2048, resize=2048, batch_size=10**5)
+
+
+@pytest.mark.parametrize("layout", ["classes alone", "train alone", "train and test"])
+def test_folders_without_a_part_for_testing(tmp_path, layout, caplog):
+    """150 pictures work with the defaults of ``data=folder``."""
+    inside = tmp_path if layout == "classes alone" else tmp_path / "train"
+    for name, count in zip(CLASSES, (70, 50, 30), strict=True):
+        write(inside, ".", name, count)
+    if layout == "train and test":
+        for name in CLASSES:
+            write(tmp_path, "test", name, 4)
+    defaults = OmegaConf.load(CONFIGS / "folder.yaml")
+    settings = {key: defaults[key] for key in defaults if key not in ("_target_", "root")}
+    with caplog.at_level("INFO", logger="adq_train"):
+        data = load(tmp_path, **{**settings, "num_workers": 0,
+                                 "image_size": 16, "resize": 18})  # fmt: skip
+    sizes = [len(joined(x)[1]) for x in (data.test, data.validation, data.calibration, data.train)]
+    if layout == "train and test":
+        assert sizes == [12, 15, 15, 120]
+    else:
+        assert sizes == [30, 12, 12, 96]
+        assert "30 of 150 images are set aside for testing" in caplog.text
+    assert sum(data.class_counts) == sizes[-1]
+    assert data.class_counts == tuple(joined(data.train)[1].bincount(minlength=3).tolist())
+
+
+def test_a_folder_around_the_right_one_is_no_set_of_one_class(tmp_path):
+    write(tmp_path / "pets", "train", "cat", 2)
+    with pytest.raises(UserError, match="has no train/ and one folder, pets"):
+        load(tmp_path, test_images="0.2x")
+    (tmp_path / "val").mkdir()
+    with pytest.raises(UserError, match="has val/ and no train/ beside it"):
+        load(tmp_path, test_images="0.2x")

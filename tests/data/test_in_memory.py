@@ -260,7 +260,7 @@ def test_a_limit_takes_the_first_images_or_says_that_there_are_fewer(count, limi
 
 
 def test_a_limit_of_nothing_is_refused():
-    with pytest.raises(ValueError, match="train_images must be at least 1 or null, got 0"):
+    with pytest.raises(ValueError, match="train_images must be at least 1, got 0"):
         Limited(validation_images=1, calibration_images=1, train_images=0)
 
 

@@ -20,7 +20,7 @@ from training_helpers import (
     trainer_of,
 )  # fmt: skip
 
-from adq_train.data.base import derived_seed
+from adq_train.data.base import ALL, derived_seed
 from adq_train.errors import UserError
 from adq_train.quantization.base import Quantizer
 from adq_train.quantization.pact import PactActivationQuantizer
@@ -248,3 +248,44 @@ def test_a_resume_within_an_epoch_is_exact(precision):
     assert second.state_dict()["step"]["skipped"] == 1
     if precision == "fp16":
         assert whole.scaler.get_scale() > 256
+
+
+class Uneven(Drawn):
+    """Of the classes 0 and 1 one has three times as many images."""
+
+    counts = (15, 5)
+
+    def epoch(self, epoch, batches=ALL, images=ALL):
+        for pixels, _ in super().epoch(epoch, batches, images):
+            yield pixels, (torch.arange(len(pixels)) % 4 == 0).long()
+
+
+@pytest.mark.parametrize(("smoothing", "parts"), [(0.0, 1), (0.1, 1), (0.0, 2)])
+def test_classes_weigh_the_less_the_more_images_they_have(smoothing, parts):
+    model = dense(norm=False, dropout=0.0, quantize=False)
+    batches = Uneven(8)
+    trainer = trainer_of(
+        model,
+        batches=batches,
+        counts=batches.counts,
+        class_weights="balanced",
+        label_smoothing=smoothing,
+        accumulate_batches=parts,
+    )
+    weights = torch.tensor([20 / (2 * 15), 20 / (2 * 5)])
+    assert torch.equal(trainer.class_weights, weights)
+    ((images, targets),) = batches.epoch(0)
+    smooth = smoothing / 2 + (1 - smoothing) * F.one_hot(targets, 2)
+    expected = -(smooth * weights * F.log_softmax(model(images), 1)).sum(1).mean()
+    wanted = torch.autograd.grad(expected, list(model.parameters()))
+    found = trainer.gradients(images, targets)
+    torch.testing.assert_close(found, expected.detach())
+    for parameter, gradient in zip(model.parameters(), wanted, strict=True):
+        torch.testing.assert_close(parameter.grad, gradient)
+
+
+def test_weights_of_classes_need_their_numbers():
+    with pytest.raises(UserError, match=r"class_weights: made up does not say how many images"):
+        trainer_of(dense(), class_weights="balanced")
+    trainer = trainer_of(dense(), counts=(7, 0), class_weights="balanced")
+    assert trainer.class_weights.tolist() == [1, 0]  # a class that never comes has no say

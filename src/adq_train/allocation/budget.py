@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from fractions import Fraction
@@ -12,6 +11,7 @@ from typing import NamedTuple
 
 from adq_train.artifacts import LayerInfo
 from adq_train.errors import UserError
+from adq_train.shares import share
 
 FLOAT_BITS = 32
 
@@ -51,12 +51,7 @@ def share_of_float(amount: str) -> Fraction:
     Raises:
         ValueError: The text is something else, or the share is not in (0, 1].
     """
-    if not re.fullmatch(r"[0-9]+(\.[0-9]+)?x", amount) or not 0 < Fraction(amount[:-1]) <= 1:
-        raise ValueError(
-            f"must be a number, or a share of the float model's such as 0.1x (more than 0x, at "
-            f"most 1x), got {amount!r}"
-        )
-    return Fraction(amount[:-1])
+    return share(amount, "of the float model's")
 
 
 def budget_from(amounts: Mapping[str, float | str | None], layers: Sequence[LayerInfo]) -> Budget:

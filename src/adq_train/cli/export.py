@@ -182,23 +182,24 @@ def evaluate(settings: EvalSettings) -> None:
     data = forms.open_data(opened, section, settings.batch_size, download)
     same_data = None if opened.fingerprint is None else opened.fingerprint == data.fingerprint
     figures = measure(opened.network, data.test)
+    many = data.num_classes > 5  # of five, every image has its class among the best five
     if settings.json:
         row = {
             "form": opened.form,
             "top1_percent": figures.top1_percent,
-            "top5_percent": figures.top5_percent,
+            **({"top5_percent": figures.top5_percent} if many else {}),
             "num_images": figures.num_images,
         }
         print(json.dumps(row))
     else:
         table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
-        for name in ("form", "data", "top-1", "top-5", "loss", "images"):
+        for name in ("form", "data", "top-1", *(["top-5"] if many else []), "loss", "images"):
             table.add_column(name, justify="left" if name in ("form", "data") else "right")
         table.add_row(
             opened.form,
             escape(one_line(data.name)),
             f"{figures.top1_percent:.2f} %",
-            f"{figures.top5_percent:.2f} %",
+            *([f"{figures.top5_percent:.2f} %"] if many else []),
             f"{figures.loss:.4f}",
             f"{figures.num_images:,}",
         )

@@ -13,10 +13,13 @@ import torch
 from torch import Tensor
 
 from adq_train.errors import UserError
+from adq_train.shares import share
 
 ALL = slice(None)
 CACHE_FOLDER = Path("~/.cache/adq-train")  # what is downloaded
 MAX_SIDE = 4096  # pixels, of what a model sees
+MOST_CALIBRATION = 1024  # images, where a share is asked for: more cost time and tell no more
+Amount = int | str  # a number of images, or a share such as 0.1x
 Batch = tuple[Tensor, Tensor]  # images (N, C, H, W) float32, normalised; targets (N,) int64
 
 
@@ -160,6 +163,7 @@ class ImageData:
         test: Read once, for the figures of the result.
         class_names: One per class, or none at all.
         pixels: How an image file of one's own is to be read.
+        class_counts: Images of each class in ``train``, or none at all.
     """
 
     name: str
@@ -172,6 +176,7 @@ class ImageData:
     test: Batches
     class_names: tuple[str, ...] = ()
     pixels: Pixels | None = None
+    class_counts: tuple[int, ...] = ()
 
     @property
     def input_format(self) -> InputFormat:
@@ -260,41 +265,87 @@ class Loading:
             )
 
 
+def check_amount(name: str, amount: Amount) -> None:
+    """Refuses what is neither a number of images nor a share.
+
+    Raises:
+        ValueError: Names the setting.
+    """
+    if isinstance(amount, str):
+        try:
+            share(amount)
+        except ValueError as error:
+            raise ValueError(f"{name} {error}") from error
+    elif amount < 1:
+        raise ValueError(f"{name} must be at least 1, got {amount}")
+
+
+def number_of(amount: Amount, total: int) -> int:
+    """A number of images; a share of them is rounded, to 1 at least."""
+    return max(1, round(share(amount) * total)) if isinstance(amount, str) else amount
+
+
+def set_aside(amount: Amount, num_images: int) -> tuple[Tensor, Tensor]:
+    """Indices of images for testing, where a set has none of its own, and of the rest.
+
+    The same for every seed.
+
+    Raises:
+        UserError: Nothing would be left.
+    """
+    count = number_of(amount, num_images)
+    if count >= num_images:
+        raise UserError(
+            f"data.test_images: {amount} leave none of {num_images} images to train on; set fewer "
+            "aside"
+        )
+    order = torch.randperm(num_images, generator=torch.Generator().manual_seed(0))
+    return order[:count], order[count:]
+
+
 @dataclass(frozen=True, kw_only=True)
 class HeldOut:
     """The knobs that every data set has: what is held out of its training part.
 
     Attributes:
-        validation_images: Watched during training; at least 1.
-        calibration_images: Initialise quantizers and measure sensitivity; at least 1.
+        validation_images: Watched during training; a number, at least 1, or a share of the
+            training images such as ``0.1x``.
+        calibration_images: Initialise quantizers and measure sensitivity; the same. A share is
+            1,024 images at most.
     """
 
-    validation_images: int
-    calibration_images: int
+    validation_images: Amount
+    calibration_images: Amount
 
     def __post_init__(self) -> None:
         for name in ("validation_images", "calibration_images"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+            check_amount(name, getattr(self, name))
 
-    def split(self, num_images: int) -> tuple[Tensor, Tensor, Tensor]:
+    def split(self, num_images: int, validation: bool = True) -> tuple[Tensor, Tensor, Tensor]:
         """Indices of the validation, calibration and remaining training images.
 
         The same for every seed, so that runs with different seeds are compared on the same images.
 
+        Args:
+            num_images: Of the training part.
+            validation: Whether there are no other images for validation.
+
         Raises:
             UserError: Nothing would be left to train on.
         """
-        rest = num_images - self.validation_images - self.calibration_images
-        if rest < 1:
+        watched = number_of(self.validation_images, num_images) if validation else 0
+        calibrating = number_of(self.calibration_images, num_images)
+        if isinstance(self.calibration_images, str):
+            calibrating = min(calibrating, MOST_CALIBRATION)
+        end = watched + calibrating
+        if num_images - end < 1:
             raise UserError(
                 f"data: validation_images ({self.validation_images}) + calibration_images "
                 f"({self.calibration_images}) leave none of the {num_images} training images to "
-                "train on; hold out fewer"
+                "train on; hold out fewer, or shares of them such as 0.1x"
             )
         order = torch.randperm(num_images, generator=torch.Generator().manual_seed(0))
-        end = self.validation_images + self.calibration_images
-        return order[: self.validation_images], order[self.validation_images : end], order[end:]
+        return order[:watched], order[watched:end], order[end:]
 
 
 def derived_seed(*parts: int | str) -> int:

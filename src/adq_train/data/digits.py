@@ -6,7 +6,14 @@ from dataclasses import dataclass
 
 import torch
 
-from adq_train.data.base import ImageData, Loading
+from adq_train.data.base import (
+    Amount,
+    ImageData,
+    Loading,
+    check_amount,
+    number_of,
+    set_aside,
+)
 from adq_train.data.in_memory import Augmentation, Limited, require_padding, split_in_memory
 
 NUM_IMAGES = 1797
@@ -17,16 +24,19 @@ class Digits(Limited):
     """The digits; the set has no test part of its own, so a fixed random part of it serves.
 
     Attributes:
-        test_images: How many images to set aside for testing, the same for every seed.
+        test_images: How many images to set aside for testing, or which share, the same for every
+            seed.
         crop_padding: Random shift in pixels.
     """
 
-    test_images: int
+    test_images: Amount
     crop_padding: int
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not 0 < self.test_images < NUM_IMAGES:
+        if isinstance(self.test_images, str):
+            check_amount("test_images", self.test_images)
+        if not 0 < number_of(self.test_images, NUM_IMAGES) < NUM_IMAGES:
             raise ValueError(
                 f"test_images must lie in 1 … {NUM_IMAGES - 1}, got {self.test_images}"
             )
@@ -41,8 +51,7 @@ class Digits(Limited):
         # Pixels are 0 … 16, whole numbers; normalisation takes care of the range.
         images = torch.from_numpy(digits.images).to(torch.uint8).unsqueeze(1)
         targets = torch.from_numpy(digits.target).long()
-        order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))
-        test, train = order[: self.test_images], order[self.test_images :]
+        test, train = set_aside(self.test_images, len(images))
         return split_in_memory(
             "digits",
             self.limit(images[train], targets[train]),

@@ -1,322 +1,55 @@
-"""Image folders (``root/train/<class>/*``, ``root/val/<class>/*``), as ImageNet comes."""
+"""Image folders: a folder for each class, below ``train/`` and ``val/`` or by themselves."""
 
 from __future__ import annotations
 
-import hashlib
-import logging
-import os
-from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
 
-import torch
-from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
-from torchvision.transforms import v2
-
-from adq_train.data.base import (
-    ALL,
-    MAX_SIDE,
-    Batch,
-    BatchPlan,
-    HeldOut,
-    ImageData,
-    Loading,
-    Pixels,
-    derived_seed,
-)
-from adq_train.data.listing import Sample, list_images
-from adq_train.data.pictures import UnreadableError, file_size, read_picture, shown
+from adq_train.data.image_files import ImageFiles, Listed
+from adq_train.data.listing import list_images
+from adq_train.data.pictures import shown
 from adq_train.errors import UserError
 
-log = logging.getLogger(__name__)
-
-# ImageNet's customary statistics, as torchvision's pretrained weights expect them.
-MEAN = (0.485, 0.456, 0.406)
-STD = (0.229, 0.224, 0.225)
-
-MAX_BATCH_BYTES = 16_000_000_000
-MAX_WORKERS = 64
-
-Key = tuple[int, int]  # epoch, index
-
-
-class Broken(NamedTuple):
-    """The path of an image that cannot be read, and why."""
-
-    path: str
-    reason: str
-
-
-class _Images(Dataset[tuple[Tensor, int] | Broken]):
-    """Decodes one image; its random crop depends on (seed, epoch, index) alone."""
-
-    def __init__(
-        self, samples: Sequence[Sample], transform: v2.Compose, seed: int, resize: int
-    ) -> None:
-        self.samples = samples
-        self.transform = transform
-        self.seed = seed
-        self.resize = resize
-
-    def __getitem__(self, key: Key) -> tuple[Tensor, int] | Broken:
-        epoch, index = key
-        path, target = self.samples[index]
-        try:
-            image = read_picture(path, "RGB", self.resize)
-        except UnreadableError as error:
-            return Broken(path, str(error))
-        # fork_rng: without workers this runs in the main process, whose stream must not move.
-        with torch.random.fork_rng(devices=[]):
-            # The CPU's alone: torch.manual_seed would restart a GPU's dropout with every image.
-            torch.default_generator.manual_seed(derived_seed(self.seed, epoch, index))
-            return self.transform(image), target
-
-
-def _collate(items: list[tuple[Tensor, int] | Broken]) -> tuple[list[Tensor], list[Broken]]:
-    """Images and targets, perhaps none, and the unreadable ones.
-
-    An exception of a worker would lose its one-line message.
-    """
-    unreadable = [item for item in items if isinstance(item, Broken)]
-    good = [item for item in items if not isinstance(item, Broken)]
-    if not good:  # still a batch of training: other processes may have images of it
-        empty = torch.empty(0, 3, 1, 1, dtype=torch.uint8)
-        return [empty, torch.empty(0, dtype=torch.int64)], unreadable
-    images, targets = zip(*good, strict=True)
-    return [torch.stack(images), torch.tensor(targets)], unreadable
-
-
-class Unreadable:
-    """The images of a run that cannot be decoded; they are left out up to a limit.
-
-    Args:
-        limit: So many may be left out.
-    """
-
-    def __init__(self, limit: int) -> None:
-        self.limit = limit
-        self.found: set[str] = set()
-
-    def add(self, broken: Broken) -> None:
-        """Reports an image when it is met first.
-
-        Raises:
-            UserError: There are more than the limit.
-        """
-        if broken.path in self.found:
-            return
-        self.found.add(broken.path)
-        image = f"{shown(broken.path)} ({broken.reason})"
-        if len(self.found) > self.limit:
-            allowed = f"data.skip_unreadable_images={self.limit} are left out; " * bool(self.limit)
-            raise UserError(
-                f"data.root: cannot read the image {image}; {allowed}replace or remove it, or "
-                "leave out a few with data.skip_unreadable_images"
-            )
-        log.warning(
-            "cannot read the image %s; left out (%d of at most %d, data.skip_unreadable_images)",
-            image,
-            len(self.found),
-            self.limit,
-        )
-
-
-class _Order:
-    """Batches of (epoch, index) keys, shuffled by (seed, epoch) or in order."""
-
-    def __init__(self, plan: BatchPlan, shuffle_seed: int | None) -> None:
-        self.plan = plan
-        self.shuffle_seed = shuffle_seed
-        self.epoch, self.batches, self.images = 0, ALL, ALL
-
-    def __len__(self) -> int:
-        return len(self.plan)
-
-    def __iter__(self) -> Iterator[list[Key]]:
-        order = torch.arange(self.plan.num_images)
-        if self.shuffle_seed is not None:
-            seed = derived_seed(self.shuffle_seed, self.epoch)
-            generator = torch.Generator().manual_seed(seed)
-            order = torch.randperm(self.plan.num_images, generator=generator)
-        for index in range(len(self.plan))[self.batches]:
-            part = order[self.plan.images(index)].tolist()
-            yield [(self.epoch, index) for index in part[self.images]]
-
-
-class FolderBatches:
-    """Batches of decoded images; decoding runs in worker processes, normalising on the device."""
-
-    def __init__(
-        self,
-        samples: Sequence[Sample],
-        transform: v2.Compose,
-        *,
-        folders: Folders,
-        plan: BatchPlan,
-        loading: Loading,
-        shuffle: bool,
-        unreadable: Unreadable,
-    ) -> None:
-        num_workers, device = folders.num_workers, loading.device
-        self.unreadable = unreadable
-        self.order = _Order(plan, loading.seed if shuffle else None)
-        self.device = device
-        self.loader: DataLoader[Any] = DataLoader(
-            _Images(samples, transform, loading.seed, folders.resize),
-            batch_sampler=self.order,
-            collate_fn=_collate,
-            num_workers=num_workers,
-            persistent_workers=num_workers > 0 and shuffle,
-            # Of its own: the loader draws a seed whenever it starts, and dropout's stream must
-            # not depend on how often that is.
-            generator=torch.Generator(),
-            pin_memory=device.type == "cuda",
-        )
-        self.mean = torch.tensor(MEAN, device=device).mul(255).view(1, 3, 1, 1)
-        self.std = torch.tensor(STD, device=device).mul(255).view(1, 3, 1, 1)
-
-    def __len__(self) -> int:
-        return len(self.order)
-
-    def size(self, index: int) -> int:
-        """The number of images in batch ``index``."""
-        return self.order.plan.size(index)
-
-    def epoch(self, epoch: int, batches: slice = ALL, images: slice = ALL) -> Iterator[Batch]:
-        """Some batches of one epoch; only what they hold is decoded.
-
-        A training image that is left alone among broken ones is left out with them: a batch norm
-        over 1 × 1 pixels could not take it.
-
-        Raises:
-            UserError: More images than allowed cannot be decoded; the path of one is named.
-        """
-        self.order.epoch, self.order.batches, self.order.images = epoch, batches, images
-        for batch, unreadable in self.loader:
-            for image in unreadable:
-                self.unreadable.add(image)
-            if self.order.shuffle_seed is not None:
-                if unreadable and len(batch[1]) == 1:
-                    batch = [x[:0] for x in batch]
-            elif not len(batch[1]):
-                continue
-            pixels, targets = (t.to(self.device, non_blocking=True) for t in batch)
-            yield pixels.float().sub_(self.mean).div_(self.std), targets
+TRAIN, TEST = ("train", "training"), ("val", "valid", "validation", "test")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Folders(HeldOut):
-    """ImageNet or any other image folder; ``val/`` is the test part.
+class Folders(ImageFiles):
+    """ImageNet or any other image folder.
 
     Attributes:
-        root: Folder with ``train/`` and ``val/``.
-        image_size: Height and width that the model sees.
-        resize: Shorter side before the centre crop, outside training.
-        num_workers: Processes that decode images; 0 decodes in the main process.
-        skip_unreadable_images: So many images that cannot be decoded are left out; one more is
-            an error.
+        root: Folder with ``train/`` and ``val/``, which is the test part. With ``test_images`` it
+            may also be called ``valid``, ``validation`` or ``test``, or there is ``train/`` alone
+            or the classes themselves, of which so many are set aside.
     """
 
     root: str
-    image_size: int
-    resize: int
-    num_workers: int
-    skip_unreadable_images: int = 0
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        workers = max(MAX_WORKERS, 4 * (os.cpu_count() or 1))
-        if not 0 <= self.num_workers <= workers:
-            raise ValueError(f"num_workers must lie in 0 … {workers}, got {self.num_workers}")
-        if self.skip_unreadable_images < 0:
-            raise ValueError(
-                f"skip_unreadable_images must be at least 0, got {self.skip_unreadable_images}"
-            )
-        if not 0 < self.image_size <= self.resize:
-            raise ValueError(
-                f"image_size must lie in 1 … resize ({self.resize}), got {self.image_size}"
-            )
-        if self.resize > MAX_SIDE:
-            raise ValueError(f"resize must be at most {MAX_SIDE}, got {self.resize}")
-
-    def load(self, loading: Loading) -> ImageData:
-        """Lists the images; they are read batch by batch.
+    def listed(self) -> Listed:
+        """Lists the folders.
 
         Raises:
-            UserError: A folder is missing, the two parts have different classes, a batch would be
-                too large, or more files than allowed cannot be read, as far as that shows now.
+            UserError: A folder is missing, or the two parts have different classes.
         """
-        train = list_images(Path(self.root, "train"))
-        test = list_images(Path(self.root, "val"))
+        root, strict = Path(self.root), self.test_images is None
+        inside = next((root / name for name in TRAIN if strict or (root / name).is_dir()), None)
+        other = next((root / name for name in TEST if strict or (root / name).is_dir()), None)
+        if inside is None and other is not None:
+            raise UserError(f"data.root: {shown(root)} has {other.name}/ and no train/ beside it")
+        train = list_images(inside or root)
+        if inside is None and len(train.classes) < 2:
+            raise UserError(
+                f"data.root: {shown(root)} has no train/ and one folder, "
+                f"{shown(train.classes[0])}; give the folder that holds train/ and val/, or the "
+                "folders of the classes"
+            )
+        if inside is None or other is None:
+            return Listed(root, train.classes, train.samples)
+        test = list_images(other)
         if train.classes != test.classes:
             odd = sorted(set(train.classes) ^ set(test.classes))
             raise UserError(
-                f"data.root: train/ and val/ have different classes (say, {shown(odd[0])})"
+                f"data.root: {inside.name}/ and {other.name}/ have different classes (say, "
+                f"{shown(odd[0])})"
             )
-        self._check_memory(loading)
-        parts = self.split(len(train.samples))
-        validation, calibration, training = ([train.samples[i] for i in p.tolist()] for p in parts)
-
-        to_tensor = v2.PILToTensor()
-        crop = v2.RandomResizedCrop(self.image_size, antialias=True)
-        augment = v2.Compose([crop, v2.RandomHorizontalFlip(), to_tensor])
-        resize = v2.Resize(self.resize, antialias=True)
-        center = v2.Compose([resize, v2.CenterCrop(self.image_size), to_tensor])
-
-        unreadable = Unreadable(self.skip_unreadable_images)
-
-        def batches(
-            samples: Sequence[Sample], at_least: int = 1, shuffle: bool = False
-        ) -> FolderBatches:
-            size = loading.batch_size if shuffle else loading.eval_batch_size
-            return FolderBatches(
-                samples,
-                augment if shuffle else center,
-                folders=self,
-                plan=BatchPlan(len(samples), size, at_least),
-                loading=loading,
-                shuffle=shuffle,
-                unreadable=unreadable,
-            )
-
-        fingerprint = hashlib.sha256()
-        for path, target in (*train.samples, *test.samples):
-            size = -1
-            try:
-                size = file_size(path)
-            except UnreadableError as error:
-                unreadable.add(Broken(path, str(error)))
-            name = os.fsencode(Path(path).relative_to(self.root))
-            fingerprint.update(name + f" {target} {size}\n".encode())
-        return ImageData(
-            name="image_folder",
-            num_classes=len(train.classes),
-            image_shape=(3, self.image_size, self.image_size),
-            fingerprint=fingerprint.hexdigest(),
-            train=batches(training, loading.at_least, shuffle=True),
-            calibration=batches(calibration, at_least=2),
-            validation=batches(validation),
-            test=batches(test.samples),
-            class_names=tuple(map(shown, train.classes)),
-            pixels=Pixels(
-                tuple(255 * x for x in MEAN), tuple(255 * x for x in STD), resize=self.resize
-            ),
-        )
-
-    def _check_memory(self, loading: Loading) -> None:
-        """Refuses batches that would not fit into memory, before one is made.
-
-        Raises:
-            UserError: Says how large one would be.
-        """
-        images = max(loading.batch_size, loading.eval_batch_size)
-        needed = images * 3 * self.image_size**2 * 4
-        if needed > MAX_BATCH_BYTES:
-            raise UserError(
-                f"data.image_size: a batch of {images:,} images of {self.image_size} × "
-                f"{self.image_size} takes {needed / 1e9:,.1f} GB, and at most "
-                f"{MAX_BATCH_BYTES / 1e9:g} GB are allowed; choose smaller images or batches "
-                "(trainer.batch_size, trainer.eval_batch_size)"
-            )
+        return Listed(root, train.classes, train.samples, test=test.samples)

@@ -11,13 +11,16 @@ from torch import Tensor
 
 from adq_train.data.base import (
     ALL,
+    Amount,
     Batch,
     BatchPlan,
     HeldOut,
     ImageData,
     Loading,
     Pixels,
+    check_amount,
     derived_seed,
+    number_of,
 )
 from adq_train.errors import UserError
 
@@ -27,15 +30,16 @@ class Limited(HeldOut):
     """The knobs of a data set of which a part may do.
 
     Attributes:
-        train_images: Only the first so many training images, before any are held out; None: all.
+        train_images: Only the first so many training images, or such a share of them, before any
+            are held out; None: all.
     """
 
-    train_images: int | None = None
+    train_images: Amount | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.train_images is not None and self.train_images < 1:
-            raise ValueError(f"train_images must be at least 1 or null, got {self.train_images}")
+        if self.train_images is not None:
+            check_amount("train_images", self.train_images)
 
     def limit(self, images: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         """The first training images (M, C, H, W) with their targets (M,).
@@ -43,12 +47,13 @@ class Limited(HeldOut):
         Raises:
             UserError: There are fewer than asked for.
         """
-        if self.train_images is not None and self.train_images > len(images):
+        wanted = number_of(self.train_images or len(images), len(images))
+        if wanted > len(images):
             raise UserError(
                 f"data.train_images: {self.train_images} are asked for and there are "
                 f"{len(images)}; null takes all"
             )
-        return images[: self.train_images], targets[: self.train_images]
+        return images[:wanted], targets[:wanted]
 
 
 @dataclass(frozen=True)
@@ -202,6 +207,7 @@ def split_in_memory(
     loading: Loading,
     class_names: tuple[str, ...] = (),
     peak: float = 255.0,
+    validation: tuple[Tensor, Tensor] | None = None,
 ) -> ImageData:
     """Holds validation and calibration images out of the training part and makes the loaders.
 
@@ -217,15 +223,17 @@ def split_in_memory(
         loading: Batch sizes, seed and device.
         class_names: One per class, or none at all.
         peak: The largest value that a pixel can have.
+        validation: As ``train``, where the data set has such a part; otherwise it is held out.
 
     Raises:
         UserError: Nothing would be left to train on, or test images have another shape.
     """
     images, targets = train
-    require_one_shape(images, test[0])
-    parts = held_out.split(len(images))
+    for other in (test, *([validation] if validation else [])):
+        require_one_shape(images, other[0])
+    parts = held_out.split(len(images), validation is None)
     fingerprint = hashlib.sha256()
-    for tensor in (*train, *test):
+    for tensor in (*train, *test, *(validation or ())):
         fingerprint.update(tensor.contiguous().numpy().data)
 
     pixels = images[parts[2]].float().transpose(0, 1).flatten(1)
@@ -247,7 +255,7 @@ def split_in_memory(
             at_least,
         )
 
-    validation, calibration, training = ((images[part], targets[part]) for part in parts)
+    watched, calibration, training = ((images[part], targets[part]) for part in parts)
     return ImageData(
         name=name,
         num_classes=num_classes,
@@ -255,8 +263,9 @@ def split_in_memory(
         fingerprint=fingerprint.hexdigest(),
         train=batches(*training, loading.at_least, training=True),
         calibration=batches(*calibration, at_least=2),
-        validation=batches(*validation),
+        validation=batches(*(validation or watched)),
         test=batches(*test),
         class_names=class_names,
         pixels=Pixels(tuple(mean.tolist()), tuple(std.tolist()), peak),
+        class_counts=tuple(training[1].bincount(minlength=num_classes).tolist()),
     )

@@ -143,5 +143,5 @@ def list_images(folder: Path) -> Listing:
 def _not_classes(folder: Path, reason: str) -> UserError:
     return UserError(
         f"data.root: {shown(folder)} is not a folder of classes with images ({reason}); expected "
-        "train/<class>/*.JPEG and val/<class>/*.JPEG under data.root"
+        "train/<class>/*.jpg and val/<class>/*.jpg, or <class>/*.jpg alone, under data.root"
     )

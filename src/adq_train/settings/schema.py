@@ -229,6 +229,14 @@ class TrainerConfig:
         minimum=0,
         below=1,
     )
+    class_weights: str = setting(
+        "none",
+        "balanced: images of a class weigh the less in the loss the more there are of it, "
+        "N / (K N_c) with N_c of N training images in one of K classes.",
+        FLOAT_MODEL,
+        choices=("none", "balanced"),
+        in_loss=True,
+    )
     gradient_clip_norm: float | None = setting(
         None,
         "Largest L2 norm of the gradients; null leaves them as they are.",

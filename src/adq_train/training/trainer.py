@@ -46,6 +46,25 @@ def part_sizes(num_images: int, count: int) -> list[int]:
     return [*sizes[:-2], size + 1] if size > 1 == sizes[-1] and len(sizes) > 1 else sizes
 
 
+def balanced(data: ImageData) -> Tensor:
+    """N / (K N_c) for each class, (num_classes,): over the training images the mean weight is 1.
+
+    Args:
+        data: N_c of its N training images are of class c, K classes have any.
+
+    Raises:
+        UserError: The data set does not say how many there are.
+    """
+    counts = torch.tensor(data.class_counts, dtype=torch.float32)
+    if len(counts) != data.num_classes or not counts.sum():
+        raise UserError(
+            f"trainer.class_weights: {data.name} does not say how many images each class has; "
+            "its load() can give class_counts, or set class_weights=none"
+        )
+    weights = counts.sum() / ((counts > 0).sum() * counts)
+    return torch.where(counts > 0, weights, 0.0)
+
+
 @dataclass(frozen=True)
 class Sums:
     """What an epoch has added up so far.
@@ -106,6 +125,9 @@ class Trainer:
         self.device = next(model.parameters()).device
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=settings.precision == "fp16")
         self.norms = list(batch_norms(model).values())
+        self.class_weights = (
+            balanced(data).to(self.device) if settings.class_weights == "balanced" else None
+        )
         self.epoch, self.sums, self.seconds, self.began = 0, Sums(), 0.0, 0.0
         self._upkeep = Upkeep(model)
         self._forward = compiled(model, settings.compile)
@@ -250,8 +272,14 @@ class Trainer:
             ) from error
 
         def label_loss() -> Tensor:
-            smoothing = self.settings.label_smoothing
-            return F.cross_entropy(at_least_float32(logits), targets, label_smoothing=smoothing)
+            smoothing, weights = self.settings.label_smoothing, self.class_weights
+            scores = at_least_float32(logits)
+            if weights is None:
+                return F.cross_entropy(scores, targets, label_smoothing=smoothing)
+            # The mean over the images, not over their weights: parts of a batch then add up.
+            return F.cross_entropy(
+                scores, targets, weights, label_smoothing=smoothing, reduction="none"
+            ).mean()
 
         loss: Callable[[], Tensor] = label_loss
         for hook in self.hooks:
