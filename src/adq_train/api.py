@@ -23,6 +23,7 @@ from adq_train.quantization.adq import AdqWeightQuantizer
 from adq_train.quantization.base import MakeActivationQuantizer, MakeWeightQuantizer
 from adq_train.quantization.copies import own_copy
 from adq_train.quantization.describe import describe_layers
+from adq_train.quantization.full_precision import Strictness
 from adq_train.quantization.prepare import Upkeep, quantized_layers
 from adq_train.quantization.target import target_of
 from adq_train.sensitivity.base import Conditions
@@ -56,6 +57,8 @@ def quantize(
     allocator: Allocator | None = None,
     make_weight_quantizer: MakeWeightQuantizer = AdqWeightQuantizer,
     make_activation_quantizer: MakeActivationQuantizer | None = None,
+    strict: bool = False,
+    full_precision: Sequence[str] = (),
     seed: int = 0,
     target: str = "float",
 ) -> nn.Module:
@@ -97,6 +100,8 @@ def quantize(
         make_weight_quantizer: Maps a bit-width to a quantizer.
         make_activation_quantizer: Maps a bit-width to a quantizer; by default N2UQ's, or LSQ's
             for int8.
+        strict: Refuse a model of which a matrix of weights would stay in full precision.
+        full_precision: Names or shell patterns of layers and parameters that may stay so.
         seed: For the sample of inputs, and for random initialisations.
         target: What will run the network: ``float`` arithmetic, or ``int8``, for which weight
             levels lie on int8 grids, and what passes between layers gets eight bits.
@@ -124,7 +129,9 @@ def quantize(
     model, platform = own_copy(model), target_of(target)
     platform.check(model)
     task = prepare_task(model, calibration_batches, Task(forward, output, loss))
-    problem = options.problem(describe_layers(model, task.sample, count=task.count), widths, limits)
+    strictness = Strictness(strict, full_precision)
+    layers = describe_layers(model, task.sample, count=task.count, strictness=strictness)
+    problem = options.problem(layers, widths, limits)
     chooser = _chooser(bits, allocator)
     chooser.check(problem)
     quantizers = make_weight_quantizer, make_activation_quantizer or platform.inputs

@@ -10,7 +10,7 @@ import torch
 from torch import fx, nn
 
 from adq_train.deploy.model import TableModel, assemble
-from adq_train.deploy.packed_layers import PackedLayer
+from adq_train.deploy.packed_layers import PackedLayer, PackedSubclass
 
 log = logging.getLogger(__name__)
 
@@ -21,7 +21,8 @@ class _Tracer(fx.Tracer):
     """Follows forward() down to torch's own layers and to packed ones."""
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return isinstance(m, PackedLayer) or super().is_leaf_module(m, module_qualified_name)
+        own = isinstance(m, PackedLayer | PackedSubclass)
+        return own or super().is_leaf_module(m, module_qualified_name)
 
 
 def foldable(network: nn.Module) -> dict[str, str]:

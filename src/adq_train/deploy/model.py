@@ -15,6 +15,7 @@ from adq_train.deploy.layer_tables import LayerTables, tables_of
 from adq_train.deploy.packed_layers import packed_layer
 from adq_train.errors import UserError
 from adq_train.quantization.copies import own_copy
+from adq_train.quantization.layers import subclass_of
 from adq_train.quantization.prepare import keep_weights, quantized_layers, swap
 from adq_train.settings.targets import TRUSTED_PREFIXES
 
@@ -82,10 +83,14 @@ def float_state(network: nn.Module, layers: Mapping[str, Any]) -> dict[str, Tens
         *network.named_buffers(remove_duplicate=False),
     ]
     found: dict[int, tuple[str, Tensor]] = {}
+    weights, biases = ({f"{layer}.{x}" for layer in layers} for x in ("weight", "bias"))
+    apart: list[str] = []
+    for layer in layers:
+        own = subclass_of(network.get_submodule(layer))  # it may have values of its own
+        parts = ("weight_quantizer.", "input_quantizer.") if own else ("",)
+        apart += [f"{layer}.{part}" for part in parts]
     for name, tensor in named:
-        quantized = any(
-            name.startswith(f"{layer}.") and name != f"{layer}.bias" for layer in layers
-        )
+        quantized = name in weights or (name.startswith(tuple(apart)) and name not in biases)
         if name in kept and not quantized and tensor.is_floating_point():
             found.setdefault(id(tensor), (name, tensor))
     return dict(found.values())

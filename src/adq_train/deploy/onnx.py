@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from adq_train.deploy.formats import METADATA_KEY, Opened, Source, Written, require
 from adq_train.deploy.layer_tables import Staircase
 from adq_train.deploy.model import TableModel, assemble
-from adq_train.deploy.packed_layers import FEW, PackedLayer, Steps, look_up
+from adq_train.deploy.packed_layers import FEW, PackedLayer, PackedSubclass, Steps, look_up
 from adq_train.errors import UserError
 
 
@@ -120,7 +120,7 @@ def onnx_network(model: TableModel, network: nn.Module | None = None) -> nn.Modu
     """The network in operations that ONNX has: lookups, comparisons and the float layers."""
     network = assemble(model, dense=False, network=network)
     for module in network.modules():
-        if isinstance(module, PackedLayer):
+        if isinstance(module, PackedLayer | PackedSubclass):
             module.steps = OnnxSteps(module.steps.stairs)
     return network
 

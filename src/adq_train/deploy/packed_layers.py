@@ -9,6 +9,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from adq_train.deploy.layer_tables import LayerTables, Staircase, WeightTable, uniform_grid
+from adq_train.quantization.layer_weights import computing_with
+from adq_train.quantization.layers import float_form, subclass_of
 
 # Up to this many thresholds, comparing with each is faster than a search.
 FEW = 15
@@ -143,13 +145,40 @@ class PackedLayer(nn.Module):
         return output
 
 
-def packed_layer(layer: nn.Module, tables: LayerTables, dense: bool = True) -> PackedLayer:
-    """The evaluation form of a float layer.
+class PackedSubclass(nn.Module):
+    """A subclass of a layer, whose own ``forward()`` meets the tensors of its tables.
 
     Args:
-        layer: A Conv1d, Conv2d, Conv3d or Linear; taken over.
+        layer: The float layer; its weight is dropped.
+        weight: Gives the weight.
+        steps: Quantizes the input.
+    """
+
+    def __init__(self, layer: nn.Module, weight: Weight | DenseWeight, steps: Steps) -> None:
+        super().__init__()
+        layer.register_parameter("weight", None)
+        self.layer = layer
+        self.weight = weight
+        self.steps = steps
+
+    def forward(self, x: Tensor, *others: Any, **named: Any) -> Tensor:
+        """Maps what the float layer maps."""
+        with computing_with(self.layer, {"weight": self.weight()}):
+            output: Tensor = self.layer(self.steps(x), *others, **named)
+            return output
+
+
+def packed_layer(
+    layer: nn.Module, tables: LayerTables, dense: bool = True
+) -> PackedLayer | PackedSubclass:
+    """The evaluation form of a layer.
+
+    Args:
+        layer: One that can be quantized, float or quantized; taken over.
         tables: Its tables.
         dense: Whether to unpack the weight once; otherwise it stays codes of one byte each.
     """
     weight = DenseWeight(tables.weight) if dense else Weight(tables.weight)
+    if subclass_of(layer):
+        return PackedSubclass(float_form(layer), weight, Steps(tables.input))
     return PackedLayer(layer, weight, Steps(tables.input))

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any
 
@@ -15,17 +14,23 @@ from adq_train.artifacts import LayerInfo
 from adq_train.errors import UserError
 from adq_train.nested import tensors
 from adq_train.quantization.copies import own_copy
+from adq_train.quantization.full_precision import (
+    WARNED,
+    Strictness,
+    in_full_precision,
+    tell,
+    used_elsewhere,
+)
 from adq_train.quantization.layer_weights import (
     evaluating,
     used_weight,
     weight_identity,
     weight_sources,
 )
-from adq_train.quantization.layers import QuantLayer, quantized, quantized_kind
+from adq_train.quantization.layers import QuantSubclass, float_form, quantized, quantized_kind
 from adq_train.quantization.prepare import swap
-from adq_train.quantization.watch import Call, Reads, first_input, intercepted, is_matrix
-
-log = logging.getLogger(__name__)
+from adq_train.quantization.subclasses import refusal
+from adq_train.quantization.watch import Call, Reads, first_input, intercepted
 
 
 def count_macs(layer: nn.Module, input: Tensor, output: Tensor) -> int:
@@ -40,7 +45,11 @@ def count_macs(layer: nn.Module, input: Tensor, output: Tensor) -> int:
 
 @torch.no_grad()
 def describe_layers(
-    model: nn.Module, image: Any, num_classes: int | None = None, count: int | None = None
+    model: nn.Module,
+    image: Any,
+    num_classes: int | None = None,
+    count: int | None = None,
+    strictness: Strictness = WARNED,
 ) -> tuple[LayerInfo, ...]:
     """Runs one image and lists the quantizable layers in the order of their execution.
 
@@ -53,10 +62,12 @@ def describe_layers(
         num_classes: That the data has; None where any number of outputs will do.
         count: Examples in the image, over which what is counted is divided; None: a tensor of one,
             whose outputs must be logits.
+        strictness: Which matrices of weights may stay in full precision.
 
     Raises:
         UserError: The network has no such layer, or is one itself; it does not map the image to
-            logits, one for each class; or it holds a layer where it cannot be replaced.
+            logits, one for each class; it holds a layer where it cannot be replaced; or what must
+            not stay in full precision does.
     """
     require_replaceable(model)
     trial = own_copy(model)
@@ -65,9 +76,11 @@ def describe_layers(
         name: quantized(trial.get_submodule(name), nn.Identity(), nn.Identity())  # type: ignore[arg-type]
         for name in names
     }
+    own = {name: float_form(x) for name, x in layers.items() if isinstance(x, QuantSubclass)}
     before = swap(trial, layers)
     found: dict[str, LayerInfo] = {}
     name_of: dict[object, str] = {}
+    refused: dict[str, str | None] = {}
     aliases: dict[str, None] = {}
     reads = Reads(trial)
     for name, layer in layers.items():
@@ -76,8 +89,12 @@ def describe_layers(
     def record(name: str, forward: Call, *inputs: Any, **named: Any) -> Any:
         layer = layers[name]
         with reads.inside():
-            output = forward(*inputs, **named)
-            x, num_weights = first_input(inputs, named), used_weight(layer).numel()
+            x = first_input(inputs, named)
+            if name in own and name not in refused:
+                refused[name] = refusal(own[name], x, inputs[1:], named)
+            if refused.get(name):
+                return own[name].forward(*inputs, **named)
+            output, num_weights = forward(*inputs, **named), used_weight(layer).numel()
             macs = count_macs(layer, x, output)
         # A weight that is used more than once, by one layer or by several, counts once.
         name = name_of.setdefault(weight_identity(layer), name)
@@ -91,18 +108,14 @@ def describe_layers(
         return forward(*inputs, **named)
 
     with evaluating(trial), intercepted(layers, record), intercepted(before, elsewhere), reads:
-        try:
-            output = trial(image)
-        except UserError:
-            raise
-        except Exception as error:  # its forward() may fail in any way
-            raise UserError(
-                f"model: its forward() fails on {described_input(image)} "
-                f"({type(error).__name__}: {error}); it must take one tensor (N, …)"
-            ) from error
+        output = run(trial, image)
     if count is None:
         check_logits(output, len(image), num_classes)
     require_reachable(aliases, reads)
+    reasons = {name: why for name, why in refused.items() if why}
+    for name in reasons:  # nor can another layer be quantized that uses its weight
+        if other := name_of.pop(weight_identity(layers[name]), None):
+            del found[other]
     if not found:
         raise UserError(
             f"model: none of its {len(layers)} convolution and linear layers is called; a forward "
@@ -110,10 +123,30 @@ def describe_layers(
             if layers
             else "model: it has no convolution or linear layer that could be quantized"
         )
-    warn_full_precision(trial, name_of)
     past = [weight_identity(layers[name]) for name in reads.past]
-    warn_used_elsewhere(trial, {name_of[x]: x for x in past if x in name_of})
+    left = [
+        *in_full_precision(trial, name_of, reasons),
+        *used_elsewhere(trial, {name_of[x]: x for x in past if x in name_of}),
+    ]
+    tell(left, strictness)
     return tuple(per_example(x, count or 1) for x in found.values())
+
+
+def run(trial: nn.Module, image: Any) -> object:
+    """What a network makes of an input.
+
+    Raises:
+        UserError: Its ``forward()`` fails.
+    """
+    try:
+        return trial(image)
+    except UserError:
+        raise
+    except Exception as error:  # its forward() may fail in any way
+        raise UserError(
+            f"model: its forward() fails on {described_input(image)} "
+            f"({type(error).__name__}: {error}); it must take one tensor (N, …)"
+        ) from error
 
 
 def per_example(total: LayerInfo, count: int) -> LayerInfo:
@@ -172,48 +205,6 @@ def require_reachable(aliases: Iterable[str], reads: Reads) -> None:
             f"model: its forward() uses a weight of shape {shape} that is not among its "
             "parameters(); hold modules in an nn.ModuleList or nn.ModuleDict, not in a plain list, "
             "dict or function, and let a forward of your own call the network that it is given"
-        )
-
-
-def warn_full_precision(trial: nn.Module, name_of: Mapping[object, str]) -> None:
-    """Names every matrix of weights that is not the weight of a quantized layer.
-
-    Args:
-        trial: After surgery.
-        name_of: The layer of each quantized weight.
-    """
-    made_from = tuple(f"{name}.parametrizations." for name in name_of.values())
-    for name, module in trial.named_modules():
-        is_layer = isinstance(module, QuantLayer)
-        if (is_layer and weight_identity(module) in name_of) or name.startswith(made_from):
-            continue
-        if all(x in name_of for x in module.parameters(recurse=False) if is_matrix(x)):
-            continue
-        why = f"weights of a {type(module).__name__} are not quantized"
-        if is_layer:
-            why = "its forward() is never called"
-        elif "forward" in vars(module):
-            why = "its forward() is not that of its class"
-        log.warning("%s stays in full precision: %s", name or "the model's own weight", why)
-
-
-def warn_used_elsewhere(trial: nn.Module, weights: Mapping[str, object]) -> None:
-    """Names quantized weights that are also used without calling their layers.
-
-    Args:
-        trial: After surgery.
-        weights: By layer.
-    """
-    for name, weight in weights.items():
-        holders = [
-            other
-            for other, module in trial.named_modules()
-            if not isinstance(module, QuantLayer)
-            and any(x is weight for x in module.parameters(recurse=False))
-        ]
-        log.warning(
-            "%s stays in full precision: it uses the weight of %s without calling that layer",
-            *(", ".join(holders) or "an operation of the model", name),
         )
 
 

@@ -8,7 +8,7 @@ hook before ``forward()``.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -113,3 +113,31 @@ def with_kept_weight(layer: nn.Module) -> nn.Module:
         new.__dict__.pop(name, None)
         new._parameters[name] = nn.Parameter(value.detach().clone())
     return new
+
+
+@contextmanager
+def computing_with(layer: nn.Module, tensors: Mapping[str, Tensor]) -> Iterator[None]:
+    """Other tensors in the place of a layer's weight and bias during a with block.
+
+    Args:
+        layer: Its parameters themselves stay as they are.
+        tensors: By name, ``weight`` or ``bias``.
+
+    Raises:
+        LookupError: The layer keeps one of them nowhere, so that it cannot be replaced.
+    """
+    everywhere = layer._parameters, layer._buffers, vars(layer)
+    places: dict[str, dict[str, Any]] = {}
+    for name in tensors:
+        found = [place for place in everywhere if name in place]
+        if not found:
+            raise LookupError(f"its {name} is none of its parameters")
+        places[name] = found[0]
+    before = {name: place[name] for name, place in places.items()}
+    for name, place in places.items():
+        place[name] = tensors[name]
+    try:
+        yield
+    finally:
+        for name, place in places.items():
+            place[name] = before[name]

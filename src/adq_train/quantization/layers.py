@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.nn.utils.parametrize import type_before_parametrizations
+from torch.nn.utils.parametrize import is_parametrized, type_before_parametrizations
 
 from adq_train.quantization.base import ActivationQuantizer, WeightQuantizer
-from adq_train.quantization.layer_weights import weight_identity
+from adq_train.quantization.layer_weights import computing_with, weight_identity
 
 Operation = Callable[[Tensor, Tensor, Tensor | None], Tensor]
 
@@ -96,10 +97,36 @@ class QuantLinear(nn.Linear):
         return _between_quantized(self, F.linear, input)
 
 
-QuantLayer = QuantConv1d | QuantConv2d | QuantConv3d | QuantConvTranspose2d | QuantLinear
+class QuantSubclass(nn.Module):
+    """A subclass of one of these layers, in which its own ``forward()`` meets quantized tensors.
 
-# Exact types: a subclass may be called in ways that a quantized layer would not see, as
-# nn.MultiheadAttention does with the weights of its projections.
+    What it computes of its weight, as weight standardisation does, it computes of the quantized
+    one. Whether that has any effect, :func:`~.subclasses.refusal` finds out.
+    """
+
+    weight: Tensor
+    bias: Tensor | None
+    weight_quantizer: WeightQuantizer
+    input_quantizer: ActivationQuantizer
+
+    def forward(self, input: Tensor, *others: Any, **named: Any) -> Tensor:
+        """Maps what the subclass maps."""
+        forward = super().forward
+
+        def operation(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+            tensors = {"weight": weight} if bias is None else {"weight": weight, "bias": bias}
+            with computing_with(self, tensors):
+                output: Tensor = forward(x, *others, **named)
+                return output
+
+        return _between_quantized(self, operation, input)
+
+
+QuantLayer = (
+    QuantConv1d | QuantConv2d | QuantConv3d | QuantConvTranspose2d | QuantLinear | QuantSubclass
+)
+
+# Exact types; subclasses become a :class:`QuantSubclass` each.
 QUANTIZED: dict[type[nn.Module], type[QuantLayer]] = {
     nn.Conv1d: QuantConv1d,
     nn.Conv2d: QuantConv2d,
@@ -109,13 +136,24 @@ QUANTIZED: dict[type[nn.Module], type[QuantLayer]] = {
 }
 
 
+@functools.cache
+def _form_of(kind: type[nn.Module]) -> type[QuantSubclass]:
+    """The class of a subclass's quantized layers."""
+    return type(f"Quant{kind.__name__}", (QuantSubclass, kind), {"__module__": kind.__module__})
+
+
 def quantized_kind(layer: nn.Module) -> type[QuantLayer] | None:
     """The class that a float layer becomes, or None where it cannot be quantized.
 
-    A parametrized layer counts as what it was before; one whose ``forward`` was replaced does not.
+    A parametrized layer counts as what it was before; one whose ``forward`` was replaced does not,
+    nor does a parametrized subclass.
     """
+    if "forward" in vars(layer) or isinstance(layer, QuantLayer):
+        return None
     kind = QUANTIZED.get(type_before_parametrizations(layer))
-    return None if "forward" in vars(layer) else kind
+    if kind is None and isinstance(layer, tuple(QUANTIZED)) and not is_parametrized(layer):
+        return _form_of(type(layer))  # type: ignore[arg-type]
+    return kind
 
 
 def quantized(
@@ -124,7 +162,7 @@ def quantized(
     """The quantized form of a float layer; it shares the layer's parameters.
 
     Args:
-        layer: Exactly one of the types in :data:`QUANTIZED`, parametrized or not.
+        layer: One of the types in :data:`QUANTIZED`, parametrized or not, or a subclass.
         weight_quantizer: For its weight.
         input_quantizer: For its input.
 
@@ -134,15 +172,33 @@ def quantized(
     kind = quantized_kind(layer)
     if kind is None:
         raise TypeError(f"cannot quantize a {type(layer).__name__}")
-    generated = type(layer)
-    if generated not in QUANTIZED:
+    if is_parametrized(layer):
         # The class of a parametrized layer has a property for each tensor that is made anew.
-        of_type = {k: v for k, v in vars(generated).items() if k not in vars(kind)}
+        of_type = {k: v for k, v in vars(type(layer)).items() if k not in vars(kind)}
         kind = type(f"Parametrized{kind.__name__}", (kind,), of_type)
     # The same layer under another class: parameters and hooks are shared, their registers not.
     new: QuantLayer = kind.__new__(kind)
     new.__dict__.update({name: copy.copy(value) for name, value in vars(layer).items()})
     new.weight_quantizer, new.input_quantizer = weight_quantizer, input_quantizer
+    return new
+
+
+def subclass_of(layer: nn.Module) -> type[nn.Module] | None:
+    """The subclass whose own ``forward()`` a layer computes with, float or quantized, or None."""
+    if isinstance(layer, QuantSubclass):
+        _, _, kind, *_ = type(layer).__mro__
+        return kind
+    form = quantized_kind(layer)
+    return type(layer) if form and issubclass(form, QuantSubclass) else None
+
+
+def float_form(layer: nn.Module) -> nn.Module:
+    """A quantized subclass of a layer without its quantizers; it shares the layer's parameters."""
+    kind = subclass_of(layer) or type(layer)
+    new: nn.Module = kind.__new__(kind)
+    new.__dict__.update({name: copy.copy(value) for name, value in vars(layer).items()})
+    for name in ("weight_quantizer", "input_quantizer"):
+        new._modules.pop(name, None)
     return new
 
 

@@ -15,6 +15,7 @@ from adq_train.data.base import Batch, ImageData, Loading
 from adq_train.errors import UserError
 from adq_train.quantization.copies import unfuse
 from adq_train.quantization.describe import describe_layers
+from adq_train.quantization.full_precision import Strictness
 from adq_train.run.init_from import Start, open_start, pinned
 from adq_train.sensitivity.base import ReadsAhead
 from adq_train.settings.schema import Config, register
@@ -86,7 +87,8 @@ class Session:
                 network.to(memory_format=torch.channels_last)
         parts.target.check(model)
         images, _ = next(data.calibration.epoch(0))
-        layers = describe_layers(model, images[:1], data.num_classes)
+        strictness = Strictness(config.strict, config.bits.full_precision)
+        layers = describe_layers(model, images[:1], data.num_classes, strictness=strictness)
         problem = problem_of(layers, config.bits, config.budget)
         parts.allocator.check(problem)
         if isinstance(parts.sensitivity, ReadsAhead):

@@ -13,7 +13,7 @@ from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from adq_train.nested import few, tensors
-from adq_train.quantization.layers import QuantLayer
+from adq_train.quantization.layers import QuantLayer, quantized_kind
 from adq_train.task import RUN
 
 log = logging.getLogger(__name__)
@@ -24,15 +24,14 @@ Values = dict[fx.Node, Any]
 class Tracer(fx.Tracer):
     """Lists a network's operations.
 
-    A batch norm of any kind is one, as its mode may change, and a quantized layer, as it may be
-    replaced.
+    A batch norm of any kind is one, as its mode may change, and a layer that can be quantized, as
+    it may be replaced.
     """
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         """Whether a module is one operation."""
-        return isinstance(m, (_BatchNorm, QuantLayer)) or super().is_leaf_module(
-            m, module_qualified_name
-        )
+        own = isinstance(m, (_BatchNorm, QuantLayer)) or quantized_kind(m) is not None
+        return own or super().is_leaf_module(m, module_qualified_name)
 
 
 class Trial(fx.Interpreter):

@@ -175,6 +175,12 @@ class BitsConfig:
         minimum=2,
         maximum=8,
     )
+    full_precision: list[str] = setting(
+        [],
+        "Layers and parameters that may stay in full precision, by name or pattern "
+        "([pos_embed, *.bias_table]): strict does not refuse them, and no warning names them.",
+        NOTHING,
+    )
 
 
 @dataclass(frozen=True)
@@ -384,6 +390,12 @@ class Config:
     dry_run: bool = setting(
         False,
         "Compose, validate, build everything, take two steps of each stage, leave no trace.",
+        NOTHING,
+    )
+    strict: bool = setting(
+        False,
+        "Refuse a model of which a matrix of weights would stay in full precision, unless "
+        "bits.full_precision lists it; false: a warning names it.",
         NOTHING,
     )
     debug: bool = setting(False, "Show the traceback of an error.", NOTHING)
