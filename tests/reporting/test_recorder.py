@@ -92,21 +92,21 @@ def test_an_epoch_is_recorded_in_both_places(tmp_path):
     }
     assert second["epoch"] == 2
     found = events(tmp_path)
-    assert [x.value for x in found.Scalars("movement_thresholds/0")] == [0, 0]
-    curve = found.Scalars("accuracy/validation_top1_percent")
+    assert [x.value for x in found.Scalars("5_movement_thresholds/0")] == [0, 0]
+    curve = found.Scalars("2_accuracy/validation_top1_percent")
     assert [(x.step, x.value) for x in curve] == [(1, 51), (2, 52)]
-    assert [x.value for x in found.Scalars("speed/images_per_second")] == [80, 80]
-    assert [x.value for x in found.Scalars("speed/data_wait_percent")] == [5, 5]
-    levels = [found.Scalars(f"codebook/0/{i}")[0].value for i in range(4)]
+    assert [x.value for x in found.Scalars("4_speed/images_per_second")] == [80, 80]
+    assert [x.value for x in found.Scalars("4_speed/data_wait_percent")] == [5, 5]
+    levels = [found.Scalars(f"6_codebook/0/{i}")[0].value for i in range(4)]
     assert levels == pytest.approx(model[0].weight_quantizer.levels().tolist())
-    assert not [tag for tag in found.Tags()["scalars"] if tag.startswith("codebook/1/")]
+    assert not [tag for tag in found.Tags()["scalars"] if tag.startswith("6_codebook/1/")]
 
 
 def test_pictures_come_four_times_and_at_the_end(tmp_path):
     record(tmp_path, range(1, 8), network(), total=7)
     found = events(tmp_path)
     assert [x.step for x in found.Images("weights_and_levels")] == [2, 4, 6, 7]
-    assert [x.step for x in found.Histograms("weights/0")] == [2, 4, 6, 7]
+    assert [x.step for x in found.Histograms("7_weights/0")] == [2, 4, 6, 7]
 
 
 def test_a_float_model_has_no_levels(tmp_path):
@@ -128,8 +128,8 @@ def test_what_came_after_the_checkpoint_is_dropped_and_done_again(tmp_path):
         *(("pretrain", epoch, 1.0) for epoch in (1, 2, 3)),
         *(("qat", epoch, loss) for epoch, loss in ((1, 1.0), (2, 1.0), (3, 7.0), (4, 7.0))),
     ]
-    curve = [(x.step, x.value) for x in events(tmp_path).Scalars("loss/train")]
-    assert curve == [(1, 1.0), (2, 1.0), (3, 7.0), (4, 7.0)]
+    curve = [(x.step, x.value) for x in events(tmp_path).Scalars("1_loss/train")]
+    assert curve == [(4, 1.0), (5, 1.0), (6, 7.0), (7, 7.0)]  # after the float epochs
 
 
 def test_how_far_the_quantizers_moved_is_recorded_from_calibration_on(tmp_path):

@@ -387,6 +387,13 @@ class Config:
         "run.",
         RESULT,
     )
+    logger: list[str] = setting(
+        ["tensorboard"],
+        "Trackers of the training besides metrics.jsonl, any of tensorboard, csv (metrics.csv), "
+        "mlflow and wandb.",
+        NOTHING,
+        choices=("tensorboard", "csv", "mlflow", "wandb"),
+    )
     dry_run: bool = setting(
         False,
         "Compose, validate, build everything, take two steps of each stage, leave no trace.",

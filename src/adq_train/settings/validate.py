@@ -152,7 +152,8 @@ def _section_problems(config: dict[str, Any]) -> Iterator[str]:
                     yield f"{name}: must be a number, got {number!r}"
                 elif allowed and number is not None and (wrong := allowed.problem(number)):
                     yield f"{name}: {wrong}"
-            if declared.choices and value not in declared.choices:
+            words = value if isinstance(value, list) else [value]
+            if declared.choices and not set(words) <= set(declared.choices):
                 yield f"{name}: must be one of {', '.join(declared.choices)}, got {value!r}"
     for key, value in leaves(config):
         if isinstance(value, float) and not math.isfinite(value):

@@ -5,11 +5,13 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
 from torch import nn
 
+from adq_train.reporting.loggers import started
 from adq_train.run.artifact_files import float_key
 from adq_train.run.folder import RunFolder, read_metrics
 from adq_train.run.session import Session
@@ -43,6 +45,7 @@ def pretrain(session: Session, folder: RunFolder) -> None:
             session, folder, model, config.model, settings.epochs, "pretrain", checkpoint
         )
         if session.ranks.is_main:
+            _tell_trackers(config.logger, shared, folder.path)
             _copy_metrics(shared, folder.path)
     if session.ranks.is_main:  # for the runs that begin where this one ends
         state = {"key": float_key(config.plain()), "model": model.state_dict()}
@@ -127,6 +130,15 @@ def train_float(
     name = shared.folder.name
     folder.goes_on_with(stage, session.data.fingerprint, weights_digest(model), name)
     return shared.folder
+
+
+def _tell_trackers(names: Sequence[str], source: Path, target: Path) -> None:
+    """Gives a run's trackers the records of a float training that another run has made."""
+    if any(x["stage"] == "pretrain" for x in read_metrics(target / "metrics.jsonl")):
+        return
+    records = read_metrics(source / "metrics.jsonl")
+    for logger in started(names, target, "pretrain", records, len(records)):
+        logger.close()
 
 
 def _copy_metrics(source: Path, target: Path) -> None:

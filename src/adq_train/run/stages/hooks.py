@@ -35,10 +35,11 @@ def float_hooks(
         key: What the float model depends on.
         stage: ``pretrain`` or ``teacher``.
     """
+    names = session.config.logger if stage == "pretrain" else ()
     return [
         *training_hooks(session, model, stage),
         # A float model is recorded as such: another run's teacher may be this one's model.
-        Recorder(shared, "pretrain"),
+        Recorder(shared, "pretrain", names, folder.path),
         *_keeping_hooks(session, folder, shared, key, stage),
     ]
 
@@ -54,7 +55,7 @@ def qat_hooks(session: Session, folder: RunFolder, model: nn.Module, key: str) -
     """
     return [
         *training_hooks(session, model, QAT),
-        Recorder(folder.path, QAT),
+        Recorder(folder.path, QAT, session.config.logger),
         *_keeping_hooks(session, folder, folder.path, key, QAT),
     ]
 
