@@ -213,6 +213,19 @@ def test_an_onnx_file_of_ones_own_network(tmp_path, model, images):
     assert [x.name for x in tmp_path.iterdir()] == ["model.onnx"]
 
 
+def test_integers_of_ones_own_network(tmp_path, model, images):
+    pytest.importorskip("ai_edge_litert")
+    with pytest.raises(UserError, match="not one of target=int8"):
+        export(model, tmp_path / "model.tflite", images)
+    torch.manual_seed(0)
+    integers = adq_train.quantize(Network(), [images], average_bits=3, target="int8")
+    file = tmp_path / "model.tflite"
+    agreement = export(trained(integers, images), file, images)
+    assert (agreement.num_images, agreement.different) == (32, 0)
+    assert file.read_bytes()[4:8] == b"TFL3"
+    assert [x.name for x in tmp_path.iterdir()] == ["model.tflite"]
+
+
 def test_the_model_is_left_as_it_was(tmp_path, model, images):
     model.train()
     before = copy.deepcopy(model.state_dict())

@@ -5,6 +5,7 @@ import sys
 import numpy as np
 import pytest
 import torch
+from helpers import QUICK
 from PIL import Image
 
 import adq_train
@@ -165,6 +166,27 @@ def test_paths_may_begin_at_home(finished_run, program, monkeypatch, tmp_path):
     assert (tmp_path / "x.safetensors").is_file()
     root = program(eval_main, "~/x.safetensors", "data=imagenet", "data.root=~/nowhere")[2]
     assert f"{tmp_path}/nowhere" in root
+
+
+def test_integers_from_a_run_to_its_classes(finished_run, cli, program, tmp_path):
+    pytest.importorskip("ai_edge_litert")
+    code, _, err = program(export_main, finished_run, "format=tflite")
+    assert code == 1
+    assert "not one of target=int8" in err
+    assert not (finished_run / "export" / "model.tflite").exists()
+    made = cli(*QUICK, f"init_from={finished_run}", "target=int8", "trainer.epochs=0", "run_dir=r")
+    assert made.code == 0
+    run = tmp_path / "r"
+    code, out, _ = program(export_main, run, "format=tflite", "tolerance=0.1")
+    assert code == 0
+    assert re.search(r"verified  in LiteRT on 64 test images: (the same|another top-1 on)", out)
+    figures = []
+    for path in (run, run / "export" / "model.tflite"):
+        code, out, _ = program(eval_main, path, "json=true")
+        figures.append(json.loads(out))
+    assert [x["form"] for x in figures] == ["run", "tflite"]
+    assert figures[0]["top1_percent"] == pytest.approx(figures[1]["top1_percent"], abs=5)
+    assert figures[1]["num_images"] == 64
 
 
 class Other(torch.nn.Module):

@@ -239,16 +239,17 @@ def test_a_linear_layer_finds_its_columns_behind_an_image(rng, kernels):
     assert_close(got, on_grid(exact, grid), share=0.06)
 
 
-def test_sixteen_bits_hold_any_logit(rng, kernels):
-    # The largest input that there can be, with the signs of one row of weights.
+@pytest.mark.parametrize("grid", [IMAGES, Grid(0.0517, 0, 255)], ids=["signed", "unsigned"])
+def test_sixteen_bits_hold_any_logit(rng, kernels, grid):
+    """Also the largest that there can be, of an input with the signs of a row of weights."""
     signs = rng.choice([-1, 1], (10, 64))
     layer = Weighted(127 * signs, np.full(10, 0.001), None)
-    codes = signs[3] * np.array([[127], [0], [-127]])
+    codes = np.where(np.stack([signs[3], -signs[3]]) > 0, grid.high, grid.low)
     exact = exact_layer(layer, codes * STEP8, F.linear)
     got, step = run_layers(
-        codes, IMAGES, lambda e, x: e.linear(x, layer, Target("fc", None)), kernels
+        codes, grid, lambda e, x: e.linear(x, layer, Target("fc", None)), kernels
     )
-    assert np.abs(exact).max() > 0.9 * step * 32767
+    assert 0.5 * step * 32767 < np.abs(exact).max() <= step * 32768
     assert np.abs(got - exact).max() < 0.6 * step
 
 

@@ -48,6 +48,10 @@ def test_without_rounding_no_tie_is_near():
     found = compare(first, second, IMAGES)
     assert (found.different, found.near_ties) == (1, 0)
     assert found.largest_difference == pytest.approx(1e-3, rel=1e-3)
+    # A runtime that rounds its outputs says how far: the margin of 0.001 is within twice that.
+    for resolution, near in ((0.00049, 0), (0.00051, 1)):
+        found = compare(first, second, IMAGES, resolution)
+        assert (found.different, found.near_ties) == (1 - near, near)
     assert compare(first, first, IMAGES) == Agreement(4, 0, 0.0)
     assert words(compare(first, first, IMAGES)) == "the same top-1 on every one"
 

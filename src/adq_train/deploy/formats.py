@@ -57,11 +57,13 @@ class Written:
         content: Its bytes.
         sizes: The parts of a packed file.
         remarks: What a user is to know about it, a line each.
+        resolution: How far rounding moves an output, at least: half a step where outputs have one.
     """
 
     content: bytes
     sizes: Sizes | None = None
     remarks: tuple[str, ...] = ()
+    resolution: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -156,6 +158,16 @@ FORMATS = {
         Format(
             "onnx", ".onnx", "onnx", "onnxruntime", "standard ONNX operations, codes and lookups",
             "export", ("onnx", "onnxscript", "onnxruntime"),
+        ),
+        Format(
+            "tflite", ".tflite", "tflite", "LiteRT",
+            "integers for LiteRT (TensorFlow Lite); for runs with target=int8",
+            "edge", ("ai_edge_litert",),
+        ),
+        Format(
+            "tflm", ".tflm.tflite", "tflm", "TensorFlow Lite Micro",
+            "the same with packed weights, for microcontrollers",
+            "micro", ("ai_edge_litert", "tflite_micro"),
         ),
     )
 }  # fmt: skip

@@ -19,12 +19,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from adq_train.deploy.integer import LARGEST_BIAS
 from adq_train.deploy.tflite_file import Operation, Value
 
 INT8_LOWEST, INT8_TOP, INT16_TOP = -128, 127, 32767
 INT8_SPAN = 255
-# Of int32: a bias leaves as much again for the sum that it is added to.
-LARGEST_BIAS = 1 << 30
 FUSED_RELU = {"fusedActivationFunction": 1}
 SAME, VALID = 0, 1
 
@@ -444,8 +443,10 @@ class Emitter:
 
         if target.grid:
             return self._on_grid(target.grid, name, Codes(replace(x.value, shape=shape)), append)
-        sums = np.abs(np.moveaxis(weight, kind.axis, 0)).reshape(len(scale), -1).sum(1)
-        bound = float(((sums * x.largest + np.abs(bias)) * steps).max())
+        flat = np.moveaxis(weight, kind.axis, 0).reshape(len(scale), -1).astype(np.float64)
+        up, down = flat.clip(min=0).sum(1), flat.clip(max=0).sum(1)
+        ends = [up * a + down * b + bias for a, b in ((x.high, x.low), (x.low, x.high))]
+        bound = float((np.abs(ends) * steps).max())
         return self._on_wide(bound, name, shape, append, target.relu)
 
 

@@ -62,7 +62,8 @@ def write_checked(
     writer = kind.writer()
     written = writer.write(source)
     path.write_bytes(written.content)
-    agreement = compare(writer.reference(source), writer.run(path, source), batches)
+    first, second = writer.reference(source), writer.run(path, source)
+    agreement = compare(first, second, batches, written.resolution)
     if not kind.exact:
         require_same_classes(agreement, tolerance, kind.runtime)
     elif source.float_type is torch.float32 and not source.tables.folded:
@@ -71,8 +72,16 @@ def write_checked(
 
 
 @torch.no_grad()
-def compare(first: nn.Module, second: nn.Module, batches: Iterable[Any]) -> Agreement:
+def compare(
+    first: nn.Module, second: nn.Module, batches: Iterable[Any], resolution: float = 0.0
+) -> Agreement:
     """Runs two networks on the same images (N, C, H, W), or what else they take.
+
+    Args:
+        first: The one to compare with.
+        second: The other.
+        batches: Images.
+        resolution: How far rounding moves a logit of the second, at least.
 
     Raises:
         UserError: Their logits have different shapes, or are not finite.
@@ -91,7 +100,7 @@ def compare(first: nn.Module, second: nn.Module, batches: Iterable[Any]) -> Agre
         count += len(a)
         largest = max(largest, float((a - b).abs().max()))
         margins += _margins(a, b)
-    rounding = rounding_of(first, samples) if margins else 0.0
+    rounding = max(rounding_of(first, samples), resolution) if margins else 0.0
     # Two logits can move towards each other, each by so much.
     near = sum(margin <= 2 * rounding for margin in margins)
     return Agreement(count, len(margins) - near, largest, near, rounding)
