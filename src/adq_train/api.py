@@ -151,8 +151,17 @@ def quantize(
     quantized = calibrated(model, allocation, make, [x for x, _ in task.batches], seed, platform)
     counted = achieved(quantized, task.sample, problem.pinned, task.count or 1)
     require_achieved(allocation, counted)
-    quantized.__class__ = task.kind
+    _give_back(quantized, type(model), task.kind)
     return carrying(quantized, table, allocation, quantizers, target)
+
+
+def _give_back(quantized: nn.Module, prepared: type[nn.Module], own: type[nn.Module]) -> None:
+    """Gives a network its own class back, in place; a target may have given it a forward()."""
+    made = type(quantized)
+    if made is prepared:
+        quantized.__class__ = own
+    elif prepared is not own:
+        quantized.__class__ = type(own.__name__, (own,), {"forward": made.forward})
 
 
 def _chooser(bits: Mapping[str, int | list[int]] | None, allocator: Allocator | None) -> Allocator:

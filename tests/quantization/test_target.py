@@ -86,6 +86,18 @@ def test_a_network_of_ones_own_for_integers(tmp_path, inputs):
     assert again.adq.target == "int8"
 
 
+def test_edges_stay_where_batches_go_in_in_a_way_of_their_own():
+    torch.manual_seed(0)
+    model = adq_train.quantize(
+        Residual(), [{"picture": IMAGES}], average_bits=3, target="int8",
+        forward=lambda net, batch: net(batch["picture"]),
+    )  # fmt: skip
+    assert isinstance(model, Residual)
+    before = model.eval()(IMAGES)
+    edge_quantizers(model)[0].log_step.data += 1
+    assert not torch.equal(model(IMAGES), before)
+
+
 def test_what_cannot_be_is_refused_before_anything_is_measured():
     class Gated(Residual):
         def forward(self, x):
