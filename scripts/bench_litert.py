@@ -36,6 +36,7 @@ from adq_train.deploy.tflite import program_of
 from adq_train.deploy.tflite_file import Operation, Program, Value, file_bytes
 from adq_train.deploy.tflm import compressed
 from adq_train.models import CifarResNetModel, TorchvisionModel
+from adq_train.quantization.describe import describe_layers
 
 NETWORKS = {
     "resnet8": (CifarResNetModel(depth=8, width=16), 10, (1, 8, 8)),
@@ -82,7 +83,10 @@ def write_files(name: str, bits: int, folder: Path) -> torch.Tensor:
         warnings.simplefilter("ignore")
         program = torch.onnx.export(network, (images[:1],), dynamo=True, verbose=False)
     (folder / "onnx_float").write_bytes(program.model_proto.SerializeToString())
-    quantized = adq_train.quantize(network, [images], average_bits=bits, target="int8")
+    names = [x.name for x in describe_layers(network, images[:1])]
+    quantized = adq_train.quantize(
+        network, [images], bits=dict.fromkeys(names[1:-1], bits), target="int8"
+    )
     integers = program_of(integer_network(quantized), images)
     forms = {"litert_float": as_float(integers), "tflite": integers, "tflm": compressed(integers)}
     for form, content in forms.items():
@@ -107,7 +111,7 @@ def networks_beside(name: str, bits: int, rounds: int) -> None:
                 network(image)
                 if number >= 3:
                     times[form].append(1000 * (time.perf_counter() - began))
-        print(f"{name}, {bits} bits on average, one image, {torch.get_num_threads()} threads")
+        print(f"{name}, {bits} bits, one image, {torch.get_num_threads()} threads")
         for form in ("onnx_float", "litert_float", "tflite", "tflm"):
             size = (folder / form).stat().st_size
             spent = f"{statistics.median(times[form]):9.3f}" if form in times else "        -"
@@ -154,7 +158,7 @@ def rescaling(pairs: int) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("what", choices=[*NETWORKS, "rescaling"])
-    parser.add_argument("--bits", type=float, default=4)
+    parser.add_argument("--bits", type=int, default=4)
     parser.add_argument("--rounds", type=int, default=50)
     parser.add_argument("--threads", type=int, default=1)
     arguments = parser.parse_args()
