@@ -117,7 +117,7 @@ def clean(root: Path, dry_run: bool = False) -> Iterator[Leftover]:
     if not root.is_dir():
         raise UserError(f"{root} is not a folder; give that of the runs, such as outputs")
     for folder, found in leftovers(root):
-        if dry_run or (not found and any(folder.iterdir())):
+        if dry_run or (not found and any(x.is_file() for x in folder.rglob("*"))):
             yield from found
             continue
         lock = FolderLock(folder)
