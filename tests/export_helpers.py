@@ -8,11 +8,13 @@ from typing import Any
 import torch
 from omegaconf import OmegaConf
 from torch import nn
+from torch.nn import functional as F
 
 from adq_train.artifacts import BitAllocation, LayerBits
 from adq_train.data.base import InputFormat, Pixels
 from adq_train.deploy.layer_tables import tables_of
 from adq_train.deploy.model import TableModel, float_state
+from adq_train.models import CifarResNet
 from adq_train.quantization.describe import describe_layers
 from adq_train.quantization.prepare import prepare, quantized_layers
 from adq_train.quantization.target import target_of
@@ -102,3 +104,34 @@ def int8_network(
         (make("weight_quantizer", weights), make("activation_quantizer", inputs))
     )
     return calibrated(network, allocation, makers, [images], 0, chosen).eval()
+
+
+SHAPE = (1, 8, 8)
+
+
+class Mixed(nn.Module):
+    """What the ResNets lack: groups, a stride, a bias, concatenation, both pools, a view."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.norm = nn.Conv2d(1, 4, 3, 2, "valid"), nn.BatchNorm2d(4)
+        self.left = nn.Conv2d(4, 4, 3, padding="same", groups=2)
+        self.right = nn.Conv2d(4, 4, 1)
+        self.pool, self.drop = nn.MaxPool2d(2, 1), nn.Dropout(0.2)
+        self.head = nn.Linear(8, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = F.relu6(self.norm(self.first(x)))
+        x = torch.cat([torch.relu(self.left(x)), self.right(x)], 1)
+        x = F.avg_pool2d(self.pool(x), 2)
+        return self.head(self.drop(x.view(x.size(0), -1)))
+
+
+def networks() -> dict[str, nn.Module]:
+    """Small networks that integers can compute."""
+    torch.manual_seed(1)
+    return {
+        "resnet": CifarResNet(8, 4, 5, 1),
+        "preact": CifarResNet(8, 4, 5, 1, preact=True),
+        "mixed": Mixed(),
+    }

@@ -127,7 +127,7 @@ def quantize(
         dict(pinned or {}),
     )
     model, platform = own_copy(model), target_of(target)
-    platform.check(model)
+    platform.num_edges(model)  # it refuses what it cannot take before anything is measured
     task = prepare_task(model, calibration_batches, Task(forward, output, loss))
     strictness = Strictness(strict, full_precision)
     layers = describe_layers(model, task.sample, count=task.count, strictness=strictness)

@@ -18,7 +18,6 @@ PROGRAMS = {
     "pareto": "adq-pareto",
     "export": "adq-export",
     "evaluate": "adq-eval",
-    "clean": "adq-clean",
 }
 
 

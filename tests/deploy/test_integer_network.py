@@ -3,9 +3,8 @@
 import pytest
 import torch
 import torchvision
-from export_helpers import int8_network
+from export_helpers import SHAPE, int8_network, networks
 from torch import nn
-from torch.nn import functional as F
 
 from adq_train.deploy.integer import (
     IntegerConv2d,
@@ -19,35 +18,6 @@ from adq_train.deploy.integer import (
 from adq_train.errors import UserError
 from adq_train.models import CifarResNet
 from adq_train.quantization.prepare import quantized_layers
-
-SHAPE = (1, 8, 8)
-
-
-class Mixed(nn.Module):
-    """What the ResNets lack: groups, a stride, a bias, concatenation, both pools, a view."""
-
-    def __init__(self):
-        super().__init__()
-        self.first, self.norm = nn.Conv2d(1, 4, 3, 2, "valid"), nn.BatchNorm2d(4)
-        self.left = nn.Conv2d(4, 4, 3, padding="same", groups=2)
-        self.right = nn.Conv2d(4, 4, 1)
-        self.pool, self.drop = nn.MaxPool2d(2, 1), nn.Dropout(0.2)
-        self.head = nn.Linear(8, 3)
-
-    def forward(self, x):
-        x = F.relu6(self.norm(self.first(x)))
-        x = torch.cat([torch.relu(self.left(x)), self.right(x)], 1)
-        x = F.avg_pool2d(self.pool(x), 2)
-        return self.head(self.drop(x.view(x.size(0), -1)))
-
-
-def networks():
-    torch.manual_seed(1)
-    return {
-        "resnet": CifarResNet(8, 4, 5, 1),
-        "preact": CifarResNet(8, 4, 5, 1, preact=True),
-        "mixed": Mixed(),
-    }
 
 
 @pytest.fixture(scope="module")

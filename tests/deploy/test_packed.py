@@ -8,14 +8,18 @@ from dataclasses import replace
 
 import pytest
 import torch
-from export_helpers import RESNET8, quantized_network, torchvision
+from export_helpers import RESNET8, SHAPE, int8_network, quantized_network, torchvision
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load, load_file, save, save_file
 
 import adq_train
+from adq_train.data.base import InputFormat
+from adq_train.deploy.fold import fold_batch_norms
+from adq_train.deploy.model import tables_of_network
 from adq_train.deploy.packed import packed_bytes, read_packed
 from adq_train.errors import UserError
+from adq_train.models import CifarResNet
 
 
 @pytest.fixture
@@ -68,6 +72,46 @@ def test_logits_are_the_trained_networks_bit_for_bit(tmp_path, how):
         expected = network(images)
         assert torch.equal(adq_train.load_packed(path)(images), expected)
         assert torch.equal(adq_train.load_packed(path, unpack_weights=False)(images), expected)
+
+
+@pytest.fixture(scope="module")
+def with_edges():
+    """A network for integers, and its tables."""
+    network = int8_network(CifarResNet(8, 4, 10, 1), SHAPE)
+    tables = tables_of_network(network)
+    return network, replace(tables, model=RESNET8, expects=InputFormat(10, SHAPE))
+
+
+def test_edges_between_layers_come_back_bit_for_bit(with_edges, tmp_path):
+    network, model = with_edges
+    assert len(model.edges) == 7
+    path, images = tmp_path / "model.safetensors", torch.randn(50, *SHAPE)
+    path.write_bytes(packed_bytes(model)[0])
+    assert read_packed(path).edges == model.edges
+    with torch.no_grad():
+        expected = network(images)
+        for way in ({}, {"unpack_weights": False}, {"network": network}):
+            assert torch.equal(adq_train.load_packed(path, **way)(images), expected)
+        path.write_bytes(packed_bytes(fold_batch_norms(model))[0])
+        folded = adq_train.load_packed(path)
+        assert not [x for x in folded.modules() if isinstance(x, torch.nn.BatchNorm2d)]
+        assert (folded(images) - expected).abs().median() < 1e-4
+    # A program of before there were edges must not leave them out.
+    assert b'"format_version":"2"' in path.read_bytes()
+    path.write_bytes(packed_bytes(replace(model, edges=()))[0])
+    assert b'"format_version":"1"' in path.read_bytes()
+
+
+@pytest.mark.parametrize(
+    "ends",
+    [[[0, 255]] * 6, [[0, 255]] * 8, [[1, 255]] * 7, [[0, 256]] * 7, [[0.0, 255]] * 7, [7] * 7, 7],
+)
+def test_edges_that_lie_are_refused(with_edges, tmp_path, ends):
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(packed_bytes(with_edges[1])[0])
+    with_index(path, lambda x: x.update(edges=ends))
+    with pytest.raises(UserError, match=r"model\.safetensors"):
+        adq_train.load_packed(path)
 
 
 def test_sizes_are_what_the_allocation_promises(small):
@@ -149,8 +193,8 @@ def test_other_files_are_named_as_such(written, tmp_path):
 
 
 def test_a_newer_format_asks_for_an_update(written):
-    changed(written, format_version="2")
-    with pytest.raises(UserError, match="format version 2, this adq-train reads up to 1; update"):
+    changed(written, format_version="3")
+    with pytest.raises(UserError, match="format version 3, this adq-train reads up to 2; update"):
         adq_train.load_packed(written)
 
 

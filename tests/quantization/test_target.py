@@ -1,5 +1,7 @@
 """What a user meets who asks for integers."""
 
+import copy
+
 import pytest
 import torch
 from hydra import compose, initialize_config_module
@@ -96,6 +98,24 @@ def test_edges_stay_where_batches_go_in_in_a_way_of_their_own():
     before = model.eval()(IMAGES)
     edge_quantizers(model)[0].log_step.data += 1
     assert not torch.equal(model(IMAGES), before)
+
+
+@pytest.mark.parametrize(
+    ("network", "batch", "settings"),
+    [
+        (Residual(), {"x": IMAGES}, {}),
+        (Residual(), (IMAGES, torch.zeros(16).long()), {"loss": nn.CrossEntropyLoss()}),
+        (torch.fx.symbolic_trace(Residual()), IMAGES, {}),
+    ],
+    ids=["named inputs", "loss", "GraphModule"],
+)
+def test_edges_stay_whatever_the_network_is_called_with(network, batch, settings):
+    model = adq_train.quantize(network, [batch], average_bits=3, target="int8", **settings)
+    assert isinstance(model, Residual | torch.fx.GraphModule)
+    before, other = model(IMAGES), copy.deepcopy(model)
+    edge_quantizers(other)[0].log_step.data += 2
+    assert not torch.equal(other(IMAGES), before)
+    assert torch.equal(model(IMAGES), before)
 
 
 def test_what_cannot_be_is_refused_before_anything_is_measured():

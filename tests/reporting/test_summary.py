@@ -8,7 +8,7 @@ from helpers import ALLOCATION, LEVELS, RESULT, TABLE
 from rich.console import Console
 
 from adq_train.artifacts import LayerLevels, LevelCounts
-from adq_train.reporting.summary import kilobytes, render, total_bytes, unused_levels
+from adq_train.reporting.summary import Counts, kilobytes, render, total_bytes, unused_levels
 
 
 def text_of(**changes):
@@ -16,14 +16,15 @@ def text_of(**changes):
     arguments = {
         "table": TABLE, "allocation": ALLOCATION, "levels": LEVELS, "result": RESULT,
     } | changes  # fmt: skip
-    content = render(**arguments, num_float_values=50, folder=Path("a/run"))
+    content = render(**{"counts": Counts(50), **arguments}, folder=Path("a/run"))
     Console(file=file, width=120).print(content)
     return file.getvalue()
 
 
 def test_everything_that_inference_needs_is_counted():
     tables = (256 + 256) + (4 + 4)
-    assert total_bytes(ALLOCATION, 50) == 351 + 4 * (tables + 50)
+    assert total_bytes(ALLOCATION, Counts(50)) == 351 + 4 * (tables + 50)
+    assert total_bytes(ALLOCATION, Counts(50, 3)) == 351 + 4 * (tables + 53)
 
 
 def test_accuracy_comes_with_its_standard_error():
@@ -37,6 +38,13 @@ def test_sizes_are_compared_with_float32():
     text = text_of()
     assert f"{4 * 1101 / 351:.1f} times smaller than the 4.4 kB of float32" in text
     assert "2.00 weights, 2.00 activations (2.54 over all weights" in text
+
+
+def test_a_network_for_integers_says_so():
+    assert "target" not in text_of()
+    assert "int8: weight levels on int8 grids, 3 values between layers at 8 bits" in text_of(
+        counts=Counts(50, 3)
+    )
 
 
 def test_negative_sensitivities_are_shown_as_they_are():
@@ -74,6 +82,6 @@ def test_long_paths_are_not_cut(tmp_path):
     file = io.StringIO()
     folder = Path("x" * 200)
     Console(file=file, width=80, soft_wrap=True).print(
-        render(TABLE, ALLOCATION, LEVELS, RESULT, num_float_values=50, folder=folder)
+        render(TABLE, ALLOCATION, LEVELS, RESULT, Counts(50), folder=folder)
     )
     assert f"tensorboard --logdir {folder}" in file.getvalue()

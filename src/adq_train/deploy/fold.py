@@ -10,19 +10,12 @@ import torch
 from torch import fx, nn
 
 from adq_train.deploy.model import TableModel, assemble
-from adq_train.deploy.packed_layers import PackedLayer, PackedSubclass
+from adq_train.deploy.packed_layers import PackedLayer, PackedSubclass, Rescale
+from adq_train.quantization.graph import Tracer
 
 log = logging.getLogger(__name__)
 
 NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
-
-
-class _Tracer(fx.Tracer):
-    """Follows forward() down to torch's own layers and to packed ones."""
-
-    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        own = isinstance(m, PackedLayer | PackedSubclass)
-        return own or super().is_leaf_module(m, module_qualified_name)
 
 
 def foldable(network: nn.Module) -> dict[str, str]:
@@ -33,7 +26,7 @@ def foldable(network: nn.Module) -> dict[str, str]:
             traced has none.
     """
     try:
-        graph = _Tracer().trace(network)
+        graph = Tracer((PackedLayer, PackedSubclass, Rescale)).trace(network)
     except Exception as error:  # a forward() may do anything with the proxies that it gets
         log.warning("no batch norm is folded: the model cannot be traced (%s)", error)
         return {}

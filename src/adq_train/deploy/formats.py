@@ -119,6 +119,8 @@ class Format:
         packages: What that extra brings, as they are imported.
         exact: Whether the file is promised to be the trained network, bit for bit. Then it is
             compared on random images, otherwise on the test set.
+        integer: Whether the file is an integer network (``target=int8``), which rounds more than
+            the trained network does: on how many images that shows is reported.
         float16: Whether ``float_type`` is a choice.
     """
 
@@ -130,6 +132,7 @@ class Format:
     extra: str = ""
     packages: tuple[str, ...] = ()
     exact: bool = False
+    integer: bool = False
     float16: bool = False
 
     @property
@@ -158,6 +161,10 @@ FORMATS = {
         Format(
             "onnx", ".onnx", "onnx", "onnxruntime", "standard ONNX operations, codes and lookups",
             "export", ("onnx", "onnxscript", "onnxruntime"),
+        ),
+        Format(
+            "qdq", ".qdq.onnx", "qdq", "onnxruntime", "int8 ONNX, fast on CPUs (target=int8)",
+            "export", ("onnx", "onnxruntime"), integer=True,
         ),
         Format(
             "tflite", ".tflite", "tflite", "LiteRT",

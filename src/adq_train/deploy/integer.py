@@ -13,6 +13,7 @@ from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
 from adq_train.deploy.layer_tables import Staircase, staircase, uniform_grid, weight_table
+from adq_train.deploy.packed_layers import Rescale as Rescale
 from adq_train.errors import UserError
 from adq_train.quantization.copies import own_copy
 from adq_train.quantization.edges import edges
@@ -25,28 +26,6 @@ from adq_train.quantization.prepare import keep_weights
 # Of int32: a bias leaves as much again for the sum that it is added to.
 LARGEST_BIAS = 2**30
 CURE = "train it with target=int8, or with init_from=RUN_FOLDER target=int8 from where it is"
-
-
-class Rescale(nn.Module):
-    """x → clip(round(x / step), low, high) · step; codes are integers with zero point 0.
-
-    Args:
-        step: Positive, a float32 number.
-        low: Smallest code: 0, or not below -128.
-        high: Largest code: at most 255, or 127 where ``low`` is negative.
-    """
-
-    def __init__(self, step: float, low: int, high: int) -> None:
-        super().__init__()
-        self.step, self.low, self.high = step, low, high
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Maps values of any shape to codes times the step."""
-        return (x / self.step).round().clamp(self.low, self.high) * self.step
-
-    def extra_repr(self) -> str:
-        """Shown by ``print(model)``."""
-        return f"step={self.step:.6g}, low={self.low}, high={self.high}"
 
 
 class IntegerLayer(nn.Module):

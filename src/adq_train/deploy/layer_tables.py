@@ -57,6 +57,21 @@ class Staircase:
 
 
 @dataclass(frozen=True)
+class Edge:
+    """What quantizes a value between layers: codes ``low`` … ``high`` times a step.
+
+    Attributes:
+        step: A float32 number.
+        low: Smallest code.
+        high: Largest code.
+    """
+
+    step: float
+    low: int
+    high: int
+
+
+@dataclass(frozen=True)
 class LayerTables:
     """The tables of one quantized layer."""
 

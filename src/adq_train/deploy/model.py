@@ -11,10 +11,11 @@ from torch import Tensor, nn
 
 from adq_train.data.base import InputFormat
 from adq_train.deploy.architecture import build_network
-from adq_train.deploy.layer_tables import LayerTables, tables_of
-from adq_train.deploy.packed_layers import packed_layer
+from adq_train.deploy.layer_tables import Edge, LayerTables, tables_of
+from adq_train.deploy.packed_layers import PackedLayer, PackedSubclass, Rescale, packed_layer
 from adq_train.errors import UserError
 from adq_train.quantization.copies import own_copy
+from adq_train.quantization.edges import EDGES, connect, edge_quantizers
 from adq_train.quantization.layers import subclass_of
 from adq_train.quantization.prepare import keep_weights, quantized_layers, swap
 from adq_train.settings.targets import TRUSTED_PREFIXES
@@ -35,6 +36,7 @@ class TableModel:
         layers: The quantized layers by name.
         floats: What stays float, by its name in the float network: norms, biases, other layers.
         folded: Batch norms that went into a convolution: norm → convolution.
+        edges: What quantizes values between layers, in the order of the graph (``target=int8``).
         run: Where it comes from: command, seed, commit, versions, data fingerprint, bits.
     """
 
@@ -44,6 +46,7 @@ class TableModel:
     layers: dict[str, LayerTables]
     floats: dict[str, Tensor]
     folded: dict[str, str] = field(default_factory=dict)
+    edges: tuple[Edge, ...] = ()
     run: dict[str, Any] = field(default_factory=dict)
 
 
@@ -64,6 +67,9 @@ def tables_of_network(network: nn.Module) -> TableModel:
         expects=None,
         layers={name: tables_of(name, layer) for name, layer in layers.items()},
         floats={k: v.detach() for k, v in float_state(network, layers).items()},
+        edges=tuple(
+            Edge(float(x.step().detach()), x.low, x.high) for x in edge_quantizers(network)
+        ),
     )
 
 
@@ -84,13 +90,17 @@ def float_state(network: nn.Module, layers: Mapping[str, Any]) -> dict[str, Tens
     ]
     found: dict[int, tuple[str, Tensor]] = {}
     weights, biases = ({f"{layer}.{x}" for layer in layers} for x in ("weight", "bias"))
-    apart: list[str] = []
+    apart = [f"{EDGES}."]
     for layer in layers:
         own = subclass_of(network.get_submodule(layer))  # it may have values of its own
         parts = ("weight_quantizer.", "input_quantizer.") if own else ("",)
         apart += [f"{layer}.{part}" for part in parts]
     for name, tensor in named:
-        quantized = name in weights or (name.startswith(tuple(apart)) and name not in biases)
+        quantized = (
+            name.startswith(f"{EDGES}.")
+            or name in weights
+            or (name.startswith(tuple(apart)) and name not in biases)
+        )
         if name in kept and not quantized and tensor.is_floating_point():
             found.setdefault(id(tensor), (name, tensor))
     return dict(found.values())
@@ -157,4 +167,7 @@ def assemble(
             raise UserError(f"layer {name} has weights of another shape than the architecture's")
         packed[name] = packed_layer(layer, tables, dense)
     swap(network, packed)
+    if model.edges:
+        steps = (Rescale(x.step, x.low, x.high) for x in model.edges)
+        connect(network, steps, (PackedLayer, PackedSubclass))
     return network.eval()

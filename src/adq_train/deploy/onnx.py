@@ -169,6 +169,11 @@ def onnx_bytes(
         node.ClearField("metadata_props")
         node.ClearField("doc_string")
     del proto.graph.value_info[:]  # runtimes infer the shapes between the layers
+    return with_facts(proto, model)
+
+
+def with_facts(proto: Any, model: TableModel) -> bytes:
+    """An ONNX model as a file's content, with what it says about itself in its metadata."""
     known = {"input": model.expects.to_dict()} if model.expects else {}
     facts = {**known, "data": model.data or None, "run": model.run}
     entry = proto.metadata_props.add()

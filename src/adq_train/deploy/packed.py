@@ -19,13 +19,13 @@ from torch import Tensor, nn
 from adq_train.data.base import InputFormat
 from adq_train.deploy.architecture import check_builder, limited_to
 from adq_train.deploy.bits import pack, unpack
-from adq_train.deploy.layer_tables import LayerTables, Staircase, WeightTable
+from adq_train.deploy.layer_tables import Edge, LayerTables, Staircase, WeightTable
 from adq_train.deploy.model import TableModel, assemble
 from adq_train.errors import UserError
 from adq_train.settings.targets import TRUSTED_PREFIXES, trusted_prefixes
 
 FORMAT = "adq-train packed model"
-VERSION = 1
+VERSION = 2  # 1 where there are no edges
 DIGEST = b'"sha256":"'
 NO_DIGEST = "0" * 64
 # No index of a real network comes near; a damaged or hostile one must not fill the memory.
@@ -152,13 +152,16 @@ def packed_bytes(model: TableModel, float_type: torch.dtype = torch.float32) -> 
             raise UserError(f"{name} has values that {float_type} cannot hold; use float32")
     tensors = {
         "codes": _joined([pack(x.weight.codes, x.weight.bit_width) for x in model.layers.values()]),
-        "tables": _joined([t for x in model.layers.values() for t in tables_in_order(x)]),
+        "tables": _joined(
+            [t for x in model.layers.values() for t in tables_in_order(x)]
+            + [torch.tensor([x.step for x in model.edges])]
+        ),
         "floats": _joined(floats),
         "index": torch.frombuffer(bytearray(zlib.compress(_index(model), 9)), dtype=torch.uint8),
     }
     metadata = {
         "format": FORMAT,
-        "format_version": str(VERSION),
+        "format_version": str(VERSION if model.edges else 1),
         "sha256": NO_DIGEST,
         "model": _json(model.model),
         "run": _json(model.run),
@@ -283,6 +286,7 @@ def _index(model: TableModel) -> bytes:
         ],
         "floats": [[name, list(tensor.shape)] for name, tensor in model.floats.items()],
         "folded": model.folded,
+        **({"edges": [[x.low, x.high] for x in model.edges]} if model.edges else {}),
     }
     return _json(content).encode()
 
@@ -340,6 +344,7 @@ def _parsed(
             raise ValueError(f"layer {row['name']!r} twice")
         stairs = Staircase(int(row["input_bits"]), thresholds, levels)
         layers[str(row["name"])] = LayerTables(weight, stairs)
+    edges = tuple(_edge(float(tables.take(1)), *ends) for ends in index.get("edges", []))
     kept = {
         str(name): floats.take(math.prod(_shape(shape))).float().view(_shape(shape))
         for name, shape in index["floats"]
@@ -353,7 +358,7 @@ def _parsed(
         reader.finish()
     folded = {str(norm): str(convolution) for norm, convolution in index["folded"].items()}
     if index["input"] is None and not node:
-        return TableModel(node, index["data"], None, layers, kept, folded, run)
+        return TableModel(node, index["data"], None, layers, kept, folded, edges, run)
     expects = InputFormat.from_dict(index["input"])
     if math.prod(expects.image_shape) > LARGEST_IMAGE:
         raise ValueError(
@@ -364,7 +369,14 @@ def _parsed(
         raise ValueError(
             f"images resized to {resize} a side, too many for {LARGEST_IMAGE:,} values"
         )
-    return TableModel(node, index["data"], expects, layers, kept, folded, run)
+    return TableModel(node, index["data"], expects, layers, kept, folded, edges, run)
+
+
+def _edge(step: float, low: int, high: int) -> Edge:
+    whole = type(low) is int and type(high) is int
+    if not (whole and -128 <= low <= 0 < high <= low + 255 and 0 < step < math.inf):
+        raise ValueError(f"an edge of step {step}, {low} to {high}")
+    return Edge(step, low, high)
 
 
 def _shape(sizes: Any) -> tuple[int, ...]:

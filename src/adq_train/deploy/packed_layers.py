@@ -58,6 +58,28 @@ class Steps(nn.Module):
         )
 
 
+class Rescale(nn.Module):
+    """x → clip(round(x / step), low, high) · step; codes are integers with zero point 0.
+
+    Args:
+        step: Positive, a float32 number.
+        low: Smallest code: 0, or not below -128.
+        high: Largest code: at most 255, or 127 where ``low`` is negative.
+    """
+
+    def __init__(self, step: float, low: int, high: int) -> None:
+        super().__init__()
+        self.step, self.low, self.high = step, low, high
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Maps values of any shape to codes times the step."""
+        return (x / self.step).round().clamp(self.low, self.high) * self.step
+
+    def extra_repr(self) -> str:
+        """Shown by ``print(model)``."""
+        return f"step={self.step:.6g}, low={self.low}, high={self.high}"
+
+
 def compare_all(x: Tensor, thresholds: Tensor) -> Tensor:
     """How many thresholds (at most 255) lie below each value, uint8, by comparing with each."""
     count = (x > thresholds[0]).to(torch.uint8)

@@ -34,6 +34,8 @@ class Agreement:
             network that rounding can swap them.
         rounding: How far rounding moves a logit of the first network; measured where classes
             differ, else 0.
+        moved: On how many the first network has another top-1 class than the trained one, where
+            it rounds more than that does; else None.
     """
 
     num_images: int
@@ -41,6 +43,7 @@ class Agreement:
     largest_difference: float
     near_ties: int = 0
     rounding: float = 0.0
+    moved: int | None = None
 
 
 def write_checked(
@@ -62,8 +65,9 @@ def write_checked(
     writer = kind.writer()
     written = writer.write(source)
     path.write_bytes(written.content)
+    trained = source.network if kind.integer else None
     first, second = writer.reference(source), writer.run(path, source)
-    agreement = compare(first, second, batches, written.resolution)
+    agreement = compare(first, second, batches, written.resolution, trained)
     if not kind.exact:
         require_same_classes(agreement, tolerance, kind.runtime)
     elif source.float_type is torch.float32 and not source.tables.folded:
@@ -73,7 +77,11 @@ def write_checked(
 
 @torch.no_grad()
 def compare(
-    first: nn.Module, second: nn.Module, batches: Iterable[Any], resolution: float = 0.0
+    first: nn.Module,
+    second: nn.Module,
+    batches: Iterable[Any],
+    resolution: float = 0.0,
+    trained: nn.Module | None = None,
 ) -> Agreement:
     """Runs two networks on the same images (N, C, H, W), or what else they take.
 
@@ -82,11 +90,12 @@ def compare(
         second: The other.
         batches: Images.
         resolution: How far rounding moves a logit of the second, at least.
+        trained: The network that the first one was made from, where its classes count too.
 
     Raises:
         UserError: Their logits have different shapes, or are not finite.
     """
-    count, largest = 0, 0.0
+    count, largest, moved = 0, 0.0, 0
     margins: list[float] = []
     samples: list[Any] = []
     for images in batches:
@@ -100,10 +109,13 @@ def compare(
         count += len(a)
         largest = max(largest, float((a - b).abs().max()))
         margins += _margins(a, b)
+        if trained is not None:
+            moved += len(_margins(trained(images), a))
     rounding = max(rounding_of(first, samples), resolution) if margins else 0.0
     # Two logits can move towards each other, each by so much.
     near = sum(margin <= 2 * rounding for margin in margins)
-    return Agreement(count, len(margins) - near, largest, near, rounding)
+    different = len(margins) - near
+    return Agreement(count, different, largest, near, rounding, None if trained is None else moved)
 
 
 def _margins(a: Tensor, b: Tensor) -> list[float]:

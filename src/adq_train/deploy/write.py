@@ -90,6 +90,11 @@ class ExportReport:
                 f"verified  read back: on {found.num_images} random images logits are up to "
                 f"{apart} from the trained network's, {found.different} top-1 classes differ"
             )
+        if found.moved is not None:
+            lines.append(
+                f"trained   on {found.moved:,} of these images the integer network gives another "
+                "top-1 than the network that was trained"
+            )
         if self.folded:
             lines.append(f"folded    {self.folded} batch norms")
         lines += [f"note      {remark}" for remark in self.remarks]
@@ -160,6 +165,7 @@ def export_run(
     with made(output.parent), written_whole(output) as temporary:
         written, agreement = write_checked(temporary, kind, source, batches, form.tolerance)
     tables = _count(t for x in model.layers.values() for t in tables_in_order(x))
+    tables += len(model.edges)  # a step each
     floats = dtype.itemsize * _count(model.floats.values())
     return ExportReport(
         path=str(output),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -92,15 +92,15 @@ def edges(graph: Graph) -> Iterator[fx.Node]:
     Raises:
         UserError: An operation is not known; it is named.
     """
-    for node in graph:
-        operation = graph.operation(node)
-        if operation.kind == "other":
+    nodes = list(graph)
+    for node in nodes:
+        if graph.operation(node).kind == "other":
             raise UserError(
                 f"target: int8 does not know {place(node)}; it knows quantized layers, batch norm, "
                 "relu, relu6, pools, mean, flatten, slices, zero padding, dropout, additions and "
                 "concatenations; use target=float, or put one of these in its place"
             )
-    for node in graph:
+    for node in nodes:
         if graph.operation(node).kind not in MAKES:
             continue
         while (reader := _only_reader(node)) and graph.operation(reader).kind in COMPLETES:
@@ -125,8 +125,8 @@ def _needs_own(graph: Graph, node: fx.Node) -> bool:
 
 def connect(
     network: nn.Module,
-    make: Callable[[int], nn.Module] = lambda _: EdgeQuantizer(),
-    leaves: tuple[type[nn.Module], ...] = (),
+    quantizers: Iterable[nn.Module] | None = None,
+    layers: tuple[type[nn.Module], ...] = (),
 ) -> nn.Module:
     """Puts quantizers on a network's edges, in place: its ``forward()`` becomes that of its graph.
 
@@ -134,26 +134,29 @@ def connect(
 
     Args:
         network: With quantized layers, on any device. One that has such quantizers gets others.
-        make: Makes a quantizer from its number.
-        leaves: See :class:`~.graph.Graph`.
+        quantizers: As many as there are edges; None: new ones, not calibrated.
+        layers: Classes that stand for quantized layers; see :class:`~.graph.Graph`.
 
     Raises:
-        UserError: The graph cannot be followed; the place is named.
+        UserError: The graph cannot be followed, which names the place; or it has another number
+            of edges.
     """
-    if hasattr(network, EDGES):
-        count = len(edge_quantizers(network))
-        setattr(network, EDGES, nn.ModuleList(make(i) for i in range(count)))
-        return network
-    graph = Graph(network, leaves)
-    found = list(edges(graph))
-    for number, node in enumerate(found):
-        with graph.fx.inserting_after(node):
-            new = graph.fx.call_module(f"{EDGES}.{number}", (node,))
-        node.replace_all_uses_with(new)
-        new.args = (node,)
+    graph, found = None, edge_quantizers(network)
+    if not found:
+        graph = Graph(network, layers=layers)
+        for number, node in enumerate(list(edges(graph))):
+            with graph.fx.inserting_after(node):
+                edge = graph.fx.call_module(f"{EDGES}.{number}", (node,))
+            node.replace_all_uses_with(edge)
+            edge.args = (node,)
+            found.append(EdgeQuantizer())
+    new = found if quantizers is None else list(quantizers)
+    if len(new) != len(found):
+        raise UserError(f"model: it has {len(found)} edges between layers, not {len(new)}")
     device = next(network.parameters()).device
-    setattr(network, EDGES, nn.ModuleList(make(i).to(device) for i in range(len(found))))
-    _follow(network, graph.fx)
+    setattr(network, EDGES, nn.ModuleList(new).to(device))
+    if graph:
+        _follow(network, graph.fx)
     return network
 
 

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from adq_train.errors import UserError
 from adq_train.quantization.base import Quantizer
-from adq_train.quantization.layers import QUANTIZED, quantized_kind
+from adq_train.quantization.layers import QUANTIZED, QuantSubclass, quantized_kind
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class Kind:
     settings: Mapping[str, Any] = field(default_factory=dict)
 
 
-LAYERS = tuple(QUANTIZED.values())
+LAYERS: tuple[type[nn.Module], ...] = (*QUANTIZED.values(), QuantSubclass)
 _WINDOW = {"kernel_size": None, "stride": None, "padding": 0}
 KINDS = {
     "batch_norm": Kind((nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)),
@@ -95,7 +95,7 @@ class Operation:
     module: nn.Module | None = None
 
 
-class _Tracer(fx.Tracer):
+class Tracer(fx.Tracer):
     """Follows ``forward()`` down to torch's own modules and to ours."""
 
     def __init__(self, leaves: tuple[type[nn.Module], ...]) -> None:
@@ -103,7 +103,9 @@ class _Tracer(fx.Tracer):
         self.leaves = leaves
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return isinstance(m, self.leaves) or super().is_leaf_module(m, module_qualified_name)
+        """Whether a module is one operation of the graph."""
+        own = isinstance(m, self.leaves) or quantized_kind(m) is not None
+        return own or super().is_leaf_module(m, module_qualified_name)
 
 
 class Graph:
@@ -113,14 +115,21 @@ class Graph:
         network: Float, quantized or packed; left as it was.
         leaves: Classes of modules that are not looked into, besides torch's own, quantized layers
             and quantizers.
+        layers: Those among them that count as quantized layers.
 
     Raises:
         UserError: The graph cannot be followed; the place is named.
     """
 
-    def __init__(self, network: nn.Module, leaves: tuple[type[nn.Module], ...] = ()) -> None:
+    def __init__(
+        self,
+        network: nn.Module,
+        leaves: tuple[type[nn.Module], ...] = (),
+        layers: tuple[type[nn.Module], ...] = (),
+    ) -> None:
         self.network = network
-        self.leaves = (Quantizer, *LAYERS, *leaves)
+        self.layers = (*LAYERS, *layers)
+        self.leaves: tuple[type[nn.Module], ...] = (Quantizer, *leaves, *self.layers)
         self.fx = self._traced()
         self._flatten_views()
 
@@ -131,7 +140,7 @@ class Graph:
         try:
             for training in (True, False):
                 self.network.train(training)
-                graphs.append(_Tracer(self.leaves).trace(self.network))
+                graphs.append(Tracer(self.leaves).trace(self.network))
                 for name in [x for x in vars(self.network) if x.startswith("_tensor_constant")]:
                     delattr(self.network, name)  # which the tracer has left
         except Exception as error:  # a forward() may do anything with the proxies that it gets
@@ -180,7 +189,7 @@ class Graph:
             return Operation(kind, tuple(node.all_input_nodes))
         if node.op == "call_module":
             module = self.module(node)
-            if isinstance(module, LAYERS) or quantized_kind(module):
+            if isinstance(module, self.layers) or quantized_kind(module):
                 return Operation("layer", operands, module=module)
             if isinstance(module, self.leaves):
                 return Operation("leaf", operands, module=module)

@@ -34,18 +34,22 @@ class Target:
         """
         return make
 
-    def check(self, network: nn.Module) -> None:
-        """Refuses a float network that :meth:`connect` could not take.
+    def num_edges(self, network: nn.Module) -> int:
+        """How many quantizers :meth:`connect` would add to a network.
+
+        Args:
+            network: Float or with quantized layers.
 
         Raises:
-            UserError: Names the place in the network.
+            UserError: It could not take the network; names the place in it.
         """
+        return 0
 
     def connect(self, network: nn.Module) -> None:
         """Adds to a network with quantized layers, in place, what else is quantized.
 
         Raises:
-            UserError: As :meth:`check`.
+            UserError: As :meth:`num_edges`.
         """
 
 
@@ -75,13 +79,13 @@ class Int8Target(Target):
             )
         return int8_maker(make[0]), make[1]
 
-    def check(self, network: nn.Module) -> None:
-        """Follows the graph of a float network.
+    def num_edges(self, network: nn.Module) -> int:
+        """How many values besides the inputs of layers are quantized.
 
         Raises:
-            UserError: It cannot be followed; the place is named.
+            UserError: The graph cannot be followed; the place is named.
         """
-        list(edges(Graph(network)))
+        return len(list(edges(Graph(network))))
 
     def connect(self, network: nn.Module) -> None:
         """Puts quantizers of eight bits on the network's edges.

@@ -120,6 +120,7 @@ def show(path: Path) -> None:
     manifest = read_manifest(path)
     if manifest.get("model") is None:
         raise UserError(f"{path / 'manifest.json'}: model is missing; delete the file and go on")
-    values = manifest["model"]["num_float_values"]
+    model = manifest["model"]
+    counts = summary.Counts(model["num_float_values"], model.get("num_edges", 0))
     begun = "init_from" in (manifest.get("files") or {})
-    summary.show(summary.render(table, allocation, levels, result, values, path, begun))
+    summary.show(summary.render(table, allocation, levels, result, counts, path, begun))

@@ -6,6 +6,7 @@ import io
 import logging
 import math
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 from rich.console import Console, Group, RenderableType
@@ -24,20 +25,34 @@ FLOAT_BYTES = 4
 CALIBRATED = ("after calibration", "no training yet")
 
 
+@dataclass(frozen=True)
+class Counts:
+    """What a run's manifest counts of its model.
+
+    Attributes:
+        num_float_values: Parameters and statistics outside the quantized weights.
+        num_edges: Values between layers that are quantized too, each with a step (target=int8).
+    """
+
+    num_float_values: int
+    num_edges: int = 0
+
+
 def kilobytes(count: float) -> str:
     """A size in kB or MB (10^3 and 10^6 bytes)."""
     return f"{count / 1e6:.2f} MB" if count >= 1e6 else f"{count / 1e3:.1f} kB"
 
 
-def total_bytes(allocation: BitAllocation, num_float_values: int) -> int:
+def total_bytes(allocation: BitAllocation, counts: Counts) -> int:
     """Everything that inference needs: packed weights, their levels, thresholds, float values.
 
     Args:
         allocation: The bits; weights are packed, and 2^b levels and thresholds stay in float32.
-        num_float_values: Parameters and statistics outside the quantized weights.
+        counts: Of the model.
     """
     tables: int = sum(2**x.weight_bits + 2**x.activation_bits for x in allocation.layers)
-    return allocation.model_size_bytes + FLOAT_BYTES * (tables + num_float_values)
+    values = tables + counts.num_float_values + counts.num_edges
+    return allocation.model_size_bytes + FLOAT_BYTES * values
 
 
 def unused_levels(levels: LevelCounts, most: int = 4) -> list[str]:
@@ -68,7 +83,7 @@ def render(
     allocation: BitAllocation,
     levels: LevelCounts,
     result: RunResult,
-    num_float_values: int,
+    counts: Counts,
     folder: Path,
     init_from: bool = False,
 ) -> RenderableType:
@@ -79,7 +94,7 @@ def render(
         allocation: Bits.
         levels: Levels in use.
         result: Accuracies and times.
-        num_float_values: Parameters and statistics outside the quantized weights.
+        counts: Of the model.
         folder: Where everything was written.
         init_from: Whether QAT began with the weights of another run.
     """
@@ -101,7 +116,7 @@ def render(
         accuracy_table(result, init_from),
         blank,
         Text("Size", style="bold blue"),
-        size_table(table, allocation, result, num_float_values),
+        size_table(table, allocation, result, counts),
         blank,
         places,
     )
@@ -156,12 +171,12 @@ def accuracy_table(result: RunResult, init_from: bool) -> Table:
 
 
 def size_table(
-    table: SensitivityTable, allocation: BitAllocation, result: RunResult, num_float_values: int
+    table: SensitivityTable, allocation: BitAllocation, result: RunResult, counts: Counts
 ) -> Table:
     """Averages, bytes, bit operations, and the time of every stage."""
     num_weights = sum(x.num_weights for x in table.layers)
-    whole = total_bytes(allocation, num_float_values)
-    float_whole = FLOAT_BYTES * (num_weights + num_float_values)
+    whole = total_bytes(allocation, counts)
+    float_whole = FLOAT_BYTES * (num_weights + counts.num_float_values)
     sizes = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), show_header=False)
     sizes.add_row(
         "average bits",
@@ -181,6 +196,12 @@ def size_table(
         f"{kilobytes(whole)} with levels, thresholds and the parts that stay float, "
         f"{float_whole / whole:.1f} times smaller than {kilobytes(float_whole)}",
     )
+    if counts.num_edges:
+        sizes.add_row(
+            "target",
+            f"int8: weight levels on int8 grids, {counts.num_edges} values between layers at "
+            "8 bits; adq-export RUN_FOLDER format=qdq",
+        )
     sizes.add_row("bit operations", f"{allocation.bops:.3g} per image")
     sizes.add_row("time", ", ".join(f"{k} {v:.1f} s" for k, v in result.seconds.items()))
     return sizes

@@ -47,6 +47,7 @@ class _Data:
 @dataclass(frozen=True)
 class _Model:
     num_float_values: Count
+    num_edges: Count = 0
 
 
 @dataclass(frozen=True)

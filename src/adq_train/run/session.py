@@ -85,7 +85,7 @@ class Session:
         for network in (model, *([teacher.model] if teacher else [])):
             if trainer.channels_last:  # in all stages: a resumed run has the same bits then
                 network.to(memory_format=torch.channels_last)
-        parts.target.check(model)
+        parts.target.num_edges(model)  # it refuses what it cannot take, before any training
         images, _ = next(data.calibration.epoch(0))
         strictness = Strictness(config.strict, config.bits.full_precision)
         layers = describe_layers(model, images[:1], data.num_classes, strictness=strictness)

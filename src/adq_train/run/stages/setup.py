@@ -33,5 +33,8 @@ def facts(session: Session, command: list[str]) -> dict[str, Any]:
         "checkpoint_sha256": sha256(Path(checkpoint)) if checkpoint else None,
         "files": files | begun,
         "input": data.input_format.to_dict(),
-        "model": {"num_float_values": num_float_values(session.model, session.problem.layers)},
+        "model": {
+            "num_float_values": num_float_values(session.model, session.problem.layers),
+            "num_edges": session.parts.target.num_edges(session.model),
+        },
     }
