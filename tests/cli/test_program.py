@@ -18,6 +18,7 @@ PROGRAMS = {
     "pareto": "adq-pareto",
     "export": "adq-export",
     "evaluate": "adq-eval",
+    "clean": "adq-clean",
 }
 
 

@@ -23,7 +23,7 @@ def test_tensorboard_has_every_page(events):
     assert {"1_loss/train", "1_loss/validation", "3_learning_rate/lr"} <= set(qat.Tags()["scalars"])
     assert "2_accuracy/validation_top1_percent" in qat.Tags()["scalars"]
     assert "6_codebook/layer3.0.conv2/0" in qat.Tags()["scalars"]
-    assert "weights/conv1" in qat.Tags()["histograms"]
+    assert "7_weights/conv1" in qat.Tags()["histograms"]
     assert "weights_and_levels" in qat.Tags()["images"]
     assert "custom_scalars__config__" in qat.Tags()["tensors"]
 

@@ -1,4 +1,4 @@
-"""How each of the five programs begins and ends: version, signals, output, errors, exit code.
+"""How each of the six programs begins and ends: version, signals, output, errors, exit code.
 
 Imports nothing that takes time, so that Ctrl-C is answered from the first moment.
 """
@@ -42,6 +42,11 @@ def export() -> NoReturn:
 def evaluate() -> NoReturn:
     """``adq-eval``."""
     run("adq-eval", "adq_train.cli.export:eval_main")
+
+
+def clean() -> NoReturn:
+    """``adq-clean``."""
+    run("adq-clean", "adq_train.cli.clean:main")
 
 
 def run(name: str, function: str, needs_output: bool = True) -> NoReturn:
