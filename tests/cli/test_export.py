@@ -1,5 +1,6 @@
 import json
 import re
+import shutil
 import sys
 
 import numpy as np
@@ -37,16 +38,16 @@ def program(monkeypatch, capsys):
 
 @pytest.fixture(scope="module")
 def exported(finished_run):
-    """Both files of a run, written by the command."""
-    for arguments in ([], ["format=onnx"]):
+    """Files of a run, written by the command."""
+    for arguments in ([], ["format=onnx"], ["format=qonnx"]):
         before = sys.argv
         sys.argv = ["adq-export", str(finished_run), *arguments]
         try:
             export_main()
         finally:
             sys.argv = before
-    folder = finished_run / "export"
-    return finished_run, folder / "model.safetensors", folder / "model.onnx"
+    names = ("model.safetensors", "model.onnx", "model.qonnx.onnx")
+    return finished_run, *(finished_run / "export" / name for name in names)
 
 
 def test_the_trained_network_comes_back(finished_run):
@@ -59,7 +60,7 @@ def test_the_trained_network_comes_back(finished_run):
 
 
 def test_the_packed_file_is_the_trained_network(exported):
-    run, packed, _ = exported
+    run, packed, *_ = exported
     images = torch.randn(4, 1, 8, 8)
     with torch.no_grad():
         expected = trained_network(open_run(run))(images)
@@ -88,7 +89,7 @@ def test_the_report_states_sizes(finished_run, program, tmp_path):
 
 def test_every_form_has_the_accuracy_of_the_run(exported, program):
     result = RunResult.from_json((exported[0] / "result.json").read_text())
-    for path, form in zip(exported, ("run", "packed", "onnx"), strict=True):
+    for path, form in zip(exported, ("run", "packed", "onnx"), strict=False):
         code, out, err = program(eval_main, path, "json=true")
         assert (code, err) == (0, "")
         (line,) = out.splitlines()
@@ -97,6 +98,37 @@ def test_every_form_has_the_accuracy_of_the_run(exported, program):
         assert (row["form"], row["num_images"]) == (form, 64)
         assert row["top1_percent"] == pytest.approx(result.qat_top1_percent)
         assert row["top5_percent"] == pytest.approx(result.qat_top5_percent)
+
+
+def test_all_forms_stand_side_by_side(exported, program):
+    result = RunResult.from_json((exported[0] / "result.json").read_text())
+    code, out, err = program(eval_main, exported[0], "all_forms=true", "json=true")
+    assert (code, err) == (0, "")
+    rows = [json.loads(line) for line in out.splitlines()]
+    assert [x["form"] for x in rows] == ["run", "packed", "onnx", "qonnx"]
+    assert [x["path"] for x in rows] == list(map(str, exported))
+    assert [x.get("bytes") for x in rows] == [None, *(x.stat().st_size for x in exported[1:])]
+    assert {x["num_images"] for x in rows} == {64}
+    assert [x["different"] for x in rows[:3]] == [0, 0, 0]
+    assert rows[0]["top1_percent"] == pytest.approx(result.qat_top1_percent)
+    assert all(x["milliseconds"] > 0 for x in rows)
+
+
+def test_a_form_that_cannot_be_evaluated_gets_a_line(exported, program, tmp_path, monkeypatch):
+    run = tmp_path / "run"
+    shutil.copytree(exported[0], run)
+    (run / "export" / "model.qonnx.onnx").unlink()
+    monkeypatch.setitem(sys.modules, "onnxscript", None)
+    code, out, err = program(eval_main, run, "all_forms=true")
+    assert (code, err) == (0, "")
+    assert re.search(r"^onnx: .*package onnxscript .*pip install 'adq-train\[export\]'$", out, re.M)
+    assert re.search(r"^packed +\S+ % +0 +[\d,]+ +[\d.]+$", out, re.M)
+    packed = run / "export" / "model.safetensors"
+    packed.write_bytes(packed.read_bytes()[:-1])
+    code, out, err = program(eval_main, run, "all_forms=true")
+    assert code == 1
+    assert re.search(r"^packed: .*model\.safetensors is damaged", out, re.M)
+    assert "could not evaluate packed" in err
 
 
 def test_another_data_set_is_noted(exported, program):
@@ -269,12 +301,14 @@ def test_help(program, main, name):
         (["{packed}", "data._target_=os.system"], "cannot be changed"),
         (["{packed}", "data.test_images=0"], "test_images must"),
         (["{packed}", "predict={packed}"], "cannot read the image"),
+        (["{packed}", "all_forms=true"], "is no folder; give that of a run"),
+        (["{run}", "all_forms=true", "predict=x"], "leave predict out"),
         (["{packed}", "predict={empty}"], "there is no image in"),
     ],
 )
 def test_errors_of_evaluation(exported, program, tmp_path, arguments, message):
     (tmp_path / "empty").mkdir()
-    places = {"packed": exported[1], "empty": tmp_path / "empty"}
+    places = {"run": exported[0], "packed": exported[1], "empty": tmp_path / "empty"}
     code, _, err = program(eval_main, *(x.format(**places) for x in arguments))
     assert code == 1
     assert message in err

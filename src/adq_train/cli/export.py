@@ -54,6 +54,8 @@ Evaluates a run folder or a file of adq-export on the test images of its data se
   trusted_packages=[NAME]   packages of your own whose classes it names; they will be imported
   batch_size=500            images of a batch
   predict=FILE_OR_FOLDER    classify images of your own instead
+  all_forms=true            a run beside all files in its export/ folder: top-1, images with another
+                            class than from the checkpoint, bytes, milliseconds for an image
   json=true                 one line of JSON
   debug=true                show where an error comes from
 """
@@ -88,6 +90,7 @@ class EvalSettings:
     data_changes: dict[str, str] = field(default_factory=dict)
     batch_size: int = setting(500, "Images of a batch.", minimum=1)
     predict: str = ""
+    all_forms: bool = False
     trusted_packages: tuple[str, ...] = ()
     json: bool = False
     debug: bool = False
@@ -163,6 +166,9 @@ def evaluate(settings: EvalSettings) -> None:
     from adq_train.deploy.datasets import data_section
     from adq_train.training.evaluate import evaluate as measure
 
+    if settings.all_forms:
+        evaluate_all(settings)
+        return
     opened = forms.open_path(typed_path(settings.path), settings.trusted_packages)
     if settings.predict:
         predictions = forms.predict(opened, typed_path(settings.predict))
@@ -207,3 +213,30 @@ def evaluate(settings: EvalSettings) -> None:
     if same_data is False:
         name = one_line(data.name)
         print(f"note: {name} is not the data that the model was trained on", file=sys.stderr)
+
+
+def evaluate_all(settings: EvalSettings) -> None:
+    """Prints a run beside all of its exported files.
+
+    Raises:
+        UserError: The run or its data set cannot be read, or one of the files, but for one whose
+            packages are not installed.
+    """
+    from adq_train.deploy.all_forms import evaluate_forms, text
+
+    if settings.predict:
+        raise UserError("all_forms: it evaluates on the test set; leave predict out")
+    rows = evaluate_forms(
+        typed_path(settings.path),
+        settings.data or None,
+        settings.data_changes,
+        settings.batch_size,
+        settings.trusted_packages,
+    )
+    for row in rows if settings.json else ():
+        print(json.dumps(row.to_dict()))
+    if not settings.json:
+        print(printable(text(rows)))
+    wrong = [row.form for row in rows if row.problem]
+    if wrong:
+        raise UserError(f"all_forms: could not evaluate {', '.join(wrong)}; see above")

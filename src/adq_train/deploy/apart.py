@@ -58,6 +58,9 @@ class FileApart(nn.Module):
         path: The file.
         runtime: A name of :data:`~adq_train.deploy.runtimes.RUNTIMES`.
 
+    Attributes:
+        seconds: What its runtime took for the last batch.
+
     Raises:
         UserError: The file cannot be read, or its graph has other shapes than its metadata say.
     """
@@ -66,7 +69,7 @@ class FileApart(nn.Module):
         super().__init__()
         if not path.is_file():
             raise UserError(f"there is no file {path}")
-        self.path, self.runtime = path, runtime
+        self.path, self.runtime, self.seconds = path, runtime, 0.0
         self.process = subprocess.Popen(
             [
                 sys.executable, "-c", START, str(path.absolute()),
@@ -140,7 +143,8 @@ class FileApart(nn.Module):
             self.process.stdin.flush()
         except OSError:  # it has ended; its answer says why
             self._answer()
-        count, width = self._answer()["shape"]
+        answer = self._answer()
+        self.seconds, (count, width) = float(answer["seconds"]), answer["shape"]
         wanted = self.expects.num_classes if self.expects else width
         if (count, width) != (len(images), wanted):
             raise UserError(

@@ -13,6 +13,7 @@ import math
 import os
 import resource
 import sys
+import time
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -46,12 +47,14 @@ def main() -> None:
             raw = sys.stdin.buffer.read(4 * math.prod(shape))
             limit.allow(len(raw))
             images = np.frombuffer(raw, np.float32).reshape(shape)
+            start = time.perf_counter()
             logits = graph.run(images)
+            seconds = time.perf_counter() - start
             if logits.dtype != np.float32 or logits.ndim != 2 or len(logits) != shape[0]:
                 raise ValueError(f"it answers with {logits.dtype} of shape {logits.shape}")
             if logits.shape[1] > LARGEST_CLASSES:
                 raise ValueError(f"it answers with {logits.shape[1]:,} values for an image")
-            _answer(answers, logits.tobytes(), shape=logits.shape)
+            _answer(answers, logits.tobytes(), shape=logits.shape, seconds=seconds)
     except MemoryError:
         _answer(answers, error="it takes more memory than it may; try a smaller batch_size")
     except Exception as error:  # a graph may fail in any way

@@ -119,8 +119,8 @@ class Format:
         packages: What that extra brings, as they are imported.
         exact: Whether the file is promised to be the trained network, bit for bit. Then it is
             compared on random images, otherwise on the test set.
-        integer: Whether the file is an integer network (``target=int8``), which rounds more than
-            the trained network does: on how many images that shows is reported.
+        integer: Whether the file is an integer network, which rounds more than the trained one
+            does: on how many images that shows is reported.
         float16: Whether ``float_type`` is a choice.
     """
 
@@ -176,6 +176,10 @@ FORMATS = {
             "the same with packed weights, for microcontrollers",
             "micro", ("ai_edge_litert", "tflite_micro"),
         ),
+        Format(
+            "qonnx", ".qonnx.onnx", "qonnx", "qonnx's executor",
+            "integer weights and MultiThreshold nodes, for FINN", "fpga", ("qonnx",), integer=True,
+        ),
     )
 }  # fmt: skip
 
@@ -186,15 +190,19 @@ def format_of(path: Path) -> Format | None:
     return max(found, key=lambda x: len(x.ending), default=None)
 
 
+class MissingPackageError(UserError):
+    """A package of an extra is not installed."""
+
+
 def require(package: str, extra: str = "export") -> Any:
     """Imports a package of an extra.
 
     Raises:
-        UserError: It is not installed; says how to install it.
+        MissingPackageError: It is not installed; says how to install it.
     """
     try:
         return importlib.import_module(package)
     except ImportError as error:
-        raise UserError(
+        raise MissingPackageError(
             f"this format needs the package {package} ({error}); pip install 'adq-train[{extra}]'"
         ) from error

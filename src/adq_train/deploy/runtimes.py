@@ -6,11 +6,11 @@ Torch is not imported here: a process of its own (apart_worker.py) is to be smal
 from __future__ import annotations
 
 import importlib
-import os
-import stat
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
+
+from adq_train.deploy.onnx_checks import check_places
+from adq_train.deploy.qonnx_runtime import QonnxGraph
 
 # What activations may take where a runtime wants to know beforehand.
 ARENA_BYTES = 64 << 20
@@ -145,38 +145,7 @@ def texts_of(content: bytes) -> dict[str, str]:
 
 RUNTIMES: dict[str, type[Graph]] = {
     "onnxruntime": OnnxGraph,
+    "qonnx": QonnxGraph,
     "LiteRT": LitertGraph,
     "TensorFlow Lite Micro": TflmGraph,
 }
-
-
-def check_places(proto: Any, path: Path) -> None:
-    """Refuses a model whose tensors are kept anywhere but in files beside it.
-
-    Raises:
-        ValueError: Names the place.
-    """
-    for tensor in _tensors(proto):
-        if tensor.data_location != tensor.EXTERNAL:
-            continue
-        places = {entry.key: entry.value for entry in tensor.external_data}
-        name = places.get("location", "")
-        beside = path.parent / name
-        plain = name not in ("", ".", "..") and Path(name).name == name
-        if not plain or not beside.exists() or not stat.S_ISREG(os.lstat(beside).st_mode):
-            raise ValueError(f"it keeps values in {name!r}, which is no plain file beside it")
-        end = int(places.get("offset", 0)) + int(places.get("length", 0))
-        if end > beside.stat().st_size:
-            raise ValueError(f"it keeps values beyond the end of {name!r}")
-
-
-def _tensors(message: Any) -> Iterator[Any]:
-    """Every tensor within a protobuf message, wherever it is."""
-    if message.DESCRIPTOR.name == "TensorProto":
-        yield message
-        return
-    for field, value in message.ListFields():
-        if field.message_type is None:
-            continue
-        for part in [value] if hasattr(value, "ListFields") else value:
-            yield from _tensors(part)
