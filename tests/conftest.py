@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 from helpers import QUICK
 from hydra.core.global_hydra import GlobalHydra
+from matplotlib.figure import Figure
 
 from adq_train.cli.train import main
 
@@ -110,8 +111,9 @@ def finished(finished_once: tuple[Path, Outcome], tmp_path: Path) -> tuple[Outco
 
 @pytest.fixture
 def no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Leaves out the pictures at the end of a run, most of a short run's time."""
+    """Leaves out the pictures of a run, most of a short run's time."""
     monkeypatch.setattr("adq_train.run.pipeline.report.write", lambda *_: None)
+    monkeypatch.setattr("adq_train.reporting.plots.weights_and_levels", lambda *_: Figure((1, 1)))
 
 
 @pytest.fixture(scope="session")

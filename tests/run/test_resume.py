@@ -1,57 +1,58 @@
 """kill -9 at any stage, and the same command ends as if nothing had happened."""
 
 import json
+import os
 import signal
-import subprocess
 import sys
-import time
 
+import pytest
 import torch
+from helpers import QUICK
+from hydra.core.global_hydra import GlobalHydra
 
-COMMAND = (
-    "experiment=quickstart",
-    "model.width=4",
-    "pretrain.epochs=6",
-    "trainer.epochs=6",
-    "output_root=outputs",
-    "run_dir=run",
-)
+from adq_train.cli.train import main
+from adq_train.run.folder import RunFolder
+from adq_train.sensitivity.partial import PartialTable
+from adq_train.training.trainer import Trainer
+
+COMMAND = ("adq-train", *QUICK, "pretrain.epochs=2", "trainer.epochs=2", "run_dir=run")
 
 
-def start(folder):
+def run(folder, kill=None):
+    """The exit code of the command in a process of its own, forked: it has nothing to import.
+
+    Args:
+        folder: Where it runs.
+        kill: A class, its method, and before the how-manieth call of it the process kills itself.
+    """
     folder.mkdir(exist_ok=True)
-    return subprocess.Popen(
-        [sys.executable, "-m", "adq_train", *COMMAND],
-        cwd=folder,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+    GlobalHydra.instance().clear()
+    child = os.fork()
+    if child == 0:
+        code = 1
+        try:
+            torch.set_num_threads(1)  # the threads of the parent are not there
+            if kill:
+                die_at(*kill)
+            os.chdir(folder)
+            sys.argv[:] = COMMAND
+            main()
+            code = 0
+        finally:
+            os._exit(code)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
-def finish(folder):
-    process = start(folder)
-    _, errors = process.communicate()
-    assert process.returncode == 0, errors
-    return errors
+def die_at(owner, name, number):
+    original, calls = getattr(owner, name), []
 
+    def counting(*arguments, **more):
+        calls.append(1)
+        if len(calls) == number:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return original(*arguments, **more)
 
-def kill_when(folder, reached):
-    """Starts the run and kills it as soon as ``reached()`` holds."""
-    process = start(folder)
-    while process.poll() is None and not reached():
-        time.sleep(0.005)
-    assert process.poll() is None, "the run was over before it could be killed"
-    process.send_signal(signal.SIGKILL)
-    process.communicate()
-
-
-def epochs_done(folder, stage):
-    path = next(folder.glob("outputs/shared/*/metrics.jsonl"), None)
-    path = folder / "run" / "metrics.jsonl" if stage == "qat" else path
-    if path is None or not path.exists():
-        return 0
-    return sum(f'"stage": "{stage}"' in line for line in path.read_text().splitlines())
+    setattr(owner, name, counting)
 
 
 def outcome(folder):
@@ -77,15 +78,24 @@ def equal(first, second):
     return first == second
 
 
+@pytest.mark.usefixtures("no_pictures")
 def test_killed_in_every_stage_and_continued(tmp_path):
     whole, broken = tmp_path / "whole", tmp_path / "broken"
-    finish(whole)
+    assert run(whole) == 0
 
-    kill_when(broken, lambda: epochs_done(broken, "pretrain") >= 3)
-    kill_when(broken, lambda: (broken / "run" / "allocation.json").exists())
-    kill_when(broken, lambda: epochs_done(broken, "qat") >= 3)
-    messages = finish(broken)
+    steps = 4  # of an epoch
+    for kill in (
+        (Trainer, "step", steps + 3),
+        (PartialTable, "append", 3),
+        (RunFolder, "save", 2),  # the sensitivities are there, the bits are not
+        (Trainer, "step", steps + 2),
+    ):
+        assert run(broken, kill) == -signal.SIGKILL, kill
+    assert run(broken) == 0
 
-    assert "qat: continuing after epoch" in messages
+    log = (broken / "run" / "train.log").read_text()
+    for stage in ("pretrain: continuing after epoch 1", "profile: continuing after 2 layers"):
+        assert stage in log
+    assert "qat: continuing after epoch 1 of 2" in log
     for first, second in zip(outcome(whole), outcome(broken), strict=True):
         assert equal(first, second)

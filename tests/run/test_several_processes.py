@@ -15,6 +15,8 @@ from ranks_helpers import run_ranks
 
 from adq_train.cli.train import main
 
+pytestmark = pytest.mark.usefixtures("no_pictures")
+
 SETTINGS = (
     *QUICK,
     "trainer.batch_size=37",
@@ -50,11 +52,6 @@ def run(folder, processes, *more, before=lambda: None):
 
 def weights(folder):
     return torch.load(folder / "run" / "checkpoints" / "last.pt", weights_only=True)["model"]
-
-
-@pytest.fixture(autouse=True)
-def no_pictures(monkeypatch):
-    monkeypatch.setattr("adq_train.run.pipeline.report.write", lambda *_: None)
 
 
 @pytest.mark.parametrize("processes", [2, 3])

@@ -131,44 +131,88 @@ def test_a_file_system_without_links(folder, monkeypatch):
 WATCHED = {files.__file__, checkpoint.__file__}
 
 
-def save_killed_at(folder, line_number, content, best):
-    """Saves in a child that dies before the given line of the code that saves; False: it lived."""
-    child = os.fork()
-    if child == 0:
-        lines = 0
+def traced(save, at_line):
+    """Calls ``save``, and ``at_line(number)`` before each line of the code that saves, from 1."""
+    number = 0
 
-        def trace(frame, event, argument):
-            nonlocal lines
-            if frame.f_code.co_filename not in WATCHED:
-                return None
-            lines += event == "line"
-            if lines == line_number:
-                os._exit(9)
-            return trace
+    def trace(frame, event, argument):
+        nonlocal number
+        if frame.f_code.co_filename not in WATCHED:
+            return None
+        if event == "line":
+            number += 1
+            sys.settrace(None)  # looking is no line of its own
+            at_line(number)
+            sys.settrace(trace)
+        return trace
 
-        sys.settrace(trace)
-        try:
-            folder.save(content, best=best)
-        finally:
-            os._exit(0)
-    _, code = os.waitpid(child, 0)
-    return os.waitstatus_to_exitcode(code) == 9
+    sys.settrace(trace)
+    try:
+        save()
+    finally:
+        sys.settrace(None)
 
 
 def copy_of(folder, to):
+    """A copy as ``cp -a`` makes one: two names of one file stay that."""
     shutil.rmtree(to, ignore_errors=True)
-    shutil.copytree(folder.folder, to)
+    to.mkdir()
+    names = {}
+    for path in folder.folder.iterdir():
+        first = names.setdefault(path.stat().st_ino, to / path.name)
+        if first == to / path.name:
+            shutil.copy2(path, first)
+        else:
+            os.link(first, to / path.name)
     return CheckpointFolder(to)
+
+
+def content_of(folder):
+    return {path.name: (path.stat().st_ino, path.read_bytes()) for path in folder.folder.iterdir()}
+
+
+def left_by_kills(folder, root, content, best):
+    """What a kill before each line of a save would leave: folders, each that differs once."""
+    left, before = [], None
+
+    def look(number):
+        nonlocal before
+        found = content_of(folder) if folder.folder.exists() else {}
+        if found != before:
+            before = found
+            left.append(copy_of(folder, root / str(number)) if found else None)
+
+    traced(lambda: folder.save(content, best=best), look)
+    return left
+
+
+def contents(folder):
+    return sorted(path.read_bytes() for path in folder.folder.iterdir())
+
+
+def test_a_killed_process_leaves_what_is_looked_at_here(folder, tmp_path):
+    folder.save(state(1), best=True)
+    killed, seen = copy_of(folder, tmp_path / "killed"), []
+    traced(lambda: folder.save(state(9), best=True), lambda number: seen.append(contents(folder)))
+    middle = len(seen) // 2
+    assert middle > 15
+    child = os.fork()
+    if child == 0:
+        traced(
+            lambda: killed.save(state(9), best=True),
+            lambda number: os._exit(9) if number == middle else None,
+        )
+        os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 9
+    assert contents(killed) == seen[middle - 1]
+    assert contents(killed) not in (seen[0], seen[-1])
 
 
 def test_a_kill_at_any_line_leaves_the_old_or_the_new_checkpoint(folder, tmp_path):
     for epoch in (1, 2):
         folder.save(state(epoch), best=True)
     outcomes = []
-    for line_number in range(1, 1000):
-        broken = copy_of(folder, tmp_path / "broken")
-        if not save_killed_at(broken, line_number, state(9), True):
-            break
+    for broken in left_by_kills(folder, tmp_path, state(9), True):
         outcomes.append(loaded(broken))
         found = epochs(broken)
         # The best one is never lost, and never older than what the newest state believes.
@@ -182,32 +226,26 @@ def test_a_kill_at_any_line_leaves_the_old_or_the_new_checkpoint(folder, tmp_pat
         assert sums_hold(broken)
     assert set(outcomes) == {2, 9}
     assert outcomes == sorted(outcomes)
-    assert len(outcomes) > 30
+    assert len(outcomes) > 8
 
 
 def test_a_kill_during_the_first_save(folder, tmp_path):
-    for line_number in range(1, 1000):
-        first = CheckpointFolder(tmp_path / f"first-{line_number}")
-        if not save_killed_at(first, line_number, state(1), True):
-            break
+    nothing, *left = left_by_kills(folder, tmp_path, state(1), True)
+    assert nothing is None
+    for first in left:
         assert loaded(first) in (None, 1)
         first.save(state(2))
         assert loaded(first) == 2
         assert sums_hold(first)
-    assert line_number > 30
+    assert len(left) > 5
 
 
 def test_a_kill_while_a_damaged_checkpoint_is_replaced(folder, tmp_path):
     for epoch in (1, 2):
         folder.save(state(epoch))
     flip_a_bit(folder.folder / "last.pt")
-    outcomes = []
-    for line_number in range(1, 1000):
-        broken = copy_of(folder, tmp_path / "broken")
-        if not save_killed_at(broken, line_number, state(9), False):
-            break
-        outcomes.append(loaded(broken))
-    assert set(outcomes) == {1, 9}
+    left = left_by_kills(folder, tmp_path, state(9), False)
+    assert {loaded(broken) for broken in left} == {1, 9}
 
 
 def test_a_kill_in_the_middle_of_writing(folder, monkeypatch):
