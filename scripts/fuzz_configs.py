@@ -26,7 +26,7 @@ from hydra import compose, initialize_config_module
 from hydra.core.global_hydra import GlobalHydra
 from omegaconf import OmegaConf
 
-from adq_train.cli.train import main as adq_train
+from adq_train.cli.program import act
 from adq_train.errors import UserError
 from adq_train.run.folder import RunFolder
 from adq_train.settings.schema import register
@@ -138,7 +138,7 @@ def empty_folder() -> Iterator[Path]:
 def attempt(overrides: list[str]) -> tuple[str, str]:
     """How an edit ended, ``passes``, ``refused`` or ``wrong``, and what was said."""
     said = io.StringIO()
-    code: object = 0
+    code = 0
 
     def stop(self: RunFolder) -> RunFolder:
         raise PassedError("passes")
@@ -152,9 +152,7 @@ def attempt(overrides: list[str]) -> tuple[str, str]:
     ):
         GlobalHydra.instance().clear()
         try:
-            adq_train()
-        except SystemExit as stopped:
-            code = stopped.code
+            code = act("adq-train", "adq_train.cli.train:main")
         except BaseException as error:  # nothing may come through
             said.write(f"Traceback: {error!r}")
         left = [x.name for x in folder.iterdir()]

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import copy
+import functools
 import io
 import logging
 import os
@@ -16,8 +18,10 @@ import pytest
 from helpers import QUICK
 from hydra.core.global_hydra import GlobalHydra
 from matplotlib.figure import Figure
+from omegaconf import DictConfig
 
-from adq_train.cli.train import main
+from adq_train.cli.jobs import Job, run_job
+from adq_train.cli.program import act
 
 # Tests that run side by side, each with a thread for every core, would wait for one another.
 if "PYTEST_XDIST_WORKER" in os.environ:
@@ -49,6 +53,7 @@ class Outcome:
 
 
 Cli = Callable[..., Outcome]
+TRAIN = "adq-train", "adq_train.cli.train:main"
 
 
 @contextlib.contextmanager
@@ -76,13 +81,30 @@ def cli(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp
         GlobalHydra.instance().clear()
         monkeypatch.setattr(sys, "argv", ["adq-train", *arguments])
         capsys.readouterr()
-        try:
-            main()
-            code = 0
-        except SystemExit as stop:
-            code = int(stop.code or 0)
+        code = act(*TRAIN)
         captured = capsys.readouterr()
         return Outcome(code, captured.out, captured.err)
+
+    return run
+
+
+@functools.cache
+def composed(overrides: tuple[str, ...]) -> DictConfig:
+    """The configuration of a job; most jobs of a test differ in their folder alone."""
+    return Job(overrides, 0, None, ()).configuration()
+
+
+@pytest.fixture
+def job(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> Cli:
+    """Runs one configuration as ``adq-train`` does, without its command line, as :func:`cli`."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(*overrides: str) -> Outcome:
+        capsys.readouterr()
+        own = Job(overrides, 0, None, ("adq-train", *overrides))
+        outcome = run_job(own, copy.deepcopy(composed(overrides)))
+        captured = capsys.readouterr()
+        return Outcome(outcome.code, captured.out, captured.err)
 
     return run
 
@@ -97,8 +119,8 @@ def finished_once(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Outco
         patch.chdir(root)
         patch.setattr(sys, "argv", ["adq-train", *QUICK, "run_dir=run"])
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-            main()
-    return root, Outcome(0, out.getvalue(), err.getvalue())
+            code = act(*TRAIN)
+    return root, Outcome(code, out.getvalue(), err.getvalue())
 
 
 @pytest.fixture

@@ -9,6 +9,7 @@ from adq_train.artifacts import (
     RunResult,
     SensitivityTable,
 )
+from adq_train.cli.overrides import examine
 
 # A run of a few seconds that takes every stage.
 QUICK = (
@@ -47,3 +48,8 @@ ALLOCATION = BitAllocation(
 )
 LEVELS = LevelCounts((LayerLevels("first", 100, 99, 256, 17), LayerLevels("second", 3, 3, 4, 4)))
 RESULT = RunResult(90.0, 50.0, 88.0, 99.0, 400, {"qat": 1.5})
+
+
+def problems_of(overrides, search_path=None, sweep=False):
+    """What is wrong with a command line."""
+    return list(examine(overrides, search_path, sweep).problems)

@@ -1,5 +1,6 @@
 """Every choice of every group composes and builds; every experiment runs every stage."""
 
+import functools
 from pathlib import Path
 
 import pytest
@@ -19,6 +20,7 @@ CHOICES = [
 EXPERIMENTS = [name for group, name in CHOICES if group == "experiment"]
 
 
+@functools.cache
 def composed(*overrides):
     register()
     with initialize_config_module("adq_train.configs", version_base="1.3"):
@@ -82,7 +84,8 @@ def test_every_knob_of_a_part_is_in_its_file():
 @pytest.mark.parametrize("name", EXPERIMENTS)
 def test_every_experiment_runs_dry_on_synthetic_data(cli, tmp_path, name):
     like = next((shape for shape in SHAPES if name.endswith(shape)), "digits")
-    pretrained = ["model.weights=null"] if "imagenet" in name else []
+    large = ["model.weights=null", "bits.candidates=[2,3]", "trainer.batch_size=2"]
+    more = large if "imagenet" in name else ["trainer.batch_size=4"]
     outcome = cli(
         f"experiment={name}",
         "data=synthetic",
@@ -91,9 +94,8 @@ def test_every_experiment_runs_dry_on_synthetic_data(cli, tmp_path, name):
         "data.test_images=8",
         "data.validation_images=8",
         "data.calibration_images=2",
-        "trainer.batch_size=4",
         "dry_run=true",
-        *pretrained,
+        *more,
     )
     assert outcome.code == 0, outcome.err
     assert "dry run passed" in outcome.out

@@ -8,8 +8,8 @@ import sys
 from pathlib import Path
 
 import pytest
+from helpers import problems_of
 
-from adq_train.cli.overrides import problems_of
 from adq_train.cli.values import quoted
 
 ROOT = Path(__file__).parents[1]

@@ -5,8 +5,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
-
-from adq_train.cli.overrides import problems_of
+from helpers import problems_of
 
 ROOT = Path(__file__).parents[1]
 SCRIPT = ROOT / "scripts" / "reproduce.sh"

@@ -432,34 +432,34 @@ def strict_about_versions(monkeypatch):
     monkeypatch.setattr(BasicBlock, "_load_from_state_dict", load)
 
 
-def test_a_run_keeps_module_versions(cli, monkeypatch, strict_about_versions, no_pictures):
+def test_a_run_keeps_module_versions(job, monkeypatch, strict_about_versions, no_pictures):
     """Through the shared float model, its own checkpoints, averages, a resume and the export."""
     more = ("trainer.weight_average_decay=0.9", "trainer.select=best")
     for run_dir in ("run", "again"):
-        assert cli(*QUICK, *more, f"run_dir={run_dir}").code == 0
+        assert job(*QUICK, *more, f"run_dir={run_dir}").code == 0
     result = Path("again/result.json").read_text()
     Path("again/status.json").unlink()
-    assert cli(*QUICK, *more, "run_dir=again").code == 0
+    assert job(*QUICK, *more, "run_dir=again").code == 0
     top1 = json.loads(result)["qat_top1_percent"]
     assert json.loads(Path("again/result.json").read_text())["qat_top1_percent"] == top1
     floats = next(Path("outputs/shared").glob("*/model.safetensors"))
-    outcome = cli(*QUICK, f"pretrain.checkpoint={floats}", "trainer.epochs=0", "run_dir=third")
+    outcome = job(*QUICK, f"pretrain.checkpoint={floats}", "trainer.epochs=0", "run_dir=third")
     assert outcome.code == 0, outcome.err
     monkeypatch.setattr(sys, "argv", ["adq-export", "again"])
     export_main()
     assert isinstance(load_packed("again/export/model.safetensors"), nn.Module)
 
 
-def test_a_new_head_is_trained(cli, no_pictures):
+def test_a_new_head_is_trained(job, no_pictures):
     """The checkpoint's other layers are where its float training begins."""
     quick = (*QUICK, "pretrain.lr=1e-9", "pretrain.weight_decay=0", "trainer.epochs=0")
     torch.manual_seed(3)
     given = CifarResNetModel(depth=8, width=4).build(3, 1)
     torch.save(given.state_dict(), "x.pt")
-    outcome = cli(*quick, "pretrain.checkpoint=x.pt", "run_dir=run")
+    outcome = job(*quick, "pretrain.checkpoint=x.pt", "run_dir=run")
     assert outcome.code != 0
     assert "pretrain.head=new" in outcome.err
-    outcome = cli(*quick, "pretrain.checkpoint=x.pt", "pretrain.head=new", "run_dir=run")
+    outcome = job(*quick, "pretrain.checkpoint=x.pt", "pretrain.head=new", "run_dir=run")
     assert outcome.code == 0, outcome.err
     assert "new weights for the last layer, fc.bias, fc.weight" in outcome.err
     assert "pretrain: 1 epochs" in outcome.err
@@ -468,7 +468,7 @@ def test_a_new_head_is_trained(cli, no_pictures):
     torch.testing.assert_close(trained["layer2.0.conv1.weight"], given.layer2[0].conv1.weight.data)
     # Another file is another float model.
     torch.save({k: x * 2 for k, x in given.state_dict().items()}, "x.pt")
-    assert cli(*quick, "pretrain.checkpoint=x.pt", "pretrain.head=new", "run_dir=other").code == 0
+    assert job(*quick, "pretrain.checkpoint=x.pt", "pretrain.head=new", "run_dir=other").code == 0
     assert len(list(Path("outputs/shared").glob("*/model.safetensors"))) == 2
 
 

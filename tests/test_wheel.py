@@ -7,6 +7,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from helpers import QUICK
 
 ROOT = Path(__file__).parents[1]
 
@@ -70,7 +71,7 @@ def test_it_runs_elsewhere(wheel, tmp_path):
     )
     assert where.stdout.startswith(str(site))
     done = run(
-        [sys.executable, "-m", "adq_train", "experiment=quickstart", "dry_run=true"],
+        [sys.executable, "-m", "adq_train", *QUICK, "dry_run=true"],
         cwd=elsewhere,
         env=environment,
     )

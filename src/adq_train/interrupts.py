@@ -12,6 +12,8 @@ import time
 from collections.abc import Callable, Iterator
 from types import FrameType
 
+from adq_train.messages import speaks
+
 # torchrun passes a Ctrl-C on that its processes have received already; that is no second one.
 ONE_CTRL_C_SECONDS = 1.0
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
@@ -48,7 +50,7 @@ class _State:
 
 def say(stop: Interrupted) -> None:
     """Tells a person, once for all processes of a run, that a program was stopped."""
-    if os.environ.get("RANK", "0") == "0":
+    if speaks():
         print(f"\n{stop}", file=sys.stderr, flush=True)
 
 

@@ -12,6 +12,7 @@ from PIL import Image
 import adq_train
 from adq_train.artifacts import BitAllocation, RunResult
 from adq_train.cli.export import eval_main, export_main
+from adq_train.cli.program import act
 from adq_train.data.base import InputFormat, Pixels
 from adq_train.deploy.evaluable import Evaluable
 from adq_train.deploy.trained import open_run, trained_network
@@ -25,11 +26,7 @@ def program(monkeypatch, capsys):
     def run(main, *arguments):
         monkeypatch.setattr(sys, "argv", ["program", *map(str, arguments)])
         capsys.readouterr()
-        code = 0
-        try:
-            main()
-        except SystemExit as stop:
-            code = int(stop.code or 0)
+        code = act("program", f"{main.__module__}:{main.__name__}")
         captured = capsys.readouterr()
         return code, captured.out, captured.err
 

@@ -153,22 +153,6 @@ def test_hydra_s_own_words_go_through_the_program(cli, tmp_path):
     assert "--config-dir: there is no folder nowhere" in outcome.err
 
 
-def test_a_sweep_survives_a_cleaned_temporary_folder(cli, tmp_path, monkeypatch):
-    places = tmp_path / "places"
-    places.mkdir()
-    monkeypatch.setattr("tempfile.tempdir", str(places))
-
-    def clean(*_):
-        for path in places.iterdir():
-            subprocess.run(["rm", "-r", str(path)], check=True)
-
-    monkeypatch.setattr("adq_train.run.pipeline.run", clean)
-    outcome = cli("-m", "seed=0,1")
-    assert outcome.code == 0, outcome.err
-    assert "2 of 2 runs are done" in outcome.err
-    assert list(places.iterdir()) == []
-
-
 def test_a_stopped_run_says_so(tmp_path):
     from adq_train.interrupts import Interrupted
     from adq_train.run.folder import RunFolder

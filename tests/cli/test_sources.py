@@ -2,8 +2,9 @@
 
 import pytest
 import yaml
+from helpers import problems_of
 
-from adq_train.cli.overrides import problems_of, trust_typed
+from adq_train.cli.overrides import trust_typed
 from adq_train.cli.values import parse, quote, quoted
 
 HYDRA = {
@@ -13,7 +14,7 @@ HYDRA = {
     "a log": "hydra:\n  job_logging:\n    handlers: {x: {(): subprocess.Popen}}\n",
     "the environment": "hydra:\n  job:\n    env_set: {PATH: /tmp/evil}\n",
     "a place to write": "hydra:\n  run:\n    dir: elsewhere\n  output_subdir: x\n",
-    "another launcher": "defaults:\n  - override /hydra/launcher: submitit_local\n",
+    "another launcher": "defaults:\n  - override /hydra/launcher: slurm\n",
 }
 BAD = {
     "a syntax error": ("trainer: [1\n", "x.yaml, line "),
@@ -67,10 +68,14 @@ def test_a_file_does_not_say_what_hydra_does(problems, tmp_path, monkeypatch):
     assert found.startswith("hydra.")
 
 
-def test_a_file_may_ask_for_a_sweep_and_the_command_line_for_anything(problems):
+def test_a_file_may_ask_for_a_sweep_and_the_command_line_for_little_more(problems):
     sweep = "hydra:\n  mode: MULTIRUN\n  sweeper:\n    params:\n      seed: 1,2\n"
     assert problems(sweep, "trainer.epochs=1,2") == []
-    assert problems("seed: 1\n", "+hydra.job.env_set.A=b") == []
+    assert problems("seed: 1\n", "hydra/launcher=slurm", "hydra.launcher.name=x") == []
+    (found,) = problems("seed: 1\n", "+hydra.job.env_set.A=b")
+    assert found.startswith("hydra.job.env_set.A: is not read; of Hydra there are hydra.mode, ")
+    (found,) = problems("seed: 1\n", "seed=interval(0,1)", sweep=True)
+    assert found == "seed=interval(0,1): a sweep is a list, a,b,c, or range(0,3)"
     assert "give the folder as --config-dir" in problems("seed: 1\n", "hydra.searchpath=[x]")[0]
 
 

@@ -12,7 +12,8 @@ import pytest
 import yaml
 from helpers import QUICK
 
-from adq_train.cli.train import configure_logging
+from adq_train.cli.jobs import Outcome
+from adq_train.messages import configure_logging
 
 
 def config_of(cli, *arguments):
@@ -39,9 +40,8 @@ def test_torch_is_not_imported_to_answer(arguments, tmp_path):
     program = (
         "import sys\n"
         f"sys.argv = ['adq-train', *{arguments!r}]\n"
-        "from adq_train.cli.train import main\n"
-        "try: main()\n"
-        "except SystemExit: pass\n"
+        "from adq_train.cli.program import act\n"
+        "act('adq-train', 'adq_train.cli.train:main')\n"
         "assert 'torch' not in sys.modules\n"
     )
     done = subprocess.run(
@@ -295,20 +295,21 @@ def test_a_sweep_again_does_only_what_is_unfinished(cli):
 
 def test_the_grid_sweeps_without_a_flag(cli, monkeypatch):
     seen = []
-    monkeypatch.setattr("adq_train.run.pipeline.run", lambda cfg, *_: seen.append(cfg.copy()))
+
+    def run_jobs(jobs):
+        seen.extend(jobs)
+        return [Outcome(job.name, 0) for job in jobs]
+
+    monkeypatch.setattr("adq_train.cli.train.run_jobs", run_jobs)
     outcome = cli(*QUICK, "ablation=grid")
     assert outcome.code == 0, outcome.err
     assert "32 of 32 runs are done" in outcome.err
-    toggles = {
-        (
-            cfg.weight_quantizer.initialization,
-            cfg.weight_quantizer.adaptation,
-            cfg.allocator._target_,
-            cfg.activation_quantizer._target_,
-        )
-        for cfg in seen
-    }
-    assert len(toggles) == 32
+    assert len({job.overrides for job in seen}) == 32
+    for job, initialization, lsq in ((seen[0], "kmeans", False), (seen[-1], "random", True)):
+        cfg = job.configuration()
+        assert cfg.weight_quantizer.initialization == initialization
+        assert ("Lsq" in cfg.activation_quantizer._target_) is lsq
+        assert cfg.model.width == 4
 
 
 def test_a_user_s_own_experiments(cli, tmp_path, monkeypatch):
@@ -356,38 +357,6 @@ def test_a_signal_ends_with_its_code_and_the_command_that_continues(cli, monkeyp
     assert f"stopped by {number.name}; what is done is kept, continue with\n" in outcome.err
     assert "  adq-train -m seed=0,1 trainer.epochs=3\n" in outcome.err
     assert "run 2" not in outcome.err
-
-
-def test_a_launcher_that_is_not_installed(cli, monkeypatch):
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    outcome = cli("-m", "hydra/launcher=slurm", "seed=0,1")
-    assert outcome.code == 2
-    assert "needs pip install 'adq-train[slurm]'" in outcome.err
-
-
-def test_the_slurm_launcher_composes(cli):
-    pytest.importorskip("hydra_plugins.hydra_submitit_launcher", reason="needs adq-train[slurm]")
-    outcome = cli("--cfg", "hydra", "hydra/launcher=slurm", "hydra.launcher.partition=gpu")
-    launcher = yaml.safe_load(outcome.out)["hydra"]["launcher"]
-    assert launcher["_target_"].endswith("SlurmLauncher")
-    assert (launcher["partition"], launcher["gpus_per_node"]) == ("gpu", 1)
-
-
-@pytest.mark.slow
-def test_a_sweep_through_submitit_tells_what_failed(cli, tmp_path):
-    pytest.importorskip("hydra_plugins.hydra_submitit_launcher", reason="needs adq-train[slurm]")
-    sweep = (
-        "-m",
-        *QUICK,
-        "hydra/launcher=submitit_local",
-        "hydra.launcher.submitit_folder=submitit/%j",
-        "budget.average_weight_bits=1.5,2.5",
-    )
-    outcome = cli(*sweep)
-    assert outcome.code == 1
-    assert "1 of 2 runs are done" in outcome.err
-    assert "1.5 cannot be reached" in outcome.err
-    assert {x.name for x in tmp_path.iterdir()} == {"outputs", "submitit"}
 
 
 def test_a_quiet_process_is_quiet_whoever_spoke_before(capsys):

@@ -11,6 +11,7 @@ from export_helpers import DIGITS
 from omegaconf import OmegaConf
 
 from adq_train.cli.export import eval_main, export_main
+from adq_train.cli.program import act
 from adq_train.data import cifar, fashion_mnist
 from adq_train.deploy.datasets import data_section, load_data
 from adq_train.deploy.trained import open_run
@@ -40,11 +41,8 @@ def edited(run, **sections):
 def status(main, monkeypatch, capsys, *arguments):
     monkeypatch.setattr(sys, "argv", ["program", *map(str, arguments)])
     capsys.readouterr()
-    try:
-        main()
-    except SystemExit as stop:
-        return stop.code, capsys.readouterr().err
-    return 0, capsys.readouterr().err
+    code = act("program", f"{main.__module__}:{main.__name__}")
+    return code, capsys.readouterr().err
 
 
 def test_a_folder_cannot_trust_itself(run, monkeypatch, capsys):

@@ -28,9 +28,9 @@ def equal(first, second):
 
 
 @pytest.fixture
-def more(cli, finished, no_pictures):
+def more(job, finished, no_pictures):
     """Runs from the finished run ``run`` in the working directory."""
-    return lambda *arguments: cli(*QUICK, "init_from=run", *arguments)
+    return lambda *arguments: job(*QUICK, "init_from=run", *arguments)
 
 
 def test_without_training_it_is_the_network_of_the_source(more):
@@ -57,11 +57,11 @@ def test_without_training_it_is_the_network_of_the_source(more):
     assert not Path("outputs").exists(), "no float training"
 
 
-def test_training_begins_at_the_loss_of_the_source(more, cli):
+def test_training_begins_at_the_loss_of_the_source(more, job):
     """Steps of no size show where training begins."""
     still = ("optimizer.lr=1e-12", "quantizer_optimizer.lr=1e-12", "optimizer.weight_decay=0")
     assert more(*still, "run_dir=more").code == 0
-    assert cli(*QUICK, *still, "run_dir=anew").code == 0
+    assert job(*QUICK, *still, "run_dir=anew").code == 0
     begun, anew = (records(x)[0]["train_loss"] for x in ("more", "anew"))
     source = records("run")[0]["train_loss"]
     assert begun < source < anew
@@ -150,20 +150,20 @@ class Normed(CifarResNetModel):
 """
 
 
-def test_weights_that_are_made_anew_go_on_as_they_were(cli, no_pictures, monkeypatch, tmp_path):
+def test_weights_that_are_made_anew_go_on_as_they_were(job, no_pictures, monkeypatch, tmp_path):
     """Under their own names, so that they train as before."""
     Path("normed_model.py").write_text(NORMED)
     monkeypatch.syspath_prepend(tmp_path)
     own = (*QUICK, "model._target_=normed_model.Normed", "trusted_packages=[normed_model]")
-    outcome = cli(*own, "run_dir=first")
+    outcome = job(*own, "run_dir=first")
     assert outcome.code == 0, outcome.err
-    outcome = cli(*own, "init_from=first", "trainer.epochs=0", "run_dir=same")
+    outcome = job(*own, "init_from=first", "trainer.epochs=0", "run_dir=same")
     assert outcome.code == 0, outcome.err
     assert "layer1.0.conv1.parametrizations.weight.original0" in model_of("first")
     assert equal(model_of("same"), model_of("first"))
     before, after = (read(x, "result.json")["qat_top1_percent"] for x in ("first", "same"))
     assert after == before
-    outcome = cli(*own, "init_from=first", "trainer.epochs=1", "run_dir=more")
+    outcome = job(*own, "init_from=first", "trainer.epochs=1", "run_dir=more")
     assert outcome.code == 0, outcome.err
     assert model_of("more").keys() == model_of("first").keys()
 

@@ -105,31 +105,31 @@ def test_the_model_has_the_bits_that_the_allocation_promises(finished):
         assert len(thresholds) == 2 ** layer["activation_bits"] - 1
 
 
-def test_the_same_command_again_says_that_all_is_done(cli, finished):
+def test_the_same_command_again_says_that_all_is_done(job, finished):
     first, run = finished
     before = {path: path.stat().st_mtime_ns for path in run.rglob("*")}
-    again = cli(*QUICK, "run_dir=run")
+    again = job(*QUICK, "run_dir=run")
     assert again.code == 0
     assert "all stages of run are done" in again.err
     assert again.out == first.out
     assert {path: path.stat().st_mtime_ns for path in run.rglob("*")} == before
 
 
-def test_other_settings_do_not_touch_a_run(cli, finished):
+def test_other_settings_do_not_touch_a_run(job, finished):
     _, run = finished
     before = {path: path.stat().st_mtime_ns for path in run.rglob("*")}
-    outcome = cli(*QUICK, "run_dir=run", "trainer.epochs=2", "seed=5")
+    outcome = job(*QUICK, "run_dir=run", "trainer.epochs=2", "seed=5")
     assert outcome.code == 1
     assert "run holds a run with other settings (seed: 0 → 5; trainer.epochs: 1 → 2)" in outcome.err
     assert {path: path.stat().st_mtime_ns for path in run.rglob("*")} == before
 
 
 @pytest.mark.usefixtures("no_pictures")
-def test_ablations_share_the_float_model_and_change_the_result(cli, tmp_path):
+def test_ablations_share_the_float_model_and_change_the_result(job, tmp_path):
     toggles = ("init_random", "no_adaptation", "uniform_bits", "activation_lsq")
     weights, floats = {}, []
     for ablation in ("none", *toggles):
-        outcome = cli(*QUICK, "pretrain.epochs=2", f"ablation={ablation}", f"run_dir={ablation}")
+        outcome = job(*QUICK, "pretrain.epochs=2", f"ablation={ablation}", f"run_dir={ablation}")
         assert outcome.code == 0, outcome.err
         state = torch.load(tmp_path / ablation / "checkpoints" / "last.pt", weights_only=True)
         weights[ablation] = state["model"]["layer1.0.conv1.weight"]
@@ -157,8 +157,8 @@ EVERYTHING = (
 
 
 @pytest.mark.usefixtures("no_pictures")
-def test_every_option_of_training_at_once(cli, tmp_path):
-    outcome = cli(*QUICK, "trainer.epochs=2", *EVERYTHING, "run_dir=run")
+def test_every_option_of_training_at_once(job, tmp_path):
+    outcome = job(*QUICK, "trainer.epochs=2", *EVERYTHING, "run_dir=run")
     assert outcome.code == 0, outcome.err
     records = [json.loads(x) for x in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
     assert [x["stage"] for x in records] == ["pretrain", "qat", "qat"]
@@ -169,10 +169,10 @@ def test_every_option_of_training_at_once(cli, tmp_path):
 
 
 @pytest.mark.usefixtures("no_pictures")
-def test_a_teacher_is_trained_once_and_may_be_another_run_s_float_model(cli, tmp_path):
+def test_a_teacher_is_trained_once_and_may_be_another_run_s_float_model(job, tmp_path):
     shared = tmp_path / "outputs" / "shared"
     taught = (*QUICK, "distillation=teacher", "distillation.model.width=2")
-    outcome = cli(*taught, "run_dir=taught")
+    outcome = job(*taught, "run_dir=taught")
     assert outcome.code == 0, outcome.err
     assert "teacher: 1 epochs" in outcome.err
     assert len(list(shared.iterdir())) == 2
@@ -180,13 +180,13 @@ def test_a_teacher_is_trained_once_and_may_be_another_run_s_float_model(cli, tmp
     stages = [json.loads(x)["stage"] for x in (tmp_path / "taught/metrics.jsonl").open()]
     assert stages == ["pretrain", "qat"]
 
-    teacher = cli(*QUICK, "model=resnet20", "model.width=2", "run_dir=teacher")
+    teacher = job(*QUICK, "model=resnet20", "model.width=2", "run_dir=teacher")
     assert teacher.code == 0, teacher.err
     assert "pretrain: float model from" in teacher.err
     metrics = [json.loads(x) for x in (tmp_path / "teacher/metrics.jsonl").open()]
     assert [x["stage"] for x in metrics] == ["pretrain", "qat"]
 
-    other = cli(*taught, "distillation.weight=0.5", "run_dir=other")
+    other = job(*taught, "distillation.weight=0.5", "run_dir=other")
     assert other.code == 0, other.err
     assert "teacher: float model from" in other.err
     weights = [
@@ -197,28 +197,28 @@ def test_a_teacher_is_trained_once_and_may_be_another_run_s_float_model(cli, tmp
 
 
 @pytest.mark.usefixtures("no_pictures")
-def test_float_training_does_not_depend_on_the_rate_of_qat(cli, tmp_path):
+def test_float_training_does_not_depend_on_the_rate_of_qat(job, tmp_path):
     for run, rate in (("first", 0.1), ("second", 0.01)):
-        outcome = cli(*QUICK, f"optimizer.lr={rate}", f"run_dir={run}")
+        outcome = job(*QUICK, f"optimizer.lr={rate}", f"run_dir={run}")
         assert outcome.code == 0, outcome.err
     assert "pretrain: float model from" in outcome.err
     assert len(list((tmp_path / "outputs" / "shared").iterdir())) == 1
 
 
 @pytest.mark.usefixtures("no_pictures")
-def test_another_seed_trains_another_float_model(cli, tmp_path):
+def test_another_seed_trains_another_float_model(job, tmp_path):
     for seed in (0, 1):
-        assert cli(*QUICK, f"seed={seed}").code == 0
+        assert job(*QUICK, f"seed={seed}").code == 0
     assert len(list((tmp_path / "outputs" / "shared").iterdir())) == 2
 
 
 @pytest.mark.usefixtures("no_pictures")
-def test_a_deleted_allocation_is_made_anew_and_trained(cli, finished):
+def test_a_deleted_allocation_is_made_anew_and_trained(job, finished):
     _, run = finished
     before = (run / "allocation.json").read_text()
     for name in ("allocation.json", "status.json"):
         (run / name).unlink()
-    outcome = cli(*QUICK, "run_dir=run")
+    outcome = job(*QUICK, "run_dir=run")
     assert outcome.code == 0, outcome.err
     assert (run / "allocation.json").read_text() == before
     assert "profile:" not in outcome.err
@@ -276,13 +276,13 @@ BAD = {
 }
 
 
-def test_edited_artifacts_of_a_run_that_is_done_or_not(cli, finished):
+def test_edited_artifacts_of_a_run_that_is_done_or_not(job, finished):
     _, run = finished
     for name, changes in BAD.items():
         whole = (run / name).read_text()
         for message, change in changes.items():
             edit(run / name, change)
-            told = [cli(*QUICK, "run_dir=run").err]
+            told = [job(*QUICK, "run_dir=run").err]
             if name in ("sensitivity.json", "allocation.json"):  # what adq-export reads
                 with pytest.raises(UserError) as refused:
                     open_run(run)
@@ -293,7 +293,7 @@ def test_edited_artifacts_of_a_run_that_is_done_or_not(cli, finished):
             (run / name).write_text(whole)
 
 
-def test_artifacts_without_a_stamp_or_of_another_origin(cli, finished):
+def test_artifacts_without_a_stamp_or_of_another_origin(job, finished):
     """Also where the stamp was made to fit the content."""
     _, run = finished
     (run / "status.json").unlink()
@@ -305,7 +305,7 @@ def test_artifacts_without_a_stamp_or_of_another_origin(cli, finished):
             (lambda x: x.update(stamp="mine"), "stamp is not one"),
         ):
             edit(run / name, change)
-            outcome = cli(*QUICK, "run_dir=run")
+            outcome = job(*QUICK, "run_dir=run")
             assert outcome.code == 1
             assert re.search(
                 rf"run/{name} .*{message}.*delete it .*{section}=from_file", outcome.err
@@ -319,25 +319,25 @@ def test_artifacts_without_a_stamp_or_of_another_origin(cli, finished):
         (set_in_layer(0, weight_bits=4), "conv1 has 4/8 bits, but is pinned to 8"),
     ):
         edit_and_stamp(run / "allocation.json", change)
-        outcome = cli(*QUICK, "run_dir=run")
+        outcome = job(*QUICK, "run_dir=run")
         assert outcome.code == 1
         assert re.search(rf"run/allocation\.json: .*{message}", outcome.err)
         (run / "allocation.json").write_text(whole)
 
 
 @pytest.mark.usefixtures("no_pictures")
-def test_what_is_missing_of_a_run_that_is_done_is_made_anew(cli, finished):
+def test_what_is_missing_of_a_run_that_is_done_is_made_anew(job, finished):
     _, run = finished
     names = ("sensitivity.json", "levels.json", "result.json")
     before = {name: read(run / name) for name in names}
     (run / "sensitivity.json").write_text('{"metric": NaN}')
-    outcome = cli(*QUICK, "run_dir=run")
+    outcome = job(*QUICK, "run_dir=run")
     assert outcome.code == 1
     assert "run/sensitivity.json is not a sensitivity table" in outcome.err
     assert "delete it to make it anew" in outcome.err
     for name in names:
         (run / name).unlink()
-    outcome = cli(*QUICK, "run_dir=run")
+    outcome = job(*QUICK, "run_dir=run")
     assert outcome.code == 0, outcome.err
     assert "was done, but sensitivity.json, levels.json, result.json is missing" in outcome.err
     for name in names:
@@ -347,7 +347,7 @@ def test_what_is_missing_of_a_run_that_is_done_is_made_anew(cli, finished):
         assert after == before[name], name
 
 
-def test_a_shared_float_model_is_verified(cli, finished, tmp_path):
+def test_a_shared_float_model_is_verified(job, finished, tmp_path):
     _, run = finished
     (shared,) = (tmp_path / "outputs" / "shared").iterdir()
     weights, depends_on = shared / "model.safetensors", shared / "depends_on.json"
@@ -364,7 +364,7 @@ def test_a_shared_float_model_is_verified(cli, finished, tmp_path):
         ):
             weights.write_bytes(content)
             depends_on.write_text(inputs)
-            outcome = cli(*QUICK, f"run_dir={name}")
+            outcome = job(*QUICK, f"run_dir={name}")
             assert outcome.code == 1
             assert f"{weights.relative_to(tmp_path)} is damaged or another run's" in outcome.err
             assert message in outcome.err
@@ -375,18 +375,18 @@ def test_a_shared_float_model_is_verified(cli, finished, tmp_path):
     content = json.loads(noted)
     content["stamp"]["model.safetensors"] = sha256(weights)
     depends_on.write_text(json.dumps(content))
-    outcome = cli(*QUICK, "run_dir=run")
+    outcome = job(*QUICK, "run_dir=run")
     assert outcome.code == 1
     assert "pretrain: the float model is not the one that the run in run began with" in outcome.err
     # The remedy: from its last checkpoint the same model is there at once.
     weights.unlink()
-    outcome = cli(*QUICK, "run_dir=run")
+    outcome = job(*QUICK, "run_dir=run")
     assert outcome.code == 0, outcome.err
     assert weights.read_bytes() == whole
 
 
 @pytest.mark.usefixtures("no_pictures")
-def test_a_run_goes_on_with_its_float_model_under_other_conditions(cli, finished, monkeypatch):
+def test_a_run_goes_on_with_its_float_model_under_other_conditions(job, finished, monkeypatch):
     """And a new one under these trains its own, so that no order of runs changes a result."""
     _, run = finished
     (run / "status.json").unlink()
@@ -394,19 +394,19 @@ def test_a_run_goes_on_with_its_float_model_under_other_conditions(cli, finished
     other = {**here, "cpu_threads": 7}
     for module in ("shared_model", "manifest"):
         monkeypatch.setattr(f"adq_train.run.{module}.environment", lambda _: other)
-    outcome = cli(*QUICK, "run_dir=run")
+    outcome = job(*QUICK, "run_dir=run")
     assert outcome.code == 0, outcome.err
     assert f"cpu_threads: {here['cpu_threads']} → 7" in outcome.err
     assert "pretrain: float model from" in outcome.err
-    outcome = cli(*QUICK, "run_dir=new")
+    outcome = job(*QUICK, "run_dir=new")
     assert outcome.code == 0, outcome.err
     assert "pretrain: 1 epochs" in outcome.err
 
 
 @pytest.mark.usefixtures("no_pictures")
-def test_a_float_checkpoint_replaces_float_training(cli, finished, tmp_path):
+def test_a_float_checkpoint_replaces_float_training(job, finished, tmp_path):
     (shared,) = (tmp_path / "outputs" / "shared").iterdir()
-    outcome = cli(*QUICK, f"pretrain.checkpoint={shared / 'model.safetensors'}", "run_dir=second")
+    outcome = job(*QUICK, f"pretrain.checkpoint={shared / 'model.safetensors'}", "run_dir=second")
     assert outcome.code == 0, outcome.err
     assert "pretrain: float weights as given" in outcome.err
     first, second = read(tmp_path / "run/result.json"), read(tmp_path / "second/result.json")
@@ -415,8 +415,8 @@ def test_a_float_checkpoint_replaces_float_training(cli, finished, tmp_path):
 
 
 @pytest.mark.usefixtures("no_pictures")
-def test_no_qat_leaves_the_calibrated_model(cli, tmp_path):
-    outcome = cli(*QUICK, "trainer.epochs=0", "run_dir=run")
+def test_no_qat_leaves_the_calibrated_model(job, tmp_path):
+    outcome = job(*QUICK, "trainer.epochs=0", "run_dir=run")
     assert outcome.code == 0, outcome.err
     result = read(tmp_path / "run" / "result.json")
     assert result["qat_top1_percent"] == result["ptq_top1_percent"]
@@ -426,8 +426,8 @@ def test_no_qat_leaves_the_calibrated_model(cli, tmp_path):
 
 
 @pytest.mark.usefixtures("no_pictures")
-def test_the_best_epoch_can_be_selected(cli, tmp_path):
-    outcome = cli(*QUICK, "trainer.epochs=3", "trainer.select=best", "run_dir=run")
+def test_the_best_epoch_can_be_selected(job, tmp_path):
+    outcome = job(*QUICK, "trainer.epochs=3", "trainer.select=best", "run_dir=run")
     assert outcome.code == 0, outcome.err
     records = [json.loads(x) for x in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
     best = max(x["validation_top1_percent"] for x in records if x["stage"] == "qat")
@@ -435,20 +435,20 @@ def test_the_best_epoch_can_be_selected(cli, tmp_path):
 
 
 @pytest.mark.usefixtures("no_pictures")
-def test_an_interrupted_stage_is_noted_and_continued(cli, tmp_path, monkeypatch):
+def test_an_interrupted_stage_is_noted_and_continued(job, tmp_path, monkeypatch):
     def full(*_):
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
         patch.setattr("adq_train.run.stages.allocate.allocate", full)
-        outcome = cli(*QUICK, "run_dir=run")
+        outcome = job(*QUICK, "run_dir=run")
     assert outcome.code == 1
     assert "No space left on device" in outcome.err
     status = read(tmp_path / "run" / "status.json")
     assert (status["state"], status["stage"]) == ("failed", "allocate")
     assert "No space left" in status["error"]
 
-    again = cli(*QUICK, "run_dir=run")
+    again = job(*QUICK, "run_dir=run")
     assert again.code == 0, again.err
     assert "profile:" not in again.err
     assert read(tmp_path / "run" / "status.json")["state"] == "done"
@@ -475,10 +475,10 @@ ONE_LAYER = """{"layers": [{"name": "conv1", "sensitivity": {"2": 1, "3": 1, "4"
     ids=range(10),
 )
 def test_what_a_run_will_need_is_checked_before_anything_is_trained(
-    cli, tmp_path, content, overrides, message
+    job, tmp_path, content, overrides, message
 ):
     (tmp_path / "f").write_text(content)
-    outcome = cli(*QUICK, *overrides, "run_dir=run")
+    outcome = job(*QUICK, *overrides, "run_dir=run")
     assert outcome.code == 1
     assert message in outcome.err
     assert "Traceback" not in outcome.err
@@ -487,25 +487,25 @@ def test_what_a_run_will_need_is_checked_before_anything_is_trained(
 
 
 @pytest.mark.usefixtures("no_pictures")
-def test_files_written_by_hand_need_names_and_values_alone(cli, tmp_path):
+def test_files_written_by_hand_need_names_and_values_alone(job, tmp_path):
     """Names alone are known to a person: no counts of weights, no multiply-accumulates."""
     names = ["conv1", *(f"layer{i}.0.conv{k}" for i in (1, 2, 3) for k in (1, 2)), "fc"]
     rows = [{"name": x, "sensitivity": {"2": 1.0, "3": 0.5, "4": 0.25}} for x in names]
     (tmp_path / "omega.json").write_text(json.dumps({"layers": rows}))
     table = ["sensitivity=from_file", "sensitivity.path=omega.json", "trainer.epochs=0"]
-    outcome = cli(*QUICK, *table, "run_dir=first")
+    outcome = job(*QUICK, *table, "run_dir=first")
     assert outcome.code == 0, outcome.err
     first = read(tmp_path / "first" / "sensitivity.json")
     assert first["metric"] == "from_file"
     assert first["layers"][0]["num_weights"] == 36
     bits = read(tmp_path / "first" / "allocation.json")["layers"]
     (tmp_path / "bits.json").write_text(json.dumps({"layers": bits}))
-    outcome = cli(*QUICK, *table, "allocator=from_file", "allocator.path=bits.json", "run_dir=run")
+    outcome = job(*QUICK, *table, "allocator=from_file", "allocator.path=bits.json", "run_dir=run")
     assert outcome.code == 0, outcome.err
     assert read(tmp_path / "run" / "allocation.json")["layers"] == bits
 
 
-def test_a_dry_run_does_not_ask_whether_two_steps_converge(cli):
-    outcome = cli(*QUICK, "dry_run=true", "optimizer.lr=1e30", "pretrain.lr=20")
+def test_a_dry_run_does_not_ask_whether_two_steps_converge(job):
+    outcome = job(*QUICK, "dry_run=true", "optimizer.lr=1e30", "pretrain.lr=20")
     assert outcome.code == 0, outcome.err
     assert "dry run passed" in outcome.out

@@ -10,7 +10,7 @@ import torch
 from helpers import QUICK
 from hydra.core.global_hydra import GlobalHydra
 
-from adq_train.cli.train import main
+from adq_train.cli.program import act
 from adq_train.run.folder import RunFolder
 from adq_train.sensitivity.partial import PartialTable
 from adq_train.training.trainer import Trainer
@@ -36,8 +36,7 @@ def run(folder, kill=None):
                 die_at(*kill)
             os.chdir(folder)
             sys.argv[:] = COMMAND
-            main()
-            code = 0
+            code = act("adq-train", "adq_train.cli.train:main")
         finally:
             os._exit(code)
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])

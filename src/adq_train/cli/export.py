@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import json
 import sys
-import traceback
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TypeVar
 
 from adq_train.cli.arguments import parse
-from adq_train.cli.train import configure_logging, show_error
 from adq_train.deploy.formats import FORMATS
-from adq_train.errors import ConfigError, UserError
+from adq_train.messages import configure_logging
 from adq_train.printable import one_line, printable
 from adq_train.settings.schema import setting
 from adq_train.storage.files import typed_path
@@ -110,28 +108,18 @@ def eval_main() -> None:
 
 
 def _main(kind: type[S], text: str, act: Callable[[S], None]) -> None:
-    """Reads the command line, acts, and reports errors as messages."""
+    """Reads the command line and acts.
+
+    Raises:
+        UserError: The command line, a file or a data set is wrong.
+    """
     arguments = sys.argv[1:]
     if not arguments or {"-h", "--help"} & set(arguments):
         print(text, end="")
         sys.exit(0 if arguments else 2)
-    try:
-        settings = parse(kind, arguments)
-    except ConfigError as error:
-        show_error(error, debug=False)
-        sys.exit(2)
+    settings = parse(kind, arguments)
     configure_logging()
-    try:
-        act(settings)
-    except UserError as error:
-        show_error(error, settings.debug)
-        sys.exit(1)
-    except Exception as error:  # another program's file may fail in any way
-        if settings.debug:
-            traceback.print_exc()
-        reason = f"{type(error).__name__}: {next(iter(str(error).strip().splitlines()), '')}"
-        print(printable(f"error: {reason} (debug=true shows where)"), file=sys.stderr)
-        sys.exit(1)
+    act(settings)
 
 
 def export(settings: ExportSettings) -> None:

@@ -7,11 +7,11 @@ nothing heavy.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from hydra import initialize_config_module
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.types import Override, QuotedString, Sweep
 from hydra.errors import HydraException
@@ -19,17 +19,35 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
-from adq_train.cli.sources import check_files, composed, interpolation_problems
+from adq_train.cli.sources import composed, composing, interpolation_problems
 from adq_train.cli.sources import of_hydra as hydra_section
-from adq_train.cli.values import how_to_write, parse, quote
+from adq_train.cli.values import how_to_write, parse
 from adq_train.errors import ConfigError, did_you_mean
-from adq_train.settings.schema import register
+
+# What a command line may say to Hydra. Its other settings are of what adq-train does itself.
+LAUNCHERS = ("basic", "slurm")
+OF_HYDRA = ("hydra.mode", "hydra.sweeper.params", "hydra/launcher", "hydra.launcher")
 
 
-def problems_of(
+@dataclass(frozen=True)
+class CommandLine:
+    """What overrides come to, all together.
+
+    Attributes:
+        problems: One sentence for each override that cannot be applied.
+        is_sweep: Whether they ask for several runs.
+        params: What the configuration sweeps over besides.
+    """
+
+    problems: tuple[str, ...]
+    is_sweep: bool = False
+    params: Mapping[str, Any] = field(default_factory=dict)
+
+
+def examine(
     overrides: Sequence[str], search_path: str | None = None, sweep: bool = False
-) -> list[str]:
-    """One sentence for each override that cannot be applied.
+) -> CommandLine:
+    """Looks at every override without running anything.
 
     Args:
         overrides: The command line without Hydra's flags.
@@ -37,11 +55,9 @@ def problems_of(
         sweep: Whether a setting may have several values.
     """
     if search_path and not Path(search_path).is_dir():
-        return [f"--config-dir: there is no folder {search_path}"]
-    register()
-    check_files()
+        return CommandLine((f"--config-dir: there is no folder {search_path}",))
     problems: list[str] = []
-    with initialize_config_module("adq_train.configs", version_base="1.3", job_name="adq-train"):
+    with composing(search_path) as compose:
         loader = GlobalHydra.instance().config_loader()
         parsed: list[Override] = []
         for text in overrides:
@@ -50,13 +66,10 @@ def problems_of(
             except HydraException as error:
                 problems.append(_unreadable(text, str(error).splitlines()[0]))
         groups = [""] + [g for g in loader.list_groups("") if not g.startswith("hydra")]
-
-        place = quote(f"file://{Path(search_path or '.').resolve()}")  # may hold any character
-        chosen = [f"hydra.searchpath=[{place}]"] if search_path else []
         choices, values, of_hydra, wrong = _sorted(parsed, loader, groups, search_path)
         problems += wrong
         # The first of each, then each of the others once: every file is seen.
-        first = [*chosen, *(texts[0] for texts in choices)]
+        first = [texts[0] for texts in choices]
         others = [
             [text if one.split("=")[0] == text.split("=")[0] else one for one in first]
             for texts in choices
@@ -66,7 +79,7 @@ def problems_of(
             own = hydra_section(composed(of_hydra)) if search_path else None
             cfgs = []
             for selection in (first, *others):
-                cfg = composed([*selection, *of_hydra])
+                cfg = compose([*selection, *of_hydra])
                 cfgs.append(cfg)
                 problems += interpolation_problems(cfg)
                 if own is not None and (more := list(_hydra_changes(own, hydra_section(cfg)))):
@@ -77,8 +90,13 @@ def problems_of(
                     )
                 sweep = sweep or cfg.hydra.mode == RunMode.MULTIRUN
         except ConfigError as error:
-            return [*problems, *error.problems]
+            return CommandLine((*problems, *error.problems))
         cfg = cfgs[0]
+        params = dict(cfg.hydra.sweeper.params or {})
+        launcher = cfg.hydra.runtime.choices["hydra/launcher"]
+        if launcher not in LAUNCHERS:
+            allowed = " or ".join(LAUNCHERS)
+            problems.append(f"hydra/launcher: must be {allowed}, got {launcher!r}")
         with open_dict(cfg):
             del cfg["hydra"]
         known = [*_keys(cfg), *groups[1:]]
@@ -86,11 +104,13 @@ def problems_of(
             problems += _value_problems(cfg, override, known)
         problems += [_ambiguous(x) for x in parsed if x.is_sweep_override() and not sweep]
         if not problems and any(_is_rare(override) for override in parsed):
-            problems += _as_a_whole(chosen, parsed)
-    return list(dict.fromkeys(problems))
+            problems += _as_a_whole(compose, parsed)
+    return CommandLine(tuple(dict.fromkeys(problems)), sweep, params)
 
 
-def _as_a_whole(chosen: Sequence[str], parsed: Sequence[Override]) -> tuple[str, ...]:
+def _as_a_whole(
+    compose: Callable[[Sequence[str]], DictConfig], parsed: Sequence[Override]
+) -> tuple[str, ...]:
     """What is wrong with all overrides together, without those of a sweep."""
     texts = [
         override.input_line or ""
@@ -98,7 +118,7 @@ def _as_a_whole(chosen: Sequence[str], parsed: Sequence[Override]) -> tuple[str,
         if not override.is_sweep_override() and not override.key_or_group.startswith("hydra")
     ]
     try:
-        composed([*chosen, *texts])
+        compose(texts)
     except ConfigError as error:
         return tuple(error.problems)
     return ()
@@ -126,6 +146,11 @@ def _sorted(
             continue
         if key.startswith("hydra"):
             of_hydra.append(override.input_line or "")
+            if not key.startswith(OF_HYDRA):
+                problems.append(f"{key}: is not read; of Hydra there are {', '.join(OF_HYDRA)}")
+            continue
+        if override.is_sweep_override() and not override.is_discrete_sweep():
+            problems.append(f"{override.input_line}: a sweep is a list, a,b,c, or range(0,3)")
             continue
         options = loader.get_group_options(key) if key in groups and key else []
         if options and search_path:

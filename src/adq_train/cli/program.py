@@ -14,7 +14,8 @@ from typing import NoReturn
 
 from adq_train import __version__, interrupts
 from adq_train.cli import streams
-from adq_train.errors import UserError
+from adq_train.errors import ConfigError, UserError
+from adq_train.messages import show_error, speaks
 from adq_train.printable import printable
 
 
@@ -62,9 +63,7 @@ def run(name: str, function: str, needs_output: bool = True) -> NoReturn:
     try:
         with interrupts.caught(leave_imports=True):
             out, _ = streams.survive()
-            debug = "--debug" in sys.argv
-            sys.argv = [x for x in sys.argv if x != "--debug"]
-            code = _act(name, function, debug)
+            code = act(name, function)
             sys.stdout.flush()
             sys.stderr.flush()
             if code == 0 and out.error is not None and needs_output:
@@ -78,11 +77,21 @@ def run(name: str, function: str, needs_output: bool = True) -> NoReturn:
     sys.exit(code)
 
 
-def _act(name: str, function: str, debug: bool) -> int:
-    """The program itself; gives its exit code."""
+def act(name: str, function: str) -> int:
+    """The program itself.
+
+    Args:
+        name: Of the program.
+        function: ``module:function``.
+
+    Returns:
+        Its exit code: 2 where the command line is wrong, 1 after another error.
+    """
     if "--version" in sys.argv[1:]:
         print(f"{name} {__version__}")
         return 0
+    debug = bool({"--debug", "debug=true", "debug=True"} & set(sys.argv))
+    sys.argv = [x for x in sys.argv if x != "--debug"]
     module, _, attribute = function.partition(":")
     try:
         getattr(importlib.import_module(module), attribute)()
@@ -91,14 +100,15 @@ def _act(name: str, function: str, debug: bool) -> int:
             print(printable(str(end.code)), file=sys.stderr)
             return 1
         return end.code or 0
+    except UserError as error:
+        if speaks():  # once for all processes of a run
+            show_error(error, debug)
+        return 2 if isinstance(error, ConfigError) else 1
     except Exception as error:
         if debug:
             traceback.print_exc()
         reason = " ".join(str(error).split())
-        if isinstance(error, UserError):
-            print(printable(f"error: {error}"), file=sys.stderr)
-        else:
-            hint = f" ({name} --debug … shows where)"
-            print(printable(f"error: {type(error).__name__}: {reason}{hint}"), file=sys.stderr)
+        hint = f" ({name} --debug … shows where)"
+        print(printable(f"error: {type(error).__name__}: {reason}{hint}"), file=sys.stderr)
         return 1
     return 0

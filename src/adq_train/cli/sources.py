@@ -7,21 +7,24 @@ stays as the program and the command line say.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from hydra import compose
+from hydra import compose, initialize_config_module
 from hydra._internal.core_plugins.file_config_source import FileConfigSource
 from hydra._internal.sources_registry import SourcesRegistry
 from hydra.core.plugins import Plugins
 from hydra.plugins.config_source import ConfigResult
 from omegaconf import DictConfig, OmegaConf
 
+from adq_train.cli.values import quote
 from adq_train.errors import ConfigError, UserError
+from adq_train.settings.schema import register
 from adq_train.storage.yaml_files import read_yaml
 
 MAX_EXPANSIONS = 10_000
@@ -54,6 +57,21 @@ def check_files() -> None:
     """From now on Hydra reads files through :class:`CheckedFileSource`."""
     Plugins.instance()  # registers Hydra's own
     SourcesRegistry.instance().types["file"] = CheckedFileSource
+
+
+@contextlib.contextmanager
+def composing(config_dir: str | None) -> Iterator[Callable[[Sequence[str]], DictConfig]]:
+    """Gives a way to compose configurations, with Hydra's own section, from overrides.
+
+    Args:
+        config_dir: A folder with more choices (``--config-dir``).
+    """
+    register()
+    check_files()
+    place = quote(f"file://{Path(config_dir or '.').resolve()}")  # may hold any character
+    chosen = [f"hydra.searchpath=[{place}]"] if config_dir else []
+    with initialize_config_module("adq_train.configs", version_base="1.3", job_name="adq-train"):
+        yield lambda overrides: composed([*chosen, *overrides])
 
 
 def composed(overrides: Sequence[str]) -> DictConfig:

@@ -3,20 +3,16 @@
 from __future__ import annotations
 
 import logging
-import os
 import sys
 import time
 
 from tqdm import tqdm
 
+from adq_train.messages import speaks
+
 log = logging.getLogger(__name__)
 
 SECONDS_BETWEEN_LINES = 10.0
-
-
-def speaks() -> bool:
-    """Whether this process reports: the only one, or the first of those that torchrun started."""
-    return os.environ.get("RANK", "0") == "0"
 
 
 class Progress:
