@@ -10,6 +10,7 @@ import torch
 
 import adq_train
 from adq_train.cli.export import eval_main, export_main
+from adq_train.cli.program import act
 from adq_train.deploy.packed import packed_bytes, read_packed
 from adq_train.errors import UserError
 
@@ -48,11 +49,7 @@ def program(monkeypatch, capsys):
     def run(main, *arguments):
         monkeypatch.setattr(sys, "argv", ["program", *arguments])
         capsys.readouterr()
-        code = 0
-        try:
-            main()
-        except SystemExit as stop:
-            code = stop.code
+        code = act("program", f"{main.__module__}:{main.__name__}")
         captured = capsys.readouterr()
         return code, captured.out, captured.err
 
