@@ -10,6 +10,7 @@ from typing import TypeVar
 
 from adq_train.cli.arguments import parse
 from adq_train.deploy.formats import FORMATS
+from adq_train.errors import UserError
 from adq_train.messages import configure_logging
 from adq_train.printable import one_line, printable
 from adq_train.settings.schema import setting
