@@ -1,10 +1,11 @@
-"""The float networks: CIFAR ResNets, and any torchvision classifier by name.
+"""The float networks: CIFAR ResNets, and any classifier of torchvision or timm by name.
 
-Torchvision is imported once it is needed: it takes longer than a small network.
+Torchvision and timm are imported once they are needed: they take longer than a small network.
 """
 
 from __future__ import annotations
 
+import importlib
 import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -24,6 +25,7 @@ class ModelSource(Protocol):
         ...
 
 
+MOST = 4096  # of any number among the options of a network of timm
 # What a network's constructor may take of the data.
 OF_DATA = ("num_classes", "in_channels")
 
@@ -239,6 +241,92 @@ class TorchvisionModel:
                 model.aux_logits = False  # type: ignore[assignment]
         _adapt_ends(model, num_classes, in_channels)
         return model
+
+
+# What timm's factory itself takes, besides the network: files to read, and places to fetch from.
+_OF_THE_FACTORY = (
+    "pretrained",
+    "checkpoint",
+    "cache",
+    "scriptable",
+    "exportable",
+    "no_jit",
+    "feat",
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TimmModel:
+    """A classifier of timm, with the data's channels and classes.
+
+    Attributes:
+        name: A name of ``timm.list_models()``, without a tag.
+        weights: None for random weights; ``DEFAULT``, or the tag of pretrained ones.
+        options: Plain values for the network's constructor, such as ``{img_size: 32}``.
+    """
+
+    name: str
+    weights: str | None
+    options: Mapping[str, Any] | None = None
+
+    def __post_init__(self) -> None:
+        timm = self._timm()
+        known = timm.list_models()
+        if self.name not in known:
+            hint = did_you_mean(self.name, known)
+            raise ValueError(f"name: timm has no model {self.name!r}{hint}")
+        tagged = timm.list_models(f"{self.name}.*", pretrained=True)
+        choices = ["DEFAULT", *(x.partition(".")[2] for x in tagged)] if tagged else []
+        if self.weights is not None and self.weights not in choices:
+            raise ValueError(
+                f"weights: {self.name} has {', '.join(choices) or 'none'}, got {self.weights!r}; "
+                "a file of weights is given as pretrain.checkpoint"
+            )
+        if not isinstance(self.options or {}, Mapping):
+            raise ValueError(f"options: must map names to values, got {self.options!r}")
+        for name, value in (self.options or {}).items():
+            if name.startswith(_OF_THE_FACTORY):
+                raise ValueError(f"options: {name} is not of the network's constructor")
+            numbers = value if isinstance(value, list | tuple) else [value]
+            if not all(isinstance(x, str | bool | int | float | None) for x in numbers):
+                raise ValueError(f"options: {name} must be a plain value, got {value!r}")
+            # A file may hold these; none may ask for more memory than there is.
+            if any(isinstance(x, int | float) and abs(x) > MOST for x in numbers):
+                raise ValueError(f"options: {name} must be at most {MOST:,}, got {value!r}")
+
+    @staticmethod
+    def _timm() -> Any:
+        try:
+            return importlib.import_module("timm")
+        except ImportError as error:
+            raise ValueError(
+                f"name: needs the package timm ({error}); pip install 'adq-train[timm]'"
+            ) from error
+
+    def build(self, num_classes: int, in_channels: int) -> nn.Module:
+        """The network; pretrained weights are fitted to the data's classes and channels by timm.
+
+        Raises:
+            UserError: The weights cannot be downloaded, or the options do not suit the network.
+        """
+        tag = "" if self.weights in (None, "DEFAULT") else f".{self.weights}"
+        try:
+            network: nn.Module = self._timm().create_model(
+                f"{self.name}{tag}",
+                pretrained=self.weights is not None,
+                num_classes=num_classes,
+                in_chans=in_channels,
+                **(self.options or {}),
+            )
+        except UserError:
+            raise
+        except Exception as error:  # downloads and constructors may fail in any way
+            reason = " ".join(str(error).split())
+            why = f"{type(error).__name__}: {reason}"
+            if self.weights is not None:
+                why += "; weights from elsewhere are given as pretrain.checkpoint, weights=null"
+            raise UserError(f"model: timm cannot build {self.name} ({why})") from error
+        return network
 
 
 def _ends(model: nn.Module) -> list[tuple[str, nn.Module]]:

@@ -17,7 +17,7 @@ from adq_train.settings.targets import TRUSTED_PREFIXES, added_to, construct, le
 # A file may name these, and what its reader trusts: importing a name of its choice would run code.
 BUILDERS = {
     f"adq_train.models.{kind.__name__}": kind
-    for kind in (models.CifarResNetModel, models.TorchvisionModel)
+    for kind in (models.CifarResNetModel, models.TorchvisionModel, models.TimmModel)
 }
 
 
@@ -126,7 +126,8 @@ def build_network(
         node = {**node, "weights": None}
     try:
         source = construct(node, "model", lambda part: part, trusted, models.ModelSource)
-        if isinstance(source, models.TorchvisionModel):  # also a subclass of somebody's
+        # Also a subclass of somebody's.
+        if isinstance(source, models.TorchvisionModel | models.TimmModel):
             source = replace(source, weights=None)
         # Initial weights are drawn, and must not move the caller's stream.
         with torch.random.fork_rng(devices=[]):
