@@ -29,8 +29,8 @@ from omegaconf import OmegaConf
 from adq_train.cli.program import act
 from adq_train.errors import UserError
 from adq_train.run.folder import RunFolder
+from adq_train.settings.ranges import leaves
 from adq_train.settings.schema import register
-from adq_train.settings.targets import leaves
 
 SMALL = (
     "data=synthetic",
@@ -152,7 +152,7 @@ def attempt(overrides: list[str]) -> tuple[str, str]:
     ):
         GlobalHydra.instance().clear()
         try:
-            code = act("adq-train", "adq_train.cli.train:main")
+            code = act("adq-train")
         except BaseException as error:  # nothing may come through
             said.write(f"Traceback: {error!r}")
         left = [x.name for x in folder.iterdir()]

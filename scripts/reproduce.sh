@@ -62,5 +62,5 @@ for word in "${more[@]}"; do
 done
 runs=()
 for word in "${folders[@]}"; do runs+=("$root/$experiment/$word"=*); done
-"$bin/adq-report" "${runs[@]}" --output "$root/reports/$table-$experiment" || failed=1
+"$bin/adq-report" "${runs[@]}" "output=$root/reports/$table-$experiment" || failed=1
 exit $failed

@@ -11,8 +11,8 @@ import os
 import shutil
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 from helpers import QUICK
@@ -43,8 +43,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: item.path.name not in FIRST)
 
 
-@dataclass(frozen=True)
-class Outcome:
+class Outcome(NamedTuple):
     """Exit code and outputs of one command."""
 
     code: int
@@ -53,7 +52,6 @@ class Outcome:
 
 
 Cli = Callable[..., Outcome]
-TRAIN = "adq-train", "adq_train.cli.train:main"
 
 
 @contextlib.contextmanager
@@ -73,19 +71,24 @@ def same_logger() -> Iterator[None]:
 
 
 @pytest.fixture
-def cli(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> Cli:
-    """Runs ``adq-train`` with the given arguments in an empty folder of its own."""
-    monkeypatch.chdir(tmp_path)
+def program(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Cli:
+    """Runs a program (``adq-eval``) with some arguments in this process."""
 
-    def run(*arguments: str) -> Outcome:
+    def run(name: str, *arguments: object) -> Outcome:
         GlobalHydra.instance().clear()
-        monkeypatch.setattr(sys, "argv", ["adq-train", *arguments])
+        monkeypatch.setattr(sys, "argv", [name, *map(str, arguments)])
         capsys.readouterr()
-        code = act(*TRAIN)
-        captured = capsys.readouterr()
-        return Outcome(code, captured.out, captured.err)
+        code = act(name)
+        return Outcome(code, *capsys.readouterr())
 
     return run
+
+
+@pytest.fixture
+def cli(program: Cli, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Cli:
+    """Runs ``adq-train`` with the given arguments in an empty folder of its own."""
+    monkeypatch.chdir(tmp_path)
+    return functools.partial(program, "adq-train")
 
 
 @functools.cache
@@ -103,8 +106,7 @@ def job(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp
         capsys.readouterr()
         own = Job(overrides, 0, None, ("adq-train", *overrides))
         outcome = run_job(own, copy.deepcopy(composed(overrides)))
-        captured = capsys.readouterr()
-        return Outcome(outcome.code, captured.out, captured.err)
+        return Outcome(outcome.code, *capsys.readouterr())
 
     return run
 
@@ -119,7 +121,7 @@ def finished_once(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Outco
         patch.chdir(root)
         patch.setattr(sys, "argv", ["adq-train", *QUICK, "run_dir=run"])
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-            code = act(*TRAIN)
+            code = act("adq-train")
     return root, Outcome(code, out.getvalue(), err.getvalue())
 
 

@@ -48,8 +48,7 @@ def test_an_ablation_is_one_sweep_of_every_single_toggle(reproduce):
     assert report == [
         "adq-report",
         "/o/x/quickstart/ablation=*",
-        "--output",
-        "/o/x/reports/ablation-quickstart",
+        "output=/o/x/reports/ablation-quickstart",
     ]
 
 
@@ -77,8 +76,7 @@ def test_a_taught_table_adds_its_rows_to_those_of_the_comparison(reproduce):
         "adq-report",
         "outputs/quickstart/comparison=*",
         "outputs/quickstart/distillation=*",
-        "--output",
-        "outputs/reports/taught-quickstart",
+        "output=outputs/reports/taught-quickstart",
     ]
 
 

@@ -11,26 +11,12 @@ from PIL import Image
 
 import adq_train
 from adq_train.artifacts import BitAllocation, RunResult
-from adq_train.cli.export import eval_main, export_main
-from adq_train.cli.program import act
+from adq_train.cli.export import export_main
+from adq_train.cli.program import PROGRAMS
 from adq_train.data.base import InputFormat, Pixels
 from adq_train.deploy.evaluable import Evaluable
 from adq_train.deploy.trained import open_run, trained_network
 from adq_train.errors import UserError
-
-
-@pytest.fixture
-def program(monkeypatch, capsys):
-    """Runs one of the two programs: (exit code, standard output, standard error)."""
-
-    def run(main, *arguments):
-        monkeypatch.setattr(sys, "argv", ["program", *map(str, arguments)])
-        capsys.readouterr()
-        code = act("program", f"{main.__module__}:{main.__name__}")
-        captured = capsys.readouterr()
-        return code, captured.out, captured.err
-
-    return run
 
 
 @pytest.fixture(scope="module")
@@ -66,7 +52,7 @@ def test_the_packed_file_is_the_trained_network(exported):
 
 def test_the_report_states_sizes(finished_run, program, tmp_path):
     output = tmp_path / "new" / "x.safetensors"
-    code, out, _ = program(export_main, finished_run, f"output={output}", "json=true")
+    code, out, _ = program("adq-export", finished_run, f"output={output}", "json=true")
     assert code == 0
     report = json.loads(out)
     promised = BitAllocation.from_json((finished_run / "allocation.json").read_text())
@@ -78,7 +64,7 @@ def test_the_report_states_sizes(finished_run, program, tmp_path):
     state = trained_network(open_run(finished_run)).state_dict()
     plain = [v for k, v in state.items() if v.is_floating_point() and "quantizer" not in k]
     assert report["float32_bytes"] == 4 * sum(x.numel() for x in plain)
-    code, out, _ = program(export_main, finished_run, f"output={output}", "fold_batch_norm=true")
+    code, out, _ = program("adq-export", finished_run, f"output={output}", "fold_batch_norm=true")
     assert code == 0
     assert "folded    7 batch norms" in out
     assert f"promised  {report['promised_bytes']:,}" not in out
@@ -87,7 +73,7 @@ def test_the_report_states_sizes(finished_run, program, tmp_path):
 def test_every_form_has_the_accuracy_of_the_run(exported, program):
     result = RunResult.from_json((exported[0] / "result.json").read_text())
     for path, form in zip(exported, ("run", "packed", "onnx"), strict=False):
-        code, out, err = program(eval_main, path, "json=true")
+        code, out, err = program("adq-eval", path, "json=true")
         assert (code, err) == (0, "")
         (line,) = out.splitlines()
         row = json.loads(line)
@@ -99,7 +85,7 @@ def test_every_form_has_the_accuracy_of_the_run(exported, program):
 
 def test_all_forms_stand_side_by_side(exported, program):
     result = RunResult.from_json((exported[0] / "result.json").read_text())
-    code, out, err = program(eval_main, exported[0], "all_forms=true", "json=true")
+    code, out, err = program("adq-eval", exported[0], "all_forms=true", "json=true")
     assert (code, err) == (0, "")
     rows = [json.loads(line) for line in out.splitlines()]
     assert [x["form"] for x in rows] == ["run", "packed", "onnx", "qonnx"]
@@ -116,24 +102,24 @@ def test_a_form_that_cannot_be_evaluated_gets_a_line(exported, program, tmp_path
     shutil.copytree(exported[0], run)
     (run / "export" / "model.qonnx.onnx").unlink()
     monkeypatch.setitem(sys.modules, "onnxscript", None)
-    code, out, err = program(eval_main, run, "all_forms=true")
+    code, out, err = program("adq-eval", run, "all_forms=true")
     assert (code, err) == (0, "")
     assert re.search(r"^onnx: .*package onnxscript .*pip install 'adq-train\[export\]'$", out, re.M)
     assert re.search(r"^packed +\S+ % +0 +[\d,]+ +[\d.]+$", out, re.M)
     packed = run / "export" / "model.safetensors"
     packed.write_bytes(packed.read_bytes()[:-1])
-    code, out, err = program(eval_main, run, "all_forms=true")
+    code, out, err = program("adq-eval", run, "all_forms=true")
     assert code == 1
     assert re.search(r"^packed: .*model\.safetensors is damaged", out, re.M)
     assert "could not evaluate packed" in err
 
 
 def test_another_data_set_is_noted(exported, program):
-    code, out, err = program(eval_main, exported[1], "data=digits", "data.test_images=50")
+    code, out, err = program("adq-eval", exported[1], "data=digits", "data.test_images=50")
     assert code == 0
     assert "digits" in out
     assert "not the data that the model was trained on" in err
-    code, _, err = program(eval_main, exported[1], "data=synthetic", "data.like=cifar10")
+    code, _, err = program("adq-eval", exported[1], "data=synthetic", "data.like=cifar10")
     assert code == 1
     assert "expects images of (1, 8, 8)" in err
 
@@ -144,7 +130,7 @@ def test_a_file_of_another_program_ends_with_one_line(program, tmp_path):
     path = tmp_path / "other.onnx"
     torch.onnx.export(network.eval(), (torch.zeros(1, 1, 8, 8),), path, dynamo=False)
     for data in (["data=digits"], ["data=synthetic", "data.like=cifar10"]):
-        code, _, err = program(eval_main, path, "batch_size=1", *data)
+        code, _, err = program("adq-eval", path, "batch_size=1", *data)
         assert code == 1
         (line,) = err.splitlines()
         assert re.match("error: data: the model expects images of .1, 8, 8. in 5 classes", line)
@@ -157,14 +143,14 @@ def test_images_of_ones_own_are_classified(exported, program, tmp_path, monkeypa
         pixels = np.random.default_rng(0).integers(0, 256, (16, 20), dtype=np.uint8)
         Image.fromarray(pixels).save(tmp_path / name)
     (tmp_path / "notes.txt").write_text("not an image")
-    code, out, _ = program(eval_main, exported[index], f"predict={tmp_path}", "json=true")
+    code, out, _ = program("adq-eval", exported[index], f"predict={tmp_path}", "json=true")
     assert code == 0
     rows = json.loads(out)["predictions"]
     assert [row["image"] for row in rows] == [str(tmp_path / "a.png"), str(tmp_path / "b.png")]
     assert len(rows[0]["classes"]) == 5
     assert rows[0]["classes"] == sorted(rows[0]["classes"], key=lambda x: -x[1])
     assert sum(p for _, p in rows[0]["classes"]) <= 1 + 1e-6
-    _, out, _ = program(eval_main, exported[index], "predict=~/a.png")
+    _, out, _ = program("adq-eval", exported[index], "predict=~/a.png")
     label, probability = rows[0]["classes"][0]
     assert out.startswith(f"{tmp_path / 'a.png'}  {label} {100 * probability:.1f} %")
 
@@ -177,41 +163,41 @@ def test_names_in_a_file_steer_no_terminal(program, monkeypatch, tmp_path):
     expects = InputFormat(2, (1, 8, 8), ("\x1b]0;title\x07", "cat\nfake  dog 99.0 %"), pixels)
     opened = Evaluable("packed", network.eval(), expects, None, None)
     monkeypatch.setattr("adq_train.deploy.evaluable.open_path", lambda *_: opened)
-    _, out, err = program(eval_main, "x", f"predict={tmp_path}")
+    _, out, err = program("adq-eval", "x", f"predict={tmp_path}")
     (line,) = out.splitlines()
     assert err == ""
     assert r"a\x1b[2J\n.png  " in line
     assert r"\x1b]0;title\x07 " in line
     assert r"cat\nfake  dog 99.0 % " in line
-    assert "\x1b" not in program(eval_main, tmp_path / "\x1b[2J")[2]
+    assert "\x1b" not in program("adq-eval", tmp_path / "\x1b[2J")[2]
 
 
 def test_paths_may_begin_at_home(finished_run, program, monkeypatch, tmp_path):
     monkeypatch.setenv("HOME", str(tmp_path))
     (tmp_path / "run").symlink_to(finished_run)
-    code, out, _ = program(export_main, "~/run", "output=~/x.safetensors")
+    code, out, _ = program("adq-export", "~/run", "output=~/x.safetensors")
     assert code == 0
     assert str(tmp_path / "x.safetensors") in out
     assert (tmp_path / "x.safetensors").is_file()
-    root = program(eval_main, "~/x.safetensors", "data=imagenet", "data.root=~/nowhere")[2]
+    root = program("adq-eval", "~/x.safetensors", "data=imagenet", "data.root=~/nowhere")[2]
     assert f"{tmp_path}/nowhere" in root
 
 
 def test_integers_from_a_run_to_its_classes(finished_run, cli, program, tmp_path):
     pytest.importorskip("ai_edge_litert")
-    code, _, err = program(export_main, finished_run, "format=tflite")
+    code, _, err = program("adq-export", finished_run, "format=tflite")
     assert code == 1
     assert "not one of target=int8" in err
     assert not (finished_run / "export" / "model.tflite").exists()
     made = cli(*QUICK, f"init_from={finished_run}", "target=int8", "trainer.epochs=0", "run_dir=r")
     assert made.code == 0
     run = tmp_path / "r"
-    code, out, _ = program(export_main, run, "format=tflite", "tolerance=0.1")
+    code, out, _ = program("adq-export", run, "format=tflite", "tolerance=0.1")
     assert code == 0
     assert re.search(r"verified  in LiteRT on 64 test images: (the same|another top-1 on)", out)
     figures = []
     for path in (run, run / "export" / "model.tflite"):
-        code, out, _ = program(eval_main, path, "json=true")
+        code, out, _ = program("adq-eval", path, "json=true")
         figures.append(json.loads(out))
     assert [x["form"] for x in figures] == ["run", "tflite"]
     assert figures[0]["top1_percent"] == pytest.approx(figures[1]["top1_percent"], abs=5)
@@ -236,7 +222,7 @@ def test_a_file_with_other_classes_is_not_kept(finished_run, program, tmp_path, 
     monkeypatch.setattr("adq_train.deploy.onnx.run", lambda path, source: other)
     monkeypatch.setattr("adq_train.deploy.onnx.onnx_bytes", lambda *_: b"x")
     output = tmp_path / "model.onnx"
-    code, _, err = program(export_main, finished_run, "format=onnx", f"output={output}")
+    code, _, err = program("adq-export", finished_run, "format=onnx", f"output={output}")
     assert code == 1
     assert re.search(
         r"onnxruntime gives another top-1 class on \d\d of 64 .*tolerance=0\.001 allows", err
@@ -247,7 +233,7 @@ def test_a_file_with_other_classes_is_not_kept(finished_run, program, tmp_path, 
 def test_a_packed_file_that_differs_is_not_kept(finished_run, program, tmp_path, monkeypatch):
     other = Other(lambda count: torch.zeros(count, 10))
     monkeypatch.setattr("adq_train.deploy.packed_form.run", lambda path, source: other)
-    code, _, err = program(export_main, finished_run, f"output={tmp_path / 'x'}")
+    code, _, err = program("adq-export", finished_run, f"output={tmp_path / 'x'}")
     assert code == 1
     assert "are not the trained network's" in err
     assert list(tmp_path.iterdir()) == []
@@ -273,21 +259,22 @@ def test_unfinished_and_other_folders_are_refused(finished_run, tmp_path):
 
 
 def test_the_command_line_is_checked_at_once(program):
-    code, _, err = program(export_main, "run", "formt=onnx", "float_type=int8", "json=maybe", "x")
+    code, _, err = program("adq-export", "run", "formt=onnx", "float_type=int8", "json=maybe", "x")
     assert code == 2
     for part in ("4 errors", "did you mean 'format'", "float32, float16", "true or false", "'x'"):
         assert part in err
-    code, _, err = program(eval_main, "batch_size=0")
+    code, _, err = program("adq-eval", "batch_size=0")
     assert code == 2
     assert "batch_size: must be a whole number, at least 1, got '0'" in err
     assert "give the path first" in err
 
 
-@pytest.mark.parametrize(("main", "name"), [(export_main, "adq-export"), (eval_main, "adq-eval")])
-def test_help(program, main, name):
-    assert program(main, "--help")[:2][0] == 0
-    assert program(main, "--help")[1].startswith(f"{name} ")
-    assert program(main)[0] == 2
+def test_help(program):
+    for name in PROGRAMS:
+        code, out, _ = program(name, "--help")
+        assert code == 0
+        assert out.startswith(f"{name}")
+        assert program(name).code == 2
 
 
 @pytest.mark.parametrize(
@@ -306,6 +293,6 @@ def test_help(program, main, name):
 def test_errors_of_evaluation(exported, program, tmp_path, arguments, message):
     (tmp_path / "empty").mkdir()
     places = {"run": exported[0], "packed": exported[1], "empty": tmp_path / "empty"}
-    code, _, err = program(eval_main, *(x.format(**places) for x in arguments))
+    code, _, err = program("adq-eval", *(x.format(**places) for x in arguments))
     assert code == 1
     assert message in err

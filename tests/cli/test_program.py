@@ -22,12 +22,14 @@ PROGRAMS = {
 }
 
 
-def start(code, *, cwd, function="run('adq-x', 'acting:main')", arguments=(), **more):
+# A program whose body is a module of the test's own.
+ACTING = "from adq_train.cli import program; program.PROGRAMS['adq-x'] = 'acting:main'; "
+
+
+def start(code, *, cwd, function="run('adq-x')", arguments=(), **more):
     """Runs a program whose body is ``code``, in a module of its own."""
     (cwd / "acting.py").write_text(code)
-    program = (
-        f"import sys; sys.argv[0] = 'x'; from adq_train.cli import program; program.{function}"
-    )
+    program = f"import sys; sys.argv[0] = 'x'; {ACTING}program.{function}"
     more = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, **more}
     environment = {**os.environ, "PYTHONPATH": str(cwd), **more.pop("env", {})}
     command = [sys.executable, "-c", program, *arguments]
@@ -72,7 +74,7 @@ def test_a_reader_that_goes_away_ends_nothing(tmp_path, needed, code):
         "    Path('end').touch()\n"
     )
     reader, writer = os.pipe()
-    function = f"run('adq-x', 'acting:main', needs_output={needed})"
+    function = f"run('adq-x', needs_output={needed})"
     process = start(body, cwd=tmp_path, function=function, stdout=writer, stderr=writer)
     os.close(reader)
     os.close(writer)
@@ -95,7 +97,7 @@ def test_closed_streams_are_nobody_s_file(tmp_path):
         "        assert file.fileno() > 2\n"
     )
     (tmp_path / "acting.py").write_text(body)
-    program = "from adq_train.cli import program; program.run('adq-x', 'acting:main')"
+    program = f"{ACTING}program.run('adq-x')"
     shell = f'{sys.executable} -c "{program}" <&- >&- 2>&-'
     environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
     assert subprocess.run(shell, shell=True, cwd=tmp_path, env=environment).returncode == 0
@@ -121,7 +123,7 @@ def test_nohup_stays_nohup(tmp_path):
     body = "import os, signal\ndef main():\n    os.kill(os.getpid(), signal.SIGHUP)\n"
     ignore = "import signal; signal.signal(signal.SIGHUP, signal.SIG_IGN); "
     (tmp_path / "acting.py").write_text(body)
-    program = ignore + "from adq_train.cli import program; program.run('adq-x', 'acting:main')"
+    program = f"{ignore}{ACTING}program.run('adq-x')"
     environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
     assert subprocess.run([sys.executable, "-c", program], env=environment).returncode == 0
 

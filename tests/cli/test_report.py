@@ -14,7 +14,6 @@ import pytest
 from made_up import LSQ, make_run, make_sweep
 
 from adq_train.cli import report as command
-from adq_train.errors import UserError
 from adq_train.reporting import figures, machine, tables
 
 EVIL = "<script>alert('x')</script>|`*_[a](http://e.vil)$\\frac{&amp;"
@@ -208,10 +207,9 @@ def test_the_seeds_whose_loss_is_lower_are_counted(tmp_path):
     assert words["ablation=a"].endswith("; training loss lower in 1 of 3 seeds")
 
 
-def test_json_is_one_line_with_the_same_figures(sweep, written, monkeypatch, capsys):
+def test_json_is_one_line_with_the_same_figures(sweep, written, monkeypatch, program):
     monkeypatch.setattr(command, "write", lambda *_: None)  # the page is drawn above
-    command.run([str(sweep), "--json", "--reference", "ablation=a"])
-    (line,) = capsys.readouterr().out.splitlines()
+    (line,) = program("adq-report", sweep, "json=true", "reference=ablation=a").out.splitlines()
     found = json.loads(line)
     (section,) = found["sections"]
     rows = {row["name"]: row for row in section["rows"]}
@@ -223,22 +221,15 @@ def test_json_is_one_line_with_the_same_figures(sweep, written, monkeypatch, cap
     assert len(found["problems"]) == len(command.build([sweep], None).problems())
 
 
-def test_a_diverged_loss_is_shown_and_stays_json(tmp_path, monkeypatch, capsys):
+def test_a_diverged_loss_is_shown_and_stays_json(tmp_path, monkeypatch, program):
     make_run(tmp_path / "run", losses=(float("nan"),))
     monkeypatch.setattr(command, "write", lambda *_: None)
-    command.run([str(tmp_path), "--json"])
-    (row,) = json.loads(capsys.readouterr().out)["sections"][0]["rows"]
+    out = program("adq-report", tmp_path, "json=true").out
+    (row,) = json.loads(out)["sections"][0]["rows"]
     assert row["final_train_loss"] == {"n": 1, "mean": None, "std": None}
 
 
-def main(monkeypatch, capsys, *arguments):
-    monkeypatch.setattr(sys, "argv", ["adq-report", *map(str, arguments)])
-    with pytest.raises(SystemExit) as stop:
-        command.main()
-    return stop.value.code, capsys.readouterr().err
-
-
-def test_an_error_is_one_line(tmp_path, monkeypatch, capsys):
+def test_an_error_is_one_line(tmp_path, program):
     make_run(tmp_path / "x" / "a", state="failed", stage="qat", error="out of\nmemory")
     (tmp_path / "nothing").mkdir()
     make_run(tmp_path / "y" / "b")
@@ -246,20 +237,27 @@ def test_an_error_is_one_line(tmp_path, monkeypatch, capsys):
     for arguments, message in (
         ([tmp_path / "nothing"], "holds no run"),
         ([tmp_path / "x"], "none of the runs is finished (a: failed, in stage qat"),
-        ([tmp_path / "y", "--reference", "z"], "reference: no row is called 'z'"),
-        ([tmp_path / "y", "--output", tmp_path / "file"], "--output: cannot write to"),
+        ([tmp_path / "y", "reference=z"], "reference: no row is called 'z'"),
+        ([tmp_path / "y", f"output={tmp_path / 'file'}"], "output: cannot write to"),
     ):
-        code, text = main(monkeypatch, capsys, *arguments)
+        code, _, text = program("adq-report", *arguments)
         assert code == 1
         assert text.startswith("error: ")
         assert message in text
         assert len(text.splitlines()) == 1
 
 
-def test_nothing_is_written_where_nothing_is_finished(tmp_path):
+def test_settings_have_no_dashes(tmp_path, program):
+    code, _, text = program("adq-report", tmp_path, "--first-last", "4")
+    assert code == 2
+    assert text == "error: --first-last: a setting is written first_last=VALUE, without dashes\n"
+
+
+def test_nothing_is_written_where_nothing_is_finished(tmp_path, program):
     make_run(tmp_path / "a", state="running", stage="qat")
-    with pytest.raises(UserError, match="unfinished, stopped or still running in stage qat"):
-        command.run([str(tmp_path)])
+    assert (
+        "unfinished, stopped or still running in stage qat" in program("adq-report", tmp_path).err
+    )
     assert [path.name for path in tmp_path.iterdir()] == ["a"]
 
 
@@ -273,24 +271,23 @@ def test_a_cell_that_a_spreadsheet_would_take_for_a_formula_is_quoted(tmp_path):
     assert not [x for line in lines for x in line.values() if x and x[0] in "=+-@"]
 
 
-def test_no_link_in_a_strangers_folder_is_written_through(tmp_path):
+def test_no_link_in_a_strangers_folder_is_written_through(tmp_path, program):
     make_run(tmp_path / "runs" / "a")
     target = tmp_path / "precious"
     target.mkdir()
     (tmp_path / "runs" / "report").symlink_to(target)
-    with pytest.raises(UserError, match="report is a link; say where to write with --output"):
-        command.run([str(tmp_path / "runs")])
+    told = program("adq-report", tmp_path / "runs").err
+    assert "report is a link; say where to write with output=FOLDER" in told
     assert list(target.iterdir()) == []
 
 
-def test_odd_names_are_shown_and_steer_no_terminal(tmp_path, monkeypatch, capsys):
+def test_odd_names_are_shown_and_steer_no_terminal(tmp_path, monkeypatch, program):
     monkeypatch.setenv("HOME", str(tmp_path))
     changes = {"data": {"name": "\x1b]0;mine\x07"}}
     make_run(tmp_path / "runs" / os.fsdecode(b"caf\xe9"), changes=changes)
     evil = "\x1b[2J"
     make_run(tmp_path / "runs" / evil, seed=1, changes=changes, state="failed", error=evil)
-    command.run(["~/runs", "--output=~/report"])
-    captured = capsys.readouterr()
+    captured = program("adq-report", "~/runs", "output=~/report")
     written = [tmp_path / "report" / x for x in ("report.md", "report.html", "runs.csv")]
     for text in (captured.out, captured.err, *(x.read_text(encoding="utf-8") for x in written)):
         assert not {"\x1b", "\x07"} & set(text)
@@ -303,8 +300,9 @@ def test_a_report_needs_no_torch(tmp_path):
     make_run(tmp_path / "run")
     program = (
         "import sys\n"
-        "from adq_train.cli import report as command\n"
-        f"command.run([{str(tmp_path)!r}])\n"
+        "from adq_train.cli.program import act\n"
+        f"sys.argv = ['adq-report', {str(tmp_path)!r}]\n"
+        "assert act('adq-report') == 0\n"
         "assert 'torch' not in sys.modules\n"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)

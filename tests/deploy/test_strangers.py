@@ -4,14 +4,11 @@ import json
 import logging
 import os
 import shutil
-import sys
 
 import pytest
 from export_helpers import DIGITS
 from omegaconf import OmegaConf
 
-from adq_train.cli.export import eval_main, export_main
-from adq_train.cli.program import act
 from adq_train.data import cifar, fashion_mnist
 from adq_train.deploy.datasets import data_section, load_data
 from adq_train.deploy.trained import open_run
@@ -38,22 +35,15 @@ def edited(run, **sections):
     (run / "config.yaml").write_text(OmegaConf.to_yaml({**config, **sections}))
 
 
-def status(main, monkeypatch, capsys, *arguments):
-    monkeypatch.setattr(sys, "argv", ["program", *map(str, arguments)])
-    capsys.readouterr()
-    code = act("program", f"{main.__module__}:{main.__name__}")
-    return code, capsys.readouterr().err
-
-
-def test_a_folder_cannot_trust_itself(run, monkeypatch, capsys):
+def test_a_folder_cannot_trust_itself(run, program):
     marker = run / "marker"
     node = {"_target_": "subprocess.Popen", "args": ["touch", str(marker)]}
     for section in ("data", "model", "weight_quantizer", "activation_quantizer"):
         for place in (node, {"_target_": "adq_train.data.digits.Digits", "test_images": node}):
             before = (run / "config.yaml").read_text()
             edited(run, trusted_packages=["subprocess"], **{section: place})
-            for main in (eval_main, export_main):
-                code, err = status(main, monkeypatch, capsys, run)
+            for name in ("adq-eval", "adq-export"):
+                code, _, err = program(name, run)
                 assert code == 1
                 (line,) = err.splitlines()
                 assert f"{section}." in line
@@ -62,7 +52,7 @@ def test_a_folder_cannot_trust_itself(run, monkeypatch, capsys):
     assert not marker.exists()
 
 
-def test_trust_comes_from_the_command_line(run, monkeypatch, capsys, tmp_path):
+def test_trust_comes_from_the_command_line(run, monkeypatch, program, tmp_path):
     (tmp_path / "my_data.py").write_text(
         "from adq_train.data.synthetic import Synthetic\nclass Mine(Synthetic):\n    pass\n"
     )
@@ -79,10 +69,9 @@ def test_trust_comes_from_the_command_line(run, monkeypatch, capsys, tmp_path):
     (run / "manifest.json").write_text(json.dumps(manifest))
     assert open_run(run, ["my_data"]).load_data().num_classes == 10
     # The command gets as far as the checkpoint, which was made for other data.
-    for main in (eval_main, export_main):
-        arguments = (run, "trusted_packages=[my_data]")
-        assert "last.pt is missing" in status(main, monkeypatch, capsys, *arguments)[1]
-    code, err = status(eval_main, monkeypatch, capsys, run, "trusted_packages=[a b]")
+    for name in ("adq-eval", "adq-export"):
+        assert "last.pt is missing" in program(name, run, "trusted_packages=[my_data]").err
+    code, _, err = program("adq-eval", run, "trusted_packages=[a b]")
     assert (code, "must be a list of names" in err) == (2, True)
 
 

@@ -9,8 +9,6 @@ import pytest
 import torch
 
 import adq_train
-from adq_train.cli.export import eval_main, export_main
-from adq_train.cli.program import act
 from adq_train.deploy.packed import packed_bytes, read_packed
 from adq_train.errors import UserError
 
@@ -44,18 +42,6 @@ def train(example, cli, no_pictures):
     return run
 
 
-@pytest.fixture
-def program(monkeypatch, capsys):
-    def run(main, *arguments):
-        monkeypatch.setattr(sys, "argv", ["program", *arguments])
-        capsys.readouterr()
-        code = act("program", f"{main.__module__}:{main.__name__}")
-        captured = capsys.readouterr()
-        return code, captured.out, captured.err
-
-    return run
-
-
 def test_training_export_and_evaluation_with_trust_of_their_own(train, program):
     pytest.importorskip("onnxruntime")
     assert "add trusted_packages=[own_model]" in train("run_dir=run").err
@@ -63,16 +49,16 @@ def test_training_export_and_evaluation_with_trust_of_their_own(train, program):
     assert outcome.code == 0, outcome.err
     files = {"packed": "run/export/model.safetensors", "onnx": "run/export/model.onnx"}
     for form, file in files.items():
-        code, _, err = program(export_main, "run", f"format={form}")
+        code, _, err = program("adq-export", "run", f"format={form}")
         assert (code, "add trusted_packages=[own_model]" in err) == (1, True)
         assert not Path(file).exists()
-        code, out, err = program(export_main, "run", f"format={form}", TRUST)
+        code, out, err = program("adq-export", "run", f"format={form}", TRUST)
         assert (code, err) == (0, ""), err
     result = json.loads(Path("run/result.json").read_text())
     for place in ("run", *files.values()):
-        code, _, err = program(eval_main, place)
+        code, _, err = program("adq-eval", place)
         assert (code, "add trusted_packages=[own_model]" in err) == (1, True), err
-        code, out, err = program(eval_main, place, TRUST, "json=true")
+        code, out, err = program("adq-eval", place, TRUST, "json=true")
         assert (code, err) == (0, "")
         assert json.loads(out)["top1_percent"] == pytest.approx(result["qat_top1_percent"])
         assert "top5_percent" not in json.loads(out)  # of four classes it is always 100
@@ -89,7 +75,7 @@ def test_training_export_and_evaluation_with_trust_of_their_own(train, program):
     tables = read_packed(Path(files["packed"]))
     tables.model["width"] = {"_target_": "subprocess.Popen", "args": ["touch", "marker"]}
     Path(files["packed"]).write_bytes(packed_bytes(tables)[0])
-    err = program(eval_main, files["packed"], TRUST)[2]
+    err = program("adq-eval", files["packed"], TRUST)[2]
     assert "a file may not name 'subprocess.Popen'; nothing was imported" in err
     assert not Path("marker").exists()
 

@@ -36,7 +36,7 @@ def run(folder, kill=None):
                 die_at(*kill)
             os.chdir(folder)
             sys.argv[:] = COMMAND
-            code = act("adq-train", "adq_train.cli.train:main")
+            code = act("adq-train")
         finally:
             os._exit(code)
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])

@@ -38,7 +38,7 @@ def run(folder, processes, *more, before=lambda: None):
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
             before()
             leave, os._exit = os._exit, sys.exit
-            code = act("adq-train", "adq_train.cli.train:main")
+            code = act("adq-train")
             os._exit = leave
         return code, out.getvalue(), err.getvalue()
 

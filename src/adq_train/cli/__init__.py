@@ -1,1 +1,1 @@
-"""The five programs: entry points alone."""
+"""The programs: entry points alone."""

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+import sys
+from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any, TypeVar
+
+import yaml
+from omegaconf._utils import get_yaml_loader
 
 from adq_train.errors import ConfigError, did_you_mean
 from adq_train.settings.schema import About
@@ -14,12 +18,30 @@ from adq_train.settings.schema import About
 T = TypeVar("T")
 
 
+def read(kind: type[T], text: str) -> T:
+    """Settings from the command line; where it asks for help, or is empty, prints it and exits.
+
+    Args:
+        kind: As of :func:`parse`.
+        text: The help.
+
+    Raises:
+        ConfigError: Lists every problem.
+    """
+    arguments = sys.argv[1:]
+    if not arguments or {"-h", "--help"} & set(arguments):
+        print(text, end="")
+        sys.exit(0 if arguments else 2)
+    return parse(kind, arguments)
+
+
 def parse(kind: type[T], arguments: Sequence[str]) -> T:
     """Settings from ``PATH`` and ``key=value`` arguments.
 
     Args:
-        kind: A dataclass whose first field is the path. Fields are str, bool, int, float or a
-            tuple of names by their default; one of type dict takes the settings ``name.key=value``.
+        kind: A dataclass whose first field is the path, or a tuple of paths, by its type. Fields
+            are str, bool, int, float or a tuple of names by their default; one of type dict takes
+            the settings ``name.key=value``.
         arguments: The command line.
 
     Raises:
@@ -27,6 +49,8 @@ def parse(kind: type[T], arguments: Sequence[str]) -> T:
     """
     known: dict[str, Any] = {field.name: field for field in fields(kind)}  # type: ignore[arg-type]
     path_name = next(iter(known))
+    paths: list[str] = []
+    several = str(known[path_name].type).startswith("tuple")
     values: dict[str, Any] = {}
     problems = []
     for argument in arguments:
@@ -34,8 +58,11 @@ def parse(kind: type[T], arguments: Sequence[str]) -> T:
         group, dot, inner = key.partition(".")
         # The folders of runs are named by settings, with equals signs.
         path_like = not equals or "/" in key or Path(argument).exists()
-        if path_like and path_name not in values:
-            values[path_name] = argument
+        if argument.startswith("--"):
+            name = argument.lstrip("-").partition("=")[0].replace("-", "_")
+            problems.append(f"{argument}: a setting is written {name}=VALUE, without dashes")
+        elif path_like and (several or not paths):
+            paths.append(argument)
         elif not equals:
             problems.append(f"{argument!r} is neither the path nor of the form key=value")
         elif dot and equals and f"{group}_changes" in known:
@@ -49,11 +76,27 @@ def parse(kind: type[T], arguments: Sequence[str]) -> T:
                 values[key] = _value(known[key], text)
             except ValueError as error:
                 problems.append(f"{key}: {error}")
-    if path_name not in values:
+    if not paths:
         problems.append(f"{path_name}: give the path first; --help shows how")
     if problems:
         raise ConfigError(problems)
-    return kind(**values)
+    return kind(**{path_name: tuple(paths) if several else paths[0]}, **values)
+
+
+def values_of(changes: Mapping[str, str]) -> dict[str, Any]:
+    """The values of settings that were given as text, in YAML.
+
+    Raises:
+        ConfigError: One cannot be read.
+    """
+    found = {}
+    for name, text in changes.items():
+        try:
+            found[name] = yaml.load(text, get_yaml_loader())
+        except yaml.YAMLError as error:
+            reason = " ".join(str(error).split())
+            raise ConfigError([f"{name}: {text!r} cannot be read ({reason})"]) from error
+    return found
 
 
 def _value(field: Any, text: str) -> Any:

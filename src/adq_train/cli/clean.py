@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import sys
 from collections import Counter
 from dataclasses import dataclass
 
-from adq_train.cli.arguments import parse
+from adq_train.cli.arguments import read
 from adq_train.printable import one_line
 from adq_train.run.cleaning import clean
 from adq_train.storage.files import typed_path
@@ -30,11 +29,7 @@ class CleanSettings:
 
 def main() -> None:
     """Does what the command line says."""
-    arguments = sys.argv[1:]
-    if not arguments or {"-h", "--help"} & set(arguments):
-        print(HELP, end="")
-        sys.exit(0 if arguments else 2)
-    settings = parse(CleanSettings, arguments)
+    settings = read(CleanSettings, HELP)
     freed: Counter[str] = Counter()
     count = 0
     for x in clean(typed_path(settings.path), settings.dry_run):

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import TypeVar
 
-from adq_train.cli.arguments import parse
+from adq_train.cli.arguments import read
 from adq_train.deploy.formats import FORMATS
 from adq_train.errors import UserError
 from adq_train.messages import configure_logging
@@ -95,32 +93,18 @@ class EvalSettings:
     debug: bool = False
 
 
-S = TypeVar("S", ExportSettings, EvalSettings)
-
-
 def export_main() -> None:
     """``adq-export``: a run's trained model as one small file."""
-    _main(ExportSettings, EXPORT_HELP, export)
+    settings = read(ExportSettings, EXPORT_HELP)
+    configure_logging()
+    export(settings)
 
 
 def eval_main() -> None:
     """``adq-eval``: the accuracy of a model in any of its forms."""
-    _main(EvalSettings, EVAL_HELP, evaluate)
-
-
-def _main(kind: type[S], text: str, act: Callable[[S], None]) -> None:
-    """Reads the command line and acts.
-
-    Raises:
-        UserError: The command line, a file or a data set is wrong.
-    """
-    arguments = sys.argv[1:]
-    if not arguments or {"-h", "--help"} & set(arguments):
-        print(text, end="")
-        sys.exit(0 if arguments else 2)
-    settings = parse(kind, arguments)
+    settings = read(EvalSettings, EVAL_HELP)
     configure_logging()
-    act(settings)
+    evaluate(settings)
 
 
 def export(settings: ExportSettings) -> None:

@@ -2,90 +2,85 @@
 
 from __future__ import annotations
 
-import argparse
 import math
 import sys
 import time
-from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
+from adq_train.allocation.allocator import Allocator
 from adq_train.allocation.budget import Problem
 from adq_train.allocation.greedy import GreedyAllocator
 from adq_train.allocation.ilp import IlpAllocator
 from adq_train.allocation.pareto import BUDGETS, front, solve, uniform
 from adq_train.allocation.problem import problem_of
 from adq_train.artifacts import LayerInfo, SensitivityTable
-from adq_train.errors import UserError
-from adq_train.printable import printable
+from adq_train.cli.arguments import read, values_of
+from adq_train.errors import ConfigError, UserError
 from adq_train.reporting import allocation_text as why
-from adq_train.settings.schema import BitsConfig, BudgetConfig
+from adq_train.settings.schema import BitsConfig, BudgetConfig, about, setting
+from adq_train.settings.sections import section_problems
 from adq_train.storage.files import typed_path, write_text, written_whole
 from adq_train.storage.yaml_files import read_yaml
 
-ALLOCATORS = (IlpAllocator(), GreedyAllocator())
+ALLOCATORS: dict[str, Allocator] = {x.name: x for x in (IlpAllocator(), GreedyAllocator())}
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
+HELP = f"""adq-pareto RUN_FOLDER [key=value ...]
+
+Predicted loss against cost, from the sensitivities of one run, or from a sensitivity.json. Pins,
+candidates and tied bits are those of the run unless given here.
+
+  over=BUDGET               the budget to vary: {BUDGETS[0]} (default),
+                            {", ".join(BUDGETS[1:])}
+  points=40                 how many budgets
+  budget.NAME=AMOUNT        another budget that must hold besides: budget.bops=0.01x
+  bits.KEY=VALUE            as adq-train has them: bits.candidates=[2,3] bits.first_last=null
+                            'bits.pinned={{fc: 8}}' bits.tied=false
+  allocator={"|".join(ALLOCATORS)}      who chooses
+  output=FOLDER             for pareto.csv and pareto.png (default: the table's)
+  debug=true                show where an error comes from
+"""
+
+
+@dataclass(frozen=True)
+class ParetoSettings:
+    """The command line of ``adq-pareto``."""
+
+    path: str
+    over: str = setting(BUDGETS[0], "The budget to vary.", choices=BUDGETS)
+    points: int = setting(40, "How many budgets.", minimum=2)
+    budget_changes: dict[str, str] = field(default_factory=dict)
+    bits_changes: dict[str, str] = field(default_factory=dict)
+    allocator: str = setting("ilp", "Who chooses.", choices=tuple(ALLOCATORS))
+    output: str = ""
+    debug: bool = False
+
+
+def main() -> None:
     """Solves many budgets, writes ``pareto.csv`` and ``pareto.png``, prints a table."""
-    options = parser().parse_args(arguments)
-    try:
-        run(options)
-    except UserError as error:
-        print(printable(f"error: {error}"), file=sys.stderr)
-        sys.exit(1)
+    run(read(ParetoSettings, HELP))
 
 
-def parser() -> argparse.ArgumentParser:
-    """The command line."""
-    words = argparse.ArgumentParser(
-        prog="adq-pareto",
-        description="Predicted loss against cost, from the sensitivities of one run. Pins, "
-        "candidates and tied bits are those of the run unless given here.",
-    )
-    words.add_argument("path", type=typed_path, help="a run's folder, or a sensitivity.json")
-    words.add_argument("--over", choices=BUDGETS, default=BUDGETS[0], help="the budget to vary")
-    words.add_argument("--points", type=int, default=40, help="how many budgets (default: 40)")
-    words.add_argument(
-        "--limit", action="append", default=[], metavar="BUDGET=AMOUNT",
-        help="another budget that must hold besides, such as bops=0.01x",
-    )  # fmt: skip
-    words.add_argument("--candidates", metavar="2,3,4", help="bit-widths to choose from")
-    words.add_argument("--first-last", metavar="BITS", help="of the first and last layer, or null")
-    words.add_argument(
-        "--pin", action="append", metavar="PATTERN=BITS", help="bits of further layers"
-    )
-    words.add_argument(
-        "--separate", action="store_true", default=None, help="choose weights and inputs apart"
-    )
-    names = [x.name for x in ALLOCATORS]
-    words.add_argument("--allocator", choices=names, default=names[0], help="who chooses")
-    words.add_argument(
-        "--output", type=typed_path, help="folder for the files (default: the table's)"
-    )
-    return words
-
-
-def run(options: argparse.Namespace) -> None:
-    """Does what the options say.
+def run(settings: ParetoSettings) -> None:
+    """Does what the settings say.
 
     Raises:
-        UserError: A file or an option is wrong.
+        UserError: A file or a setting is wrong.
     """
-    if options.points < 2:
-        raise UserError(f"--points: must be at least 2, got {options.points}")
-    folder = options.path if options.path.is_dir() else options.path.parent
-    file = folder / "sensitivity.json" if options.path.is_dir() else options.path
+    path = typed_path(settings.path)
+    folder = path if path.is_dir() else path.parent
+    file = folder / "sensitivity.json" if path.is_dir() else path
     table = read_table(file)
-    problem = problem_from(options, table, read_bits(folder / "config.yaml"))
-    (allocator,) = (x for x in ALLOCATORS if x.name == options.allocator)
+    problem = problem_from(settings, table, read_bits(folder / "config.yaml"))
+    allocator = ALLOCATORS[settings.allocator]
     began = time.perf_counter()
-    solved = list(solve(allocator, problem, table, options.over, options.points))
+    solved = list(solve(allocator, problem, table, settings.over, settings.points))
     seconds = time.perf_counter() - began
-    best, same = front(solved, options.over), uniform(problem, table)
+    best, same = front(solved, settings.over), uniform(problem, table)
     if not has_inputs(table):
         best, same = (
             [replace(x, average_activation_bits=math.nan) for x in some] for some in (best, same)
@@ -93,9 +88,9 @@ def run(options: argparse.Namespace) -> None:
 
     from adq_train.reporting import pareto  # draws, which takes a second to import
 
-    target = options.output or folder
+    target = typed_path(settings.output) if settings.output else folder
     if not target.is_dir():
-        raise UserError(f"--output: {target} is no folder")
+        raise UserError(f"output: {target} is no folder")
     write_text(target / "pareto.csv", pareto.to_csv([*best, *same]))
     with written_whole(target / "pareto.png") as temporary:
         pareto.draw(best, same, table.metric).savefig(temporary, format="png", dpi=110)
@@ -104,7 +99,7 @@ def run(options: argparse.Namespace) -> None:
     console.print(pareto.to_table([*best, *same]))
     if best[0].caveat:
         console.print(f"\nBits by {why.solved(best[0])}", markup=False)
-    console.print(f"\n{options.points} budgets solved in {seconds:.1f} s; {len(best)} differ")
+    console.print(f"\n{settings.points} budgets solved in {seconds:.1f} s; {len(best)} differ")
     console.print(f"written to  {target / 'pareto.csv'}\n            {target / 'pareto.png'}")
 
 
@@ -149,18 +144,31 @@ def read_bits(file: Path) -> dict[str, Any]:
 
 
 def problem_from(
-    options: argparse.Namespace, table: SensitivityTable, bits: dict[str, Any]
+    settings: ParetoSettings, table: SensitivityTable, of_run: dict[str, Any]
 ) -> Problem:
     """Layers, pins, candidates and the limits that hold besides the one that is varied.
 
+    Args:
+        settings: The command line.
+        table: What was measured.
+        of_run: The ``bits`` section of the run.
+
     Raises:
-        UserError: An option is wrong, or the table lacks what it needs.
+        UserError: A setting is wrong, or the table lacks what it needs.
     """
-    limits = dict(pair("--limit", text, "bops=0.01x") for text in options.limit)
-    unknown = set(limits) - set(BUDGETS)
-    if unknown:
-        raise UserError(f"--limit: {min(unknown)!r} is not one of {', '.join(BUDGETS)}")
-    if not has_inputs(table) and "average_activation_bits" in (options.over, *limits):
+    given = values_of(settings.bits_changes)
+    if "candidates" in given:  # those of single layers were chosen from other ones
+        of_run = {name: x for name, x in of_run.items() if name != "candidates_per_layer"}
+    known = {name: of_run[name] for name in about(BitsConfig) if name in of_run}
+    bits = {**vars(BitsConfig(list(table.bit_widths))), **known, **given}
+    amounts = {**vars(BudgetConfig()), **values_of(settings.budget_changes)}
+    problems = [*section_problems("bits", bits), *section_problems("budget", amounts)]
+    if not isinstance(bits["tied"], bool):
+        problems.append(f"bits.tied: must be true or false, got {bits['tied']!r}")
+    if problems:
+        raise ConfigError(problems)
+    limits = [name for name, amount in amounts.items() if amount is not None]
+    if not has_inputs(table) and "average_activation_bits" in (settings.over, *limits):
         raise UserError(
             "average_activation_bits: this sensitivity.json does not hold num_inputs of its "
             "layers; measure it anew, or take another budget"
@@ -168,68 +176,6 @@ def problem_from(
     layers = tuple(
         LayerInfo(x.name, x.num_weights, x.macs, x.num_inputs or 1) for x in table.layers
     )
-    amounts = {
-        name: text if text.endswith("x") else number("--limit", text)
-        for name, text in limits.items()
-    }
-    first_last = bits.get("first_last", 8)
-    if options.first_last is not None:
-        first_last = None if options.first_last == "null" else width(options.first_last)
-    pins = bits.get("pinned") or {}
-    if options.pin is not None:
-        given = [pair("--pin", text, "fc=8") for text in options.pin]
-        pins = {name: width(text) for name, text in given}
-    candidates = tuple(bits.get("candidates") or table.bit_widths)
-    own = bits.get("candidates_per_layer") or {}
-    if options.candidates is not None:
-        candidates = tuple(sorted({width(x) for x in options.candidates.split(",")}))
-        own = {}
-    tied = bits.get("tied", True) if options.separate is None else False
-    try:
-        problem = problem_of(
-            layers,
-            BitsConfig(list(candidates), own, tied, first_last, pins),
-            BudgetConfig(**amounts),
-        )
-    except ValueError as error:
-        raise UserError(f"--limit: {error}") from error
+    problem = problem_of(layers, BitsConfig(**bits), BudgetConfig(**amounts))
     problem.check()
     return problem
-
-
-def pair(option: str, text: str, example: str) -> tuple[str, str]:
-    """Splits ``name=value``.
-
-    Raises:
-        UserError: There is no equals sign.
-    """
-    name, equals, value = text.rpartition("=")
-    if not equals:
-        raise UserError(f"{option}: {text!r} is not of the form {example}")
-    return name, value
-
-
-def number(option: str, text: str) -> float:
-    """A positive number.
-
-    Raises:
-        UserError: The text is something else.
-    """
-    try:
-        value = float(text)
-    except ValueError:
-        value = 0.0
-    if not 0 < value < float("inf"):
-        raise UserError(f"{option}: {text!r} is neither a positive number nor a share (0.1x)")
-    return value
-
-
-def width(text: str) -> int:
-    """A bit-width.
-
-    Raises:
-        UserError: The text is something else.
-    """
-    if text not in [str(b) for b in range(2, 9)]:
-        raise UserError(f"bit-width: must be 2 … 8, got {text!r}")
-    return int(text)

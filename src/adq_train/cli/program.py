@@ -18,44 +18,52 @@ from adq_train.errors import ConfigError, UserError
 from adq_train.messages import show_error, speaks
 from adq_train.printable import printable
 
+PROGRAMS = {
+    "adq-train": "adq_train.cli.train:main",
+    "adq-report": "adq_train.cli.report:main",
+    "adq-pareto": "adq_train.cli.pareto:main",
+    "adq-export": "adq_train.cli.export:export_main",
+    "adq-eval": "adq_train.cli.export:eval_main",
+    "adq-clean": "adq_train.cli.clean:main",
+}
+
 
 def train() -> NoReturn:
     """``adq-train``."""
     # A run keeps its result in files; that nobody reads its words does not change how it ended.
-    run("adq-train", "adq_train.cli.train:main", needs_output=False)
+    run("adq-train", needs_output=False)
 
 
 def report() -> NoReturn:
     """``adq-report``."""
-    run("adq-report", "adq_train.cli.report:main")
+    run("adq-report")
 
 
 def pareto() -> NoReturn:
     """``adq-pareto``."""
-    run("adq-pareto", "adq_train.cli.pareto:main")
+    run("adq-pareto")
 
 
 def export() -> NoReturn:
     """``adq-export``."""
-    run("adq-export", "adq_train.cli.export:export_main")
+    run("adq-export")
 
 
 def evaluate() -> NoReturn:
     """``adq-eval``."""
-    run("adq-eval", "adq_train.cli.export:eval_main")
+    run("adq-eval")
 
 
 def clean() -> NoReturn:
     """``adq-clean``."""
-    run("adq-clean", "adq_train.cli.clean:main")
+    run("adq-clean")
 
 
-def run(name: str, function: str, needs_output: bool = True) -> NoReturn:
+def run(name: str, needs_output: bool = True) -> NoReturn:
     """Runs a program and ends the process.
 
     Args:
         name: Of the program.
-        function: ``module:function``, imported here.
         needs_output: Whether output that is lost makes a failure of a success: exit code 141 where
             the reader went away, as after SIGPIPE, and 1 where the output could not be written.
     """
@@ -63,7 +71,7 @@ def run(name: str, function: str, needs_output: bool = True) -> NoReturn:
     try:
         with interrupts.caught(leave_imports=True):
             out, _ = streams.survive()
-            code = act(name, function)
+            code = act(name)
             sys.stdout.flush()
             sys.stderr.flush()
             if code == 0 and out.error is not None and needs_output:
@@ -77,12 +85,8 @@ def run(name: str, function: str, needs_output: bool = True) -> NoReturn:
     sys.exit(code)
 
 
-def act(name: str, function: str) -> int:
-    """The program itself.
-
-    Args:
-        name: Of the program.
-        function: ``module:function``.
+def act(name: str) -> int:
+    """The program itself, which is imported here.
 
     Returns:
         Its exit code: 2 where the command line is wrong, 1 after another error.
@@ -92,7 +96,7 @@ def act(name: str, function: str) -> int:
         return 0
     debug = bool({"--debug", "debug=true", "debug=True"} & set(sys.argv))
     sys.argv = [x for x in sys.argv if x != "--debug"]
-    module, _, attribute = function.partition(":")
+    module, _, attribute = PROGRAMS[name].partition(":")
     try:
         getattr(importlib.import_module(module), attribute)()
     except SystemExit as end:

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from adq_train.cli.arguments import read
 from adq_train.errors import UserError
 from adq_train.printable import one_line, printable
 from adq_train.reporting import machine, published, tables
@@ -25,55 +26,53 @@ from adq_train.storage.files import typed_path, write_text, written_whole
 SHOWN = (0, 1, 2, 5, 6, 8, 9)
 
 
+HELP = """adq-report FOLDER ... [key=value ...]
+
+Tables, pictures and comparisons of finished runs, from their folders alone: runs or sweeps.
+
+  output=FOLDER             default: FOLDER/report
+  reference=NAME            the row to compare with, by its name or some of its overrides; default:
+                            the row with the fewest overrides, of those with the same budget
+  title=TEXT                the page's heading; default: Report
+  json=true                 print the tables as JSON
+  debug=true                show where an error comes from
+"""
+
+
+@dataclass(frozen=True)
+class ReportSettings:
+    """The command line of ``adq-report``."""
+
+    folders: tuple[str, ...]
+    output: str = ""
+    reference: str = ""
+    title: str = "Report"
+    json: bool = False
+    debug: bool = False
+
+
 def main() -> None:
     """Entry point: the report of the folders on the command line."""
-    try:
-        run(sys.argv[1:])
-    except UserError as error:
-        print(printable(f"error: {error}"), file=sys.stderr)
-        sys.exit(1)
+    run(read(ReportSettings, HELP))
 
 
-def run(arguments: Sequence[str]) -> None:
+def run(settings: ReportSettings) -> None:
     """Gathers, compares, writes ``report.md``, ``report.html`` and ``runs.csv``, and shows.
 
     Raises:
         UserError: A folder is missing or holds no finished run, or the output cannot be written.
     """
-    options = parser().parse_args(arguments)
-    report = build(options.folders, options.reference, options.title)
-    output: Path = options.output or options.folders[0] / "report"
-    if options.output is None and output.is_symlink():
-        raise UserError(f"{output} is a link; say where to write with --output DIR")
+    folders = [typed_path(x) for x in settings.folders]
+    report = build(folders, settings.reference or None, settings.title)
+    output = typed_path(settings.output) if settings.output else folders[0] / "report"
+    if not settings.output and output.is_symlink():
+        raise UserError(f"{output} is a link; say where to write with output=FOLDER")
     write(report, output)
-    if options.json:
+    if settings.json:
         print(json.dumps({**machine.as_json(report), "output": str(output)}, allow_nan=False))
         return
     show(report)
     print(printable(f"\nwritten to  {output}\nlook at it  {output / 'report.html'}"))
-
-
-def parser() -> argparse.ArgumentParser:
-    """The options."""
-    made = argparse.ArgumentParser(
-        "adq-report",
-        description="Tables, pictures and comparisons of finished runs, from their folders alone.",
-    )
-    made.add_argument(
-        "folders", type=typed_path, nargs="+", metavar="FOLDER", help="a run or a sweep"
-    )
-    made.add_argument("--output", type=typed_path, metavar="DIR", help="default: FOLDER/report")
-    made.add_argument(
-        "--reference",
-        metavar="NAME",
-        help="the row to compare with, by its name or some of its overrides; default: the row with "
-        "the fewest overrides, of those with the same budget",
-    )
-    made.add_argument(
-        "--title", default="Report", metavar="TEXT", help="the page's heading; default: Report"
-    )
-    made.add_argument("--json", action="store_true", help="print the tables as JSON")
-    return made
 
 
 def build(folders: Sequence[Path], reference: str | None, title: str = "Report") -> Report:
@@ -110,7 +109,7 @@ def write(report: Report, output: Path) -> None:
         output.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(
-            f"--output: cannot write to {output} ({os.strerror(error.errno or 0)}); choose another"
+            f"output: cannot write to {output} ({os.strerror(error.errno or 0)}); choose another"
         ) from error
     for name, text in contents.items():
         write_text(output / name, printable(text))

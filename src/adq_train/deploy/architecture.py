@@ -12,7 +12,8 @@ from torch import nn
 
 from adq_train import models
 from adq_train.errors import ConfigError, UserError
-from adq_train.settings.targets import TRUSTED_PREFIXES, added_to, construct, leaves
+from adq_train.settings.ranges import leaves
+from adq_train.settings.targets import TRUSTED_PREFIXES, added_to, construct
 
 # A file may name these, and what its reader trusts: importing a name of its choice would run code.
 BUILDERS = {

@@ -1,9 +1,11 @@
-"""The values that a number may take."""
+"""The values that a number may take, and those of nested settings."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -38,3 +40,15 @@ class Range:
             if bound is not None
         ]
         return " and ".join(parts)
+
+
+def leaves(node: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+    """The values of nested dictionaries and lists, with their dotted names."""
+    if isinstance(node, dict):
+        for key, value in node.items():
+            yield from leaves(value, f"{path}.{key}".strip("."))
+    elif isinstance(node, list):
+        for index, value in enumerate(node):
+            yield from leaves(value, f"{path}[{index}]")
+    else:
+        yield path, node

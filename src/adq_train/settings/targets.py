@@ -21,7 +21,7 @@ from torch.optim import Optimizer
 
 from adq_train.errors import ConfigError, UserError, did_you_mean
 from adq_train.models import OF_DATA, ModelSource, OwnModel
-from adq_train.settings.ranges import Range
+from adq_train.settings.ranges import Range, leaves
 
 # What torch's optimizers take, each value or each of a list of them.
 OPTIMIZER_RANGES = {
@@ -55,18 +55,6 @@ def trust_problems(config: dict[str, Any]) -> Iterator[str]:
                 f"{key}: {value} is not from a trusted package ({', '.join(TRUSTED_PREFIXES)}); "
                 f"if you trust it, add trusted_packages=[{package}]"
             )
-
-
-def leaves(node: Any, path: str = "") -> Iterator[tuple[str, Any]]:
-    """The values of nested dictionaries and lists, with their dotted names."""
-    if isinstance(node, dict):
-        for key, value in node.items():
-            yield from leaves(value, f"{path}.{key}".strip("."))
-    elif isinstance(node, list):
-        for index, value in enumerate(node):
-            yield from leaves(value, f"{path}[{index}]")
-    else:
-        yield path, node
 
 
 def base_problem(target: type, base: Any) -> str | None:

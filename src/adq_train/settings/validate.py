@@ -17,8 +17,7 @@ from omegaconf.errors import OmegaConfBaseException
 from torch import nn
 
 from adq_train.allocation.allocator import Allocator
-from adq_train.allocation.budget import share_of_float
-from adq_train.errors import ConfigError, did_you_mean
+from adq_train.errors import ConfigError
 from adq_train.models import ModelSource
 from adq_train.quantization.base import (
     MakeActivationQuantizer,
@@ -27,6 +26,7 @@ from adq_train.quantization.base import (
 from adq_train.quantization.target import FLOAT, Target
 from adq_train.sensitivity.base import SensitivityMetric
 from adq_train.settings.building import DataSource, build
+from adq_train.settings.ranges import leaves
 from adq_train.settings.schema import (
     GROUPS,
     SECTIONS,
@@ -35,7 +35,8 @@ from adq_train.settings.schema import (
     about,
     is_path,
 )
-from adq_train.settings.targets import leaves, trust_problems, trusted_prefixes
+from adq_train.settings.sections import section_problems
+from adq_train.settings.targets import trust_problems, trusted_prefixes
 from adq_train.storage.files import with_home
 from adq_train.training.compiling import compiler_problem
 from adq_train.training.distillation import Distillation
@@ -133,28 +134,9 @@ def validate(cfg: DictConfig) -> tuple[Config, Parts]:
 
 
 def _section_problems(config: dict[str, Any]) -> Iterator[str]:
-    """Ranges and choices of the fixed sections, and numbers that are none."""
-    for section, of in {"": Config, **SECTIONS}.items():
-        values, settings = config[section] if section else config, about(of)
-        for name in values.keys() - settings.keys():
-            prefix = f"{section}.{name}".strip(".")
-            yield f"{prefix}: there is no such setting{did_you_mean(name, settings)}"
-        for setting, declared in settings.items():
-            name, value = f"{section}.{setting}".strip("."), values.get(setting)
-            allowed = declared.range
-            for _, number in leaves(value) if allowed else ():
-                if isinstance(number, str) and section == "budget":
-                    try:
-                        share_of_float(number)
-                    except ValueError as error:
-                        yield f"{name}: {error}"
-                elif isinstance(number, str | bool):
-                    yield f"{name}: must be a number, got {number!r}"
-                elif allowed and number is not None and (wrong := allowed.problem(number)):
-                    yield f"{name}: {wrong}"
-            words = value if isinstance(value, list) else [value]
-            if declared.choices and not set(words) <= set(declared.choices):
-                yield f"{name}: must be one of {', '.join(declared.choices)}, got {value!r}"
+    """What is wrong with the fixed sections, and with numbers anywhere."""
+    for section in ("", *SECTIONS):
+        yield from section_problems(section, config[section] if section else config)
     for key, value in leaves(config):
         if isinstance(value, float) and not math.isfinite(value):
             yield f"{key}: must be a finite number, got {value}"
@@ -169,46 +151,9 @@ def _section_problems(config: dict[str, Any]) -> Iterator[str]:
             yield f"pretrain.{name}: {pretrain[name]} is about pretrain.checkpoint; give that too"
     if pretrain["head"] == "new" and config["init_from"]:
         yield "pretrain.head: new needs float training, and init_from does none; leave one out"
-    pinned = config["bits"]["pinned"]
-    if isinstance(pinned, dict):
-        for pattern, width in pinned.items():
-            if type(width) is not int:
-                yield f"bits.pinned.{pattern}: must be a whole number of bits, got {width!r}"
-    elif pinned is not None:
-        yield f"bits.pinned: must map layer names to bits, {{fc: 4}}, got {pinned!r}"
-    candidates = config["bits"]["candidates"]
-    yield from _candidate_problems(candidates, config["bits"]["candidates_per_layer"])
     if not any(value is not None for value in config["budget"].values()):
         names = ", ".join(f"budget.{name}" for name in config["budget"])
         yield f"budget: at least one limit is required, of {names}"
-
-
-def _candidate_problems(candidates: list[int], per_layer: Any) -> Iterator[str]:
-    """Lists of bit-widths that are out of order, and widths that would not be measured."""
-    rule = "must be ascending and distinct, at least one"
-    if not all(type(b) is int for b in candidates):
-        yield f"bits.candidates: must be a list of bits, [2, 4], got {candidates}"
-        return
-    if not candidates or sorted(set(candidates)) != candidates:
-        yield f"bits.candidates: {rule}, got {candidates}"
-    if not isinstance(per_layer, dict | None):
-        yield (
-            "bits.candidates_per_layer: must map layer names to lists of bits, {fc: [4, 8]}, got "
-            f"{per_layer!r}"
-        )
-        return
-    for pattern, widths in (per_layer or {}).items():
-        name = f"bits.candidates_per_layer.{pattern}"
-        if not isinstance(widths, list) or not all(type(b) is int for b in widths):
-            yield f"{name}: must be a list of bits, [2, 4], got {widths!r}"
-        elif not widths or sorted(set(widths)) != widths:
-            yield f"{name}: {rule}, got {widths}"
-        elif not set(widths) <= set(candidates):
-            more = sorted({*widths, *candidates})
-            yield (
-                f"{name}: {widths} must be among bits.candidates, which are measured; set "
-                f"bits.candidates={more}"
-            )
 
 
 def without_missing(node: Any) -> Any:
