@@ -30,7 +30,8 @@ from torchvision import transforms
 from torchvision.datasets import ImageFolder
 
 from adq_train.data.base import Loading
-from adq_train.data.image_folder import MEAN, STD, Folders
+from adq_train.data.image_files import MEAN, STD
+from adq_train.data.image_folder import Folders
 from adq_train.training.throughput import peak_memory_bytes
 
 SIZE = 224

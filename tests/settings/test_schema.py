@@ -33,7 +33,7 @@ def plain():
     GlobalHydra.instance().clear()
     register()
     with initialize_config_module("adq_train.configs", version_base="1.3"):
-        composed = compose("config", ["distillation=logits"])
+        composed = compose("config", ["distillation=logits", "target=int8"])
     config = OmegaConf.to_container(composed)
     config = Config.of(config).plain()
     for name in SETTINGS:
