@@ -116,16 +116,15 @@ class Attention(nn.Module):
 def test_weights_that_cannot_be_quantized_are_named(caplog):
     with caplog.at_level(logging.WARNING):
         layers = describe_layers(Attention(), torch.zeros(1, 5, 3))
-    assert [x.name for x in layers] == ["embed"]
+    assert [x.name for x in layers] == ["embed", "attention.in_proj", "attention.out_proj"]
     named = [re.split(" stays? in full precision: ", message) for message in caplog.messages]
     assert named == [
         ["position", "weights of a Attention are not quantized"],
-        ["attention.in_proj_weight", "weights of a MultiheadAttention are not quantized"],
-        ["attention.out_proj, functional", "forward() is never called"],
         [
             "recurrent.weight_ih_l0, recurrent.weight_hh_l0",
             "weights of a GRU are not quantized",
         ],
+        ["functional", "forward() is never called"],
     ]
 
 
@@ -165,12 +164,13 @@ class Encoder(nn.Module):
 @pytest.mark.parametrize("masked", [False, True])
 def test_the_layers_of_a_fused_encoder_are_computed(masked):
     model, x = Encoder(masked).eval(), torch.randn(4, 5, 8)
-    names = [f"encoder.layers.{i}.linear{k}" for i in (0, 1) for k in (1, 2)] + ["head"]
+    parts = "self_attn.in_proj", "self_attn.out_proj", "linear1", "linear2"
+    names = [f"encoder.layers.{i}.{part}" for i in (0, 1) for part in parts] + ["head"]
     assert [layer.name for layer in describe_layers(model, x[:1])] == names
     inputs = collect_inputs(model, names, [x], seed=0)
-    assert [len(inputs[name]) for name in names] == [160, 320, 160, 320, 32]
+    assert [len(inputs[name]) for name in names] == [*(160, 160, 160, 320) * 2, 32]
     changed = quantized(model.encoder.layers[1].linear2, Zero(), nn.Identity())
-    with torch.no_grad(), replaced(model, {names[3]: changed}):
+    with torch.no_grad(), replaced(model, {names[7]: changed}):
         model.eval()(x)
         assert changed.weight_quantizer.calls == 1
 

@@ -12,6 +12,7 @@ from torch import nn
 
 from adq_train import models
 from adq_train.errors import ConfigError, UserError
+from adq_train.quantization.copies import unfuse
 from adq_train.settings.ranges import leaves
 from adq_train.settings.targets import TRUSTED_PREFIXES, added_to, construct
 
@@ -138,4 +139,5 @@ def build_network(
     if fetched is not None and hasattr(network, "transform_input"):
         # What torchvision sets with pretrained weights, and adq-train unsets for other channels.
         network.transform_input = in_channels == 3  # type: ignore[assignment]
+    unfuse(network)
     return network.eval()

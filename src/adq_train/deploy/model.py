@@ -14,6 +14,7 @@ from adq_train.deploy.architecture import build_network
 from adq_train.deploy.layer_tables import Edge, LayerTables, tables_of
 from adq_train.deploy.packed_layers import PackedLayer, PackedSubclass, Rescale, packed_layer
 from adq_train.errors import UserError
+from adq_train.quantization.attention import with_new_names
 from adq_train.quantization.copies import own_copy
 from adq_train.quantization.edges import EDGES, connect, edge_quantizers
 from adq_train.quantization.layers import subclass_of
@@ -89,18 +90,19 @@ def float_state(network: nn.Module, layers: Mapping[str, Any]) -> dict[str, Tens
         *network.named_buffers(remove_duplicate=False),
     ]
     found: dict[int, tuple[str, Tensor]] = {}
-    weights, biases = ({f"{layer}.{x}" for layer in layers} for x in ("weight", "bias"))
+    modules = {network.get_submodule(layer) for layer in layers}
+    weights: set[str] = set()
+    biases: set[str] = set()
     apart = [f"{EDGES}."]
-    for layer in layers:
-        own = subclass_of(network.get_submodule(layer))  # it may have values of its own
-        parts = ("weight_quantizer.", "input_quantizer.") if own else ("",)
-        apart += [f"{layer}.{part}" for part in parts]
+    for name, module in network.named_modules(remove_duplicate=False):  # by all their names
+        if module in modules:
+            biases.add(f"{name}.bias")
+            # A subclass may have values of its own.
+            parts = ("weight_quantizer.", "input_quantizer.") if subclass_of(module) else ("",)
+            apart += [f"{name}.{part}" for part in parts]
+            weights.add(f"{name}.weight")
     for name, tensor in named:
-        quantized = (
-            name.startswith(f"{EDGES}.")
-            or name in weights
-            or (name.startswith(tuple(apart)) and name not in biases)
-        )
+        quantized = name in weights or (name.startswith(tuple(apart)) and name not in biases)
         if name in kept and not quantized and tensor.is_floating_point():
             found.setdefault(id(tensor), (name, tensor))
     return dict(found.values())
@@ -146,17 +148,17 @@ def assemble(
             size = len(model.layers[convolution].weight.codes)
             layer.bias = nn.Parameter(torch.empty(size), requires_grad=False)
         network.set_submodule(norm, nn.Identity())
-    own = float_state(network, model.layers)
-    odd = sorted(own.keys() ^ model.floats.keys())
+    own, floats = float_state(network, model.layers), with_new_names(network, model.floats)
+    odd = sorted(own.keys() ^ floats.keys())
     if odd:
         raise UserError(f"the architecture and the float values differ in {', '.join(odd[:3])}")
     for name, tensor in own.items():
-        if tensor.shape != model.floats[name].shape:
+        if tensor.shape != floats[name].shape:
             raise UserError(
-                f"{name} has shape {tuple(model.floats[name].shape)}, the architecture's "
+                f"{name} has shape {tuple(floats[name].shape)}, the architecture's "
                 f"{tuple(tensor.shape)}"
             )
-        tensor.copy_(model.floats[name])
+        tensor.copy_(floats[name])
     packed = {}
     for name, tables in model.layers.items():
         layer = modules[name]

@@ -11,7 +11,7 @@ from adq_train.deploy.formats import Opened, Source, Written
 from adq_train.deploy.packed import open_packed, packed_bytes
 from adq_train.errors import UserError
 from adq_train.quantization.copies import copied
-from adq_train.quantization.prepare import quantized_layers
+from adq_train.quantization.layers import QuantLayer
 from adq_train.settings.targets import TRUSTED_PREFIXES
 from adq_train.states import COUNTER
 
@@ -47,7 +47,8 @@ def require_floats(network: nn.Module) -> None:
     Raises:
         UserError: Names a buffer of integers.
     """
-    layers = tuple(f"{name}." for name in quantized_layers(network))
+    every = network.named_modules(remove_duplicate=False)
+    layers = tuple(f"{name}." for name, module in every if isinstance(module, QuantLayer))
     for name, tensor in network.state_dict().items():
         known = tensor.is_floating_point() or name.endswith(COUNTER) or name.startswith(layers)
         if not known:

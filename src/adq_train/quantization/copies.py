@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 from adq_train.errors import UserError
+from adq_train.quantization.attention import called, can_be_called
 
 log = logging.getLogger(__name__)
 
@@ -53,7 +54,7 @@ def unwrapped(model: nn.Module) -> nn.Module:
 
 
 def own_copy(model: nn.Module) -> nn.Module:
-    """A deep copy without wrappers, inside it as well, and without torch's fused encoders.
+    """A deep copy without wrappers, inside it as well, whose layers are all called.
 
     Raises:
         UserError: The model cannot be copied.
@@ -68,11 +69,15 @@ def own_copy(model: nn.Module) -> nn.Module:
 
 
 def unfuse(model: nn.Module) -> None:
-    """Lets torch's transformer encoders call their children, in place.
+    """Lets torch's attention and its transformer encoders call their layers, in place.
 
-    In evaluation mode without gradients they would read the weights of their linear layers
-    instead, whatever these have become, and hand on tensors of a nested layout.
+    They would read the weights of their linear layers instead, whatever these have become; the
+    encoders in evaluation mode without gradients, where they hand on tensors of a nested layout.
     """
+    attentions = {x: called(x) for x in model.modules() if can_be_called(x)}  # type: ignore[arg-type]
+    for name, module in list(model.named_modules(remove_duplicate=False)):
+        if name and module in attentions:
+            model.set_submodule(name, attentions[module])
     for module in model.modules():
         if isinstance(module, nn.TransformerEncoderLayer):
             module.activation_relu_or_gelu = 0  # read by the choice of the fused path alone

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from adq_train.artifacts import BitAllocation
+from adq_train.quantization.attention import with_new_names
 from adq_train.quantization.base import Makers
 from adq_train.quantization.layers import same_weight
 from adq_train.quantization.prepare import prepare
@@ -35,7 +36,7 @@ def restored(
         KeyError: The state lacks a tensor of the float network.
         RuntimeError: Names or shapes do not fit.
     """
-    own = network.state_dict()
+    own, state = network.state_dict(), with_new_names(network, state)
     full = with_tied(own, state)
     load_state(network, {key: full[key] for key in own})
     # Quantizers get their shapes from calibration; the state then replaces the values.

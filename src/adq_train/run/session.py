@@ -70,12 +70,12 @@ class Session:
         with ranks.local_main_first():
             data = parts.data.load(loading(config, parts.device, ranks))
             model = parts.model.build(data.num_classes, data.image_shape[0])
+        unfuse(model)
         start = open_start(config, data)
         data = data.for_dry_run() if config.dry_run else data
         load_checkpoint(model, config.pretrain)
         if start and start.float_state and not config.pretrain.checkpoint:
             load_state(model, start.float_state)
-        unfuse(model)
         model.to(parts.device)
         ranks.broadcast_model(model)
         torch.manual_seed(config.seed)  # a trained teacher begins like a float model of its own
@@ -83,6 +83,7 @@ class Session:
         if teacher and config.dry_run:
             teacher.epochs = min(1, teacher.epochs)
         for network in (model, *([teacher.model] if teacher else [])):
+            unfuse(network)
             if trainer.channels_last:  # in all stages: a resumed run has the same bits then
                 network.to(memory_format=torch.channels_last)
         parts.target.num_edges(model)  # it refuses what it cannot take, before any training

@@ -24,13 +24,14 @@ Values = dict[fx.Node, Any]
 class Tracer(fx.Tracer):
     """Lists a network's operations.
 
-    A batch norm of any kind is one, as its mode may change, and a layer that can be quantized, as
-    it may be replaced.
+    A batch norm of any kind is one, as its mode may change, a layer that can be quantized, as it
+    may be replaced, and torch's attention, which cannot be looked into.
     """
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         """Whether a module is one operation."""
-        own = isinstance(m, (_BatchNorm, QuantLayer)) or quantized_kind(m) is not None
+        whole = (_BatchNorm, QuantLayer, nn.MultiheadAttention)
+        own = isinstance(m, whole) or quantized_kind(m) is not None
         return own or super().is_leaf_module(m, module_qualified_name)
 
 
