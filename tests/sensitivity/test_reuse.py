@@ -11,6 +11,7 @@ from torchvision.models import MobileNetV2
 from adq_train.data.base import derived_seed
 from adq_train.models import CifarResNet
 from adq_train.quantization.adq import AdqWeightQuantizer
+from adq_train.quantization.copies import own_copy
 from adq_train.quantization.describe import describe_layers
 from adq_train.quantization.lsq import LsqActivationQuantizer
 from adq_train.quantization.prepare import replaced
@@ -92,7 +93,7 @@ def spread(net, seed=0):
 @pytest.fixture(params=NETWORKS)
 def network(request):
     torch.manual_seed(0)
-    return spread(NETWORKS[request.param]())
+    return spread(own_copy(NETWORKS[request.param]()))  # as every metric does
 
 
 @pytest.fixture
