@@ -65,6 +65,8 @@ def examine(
                 parsed.append(parse(text))
             except HydraException as error:
                 problems.append(_unreadable(text, str(error).splitlines()[0]))
+        problems += [_no_launcher(x.value()) for x in parsed if _is_other_launcher(x)]
+        parsed = [x for x in parsed if not _is_other_launcher(x)]
         groups = [""] + [g for g in loader.list_groups("") if not g.startswith("hydra")]
         choices, values, of_hydra, wrong = _sorted(parsed, loader, groups, search_path)
         problems += wrong
@@ -93,10 +95,6 @@ def examine(
             return CommandLine((*problems, *error.problems))
         cfg = cfgs[0]
         params = dict(cfg.hydra.sweeper.params or {})
-        launcher = cfg.hydra.runtime.choices["hydra/launcher"]
-        if launcher not in LAUNCHERS:
-            allowed = " or ".join(LAUNCHERS)
-            problems.append(f"hydra/launcher: must be {allowed}, got {launcher!r}")
         with open_dict(cfg):
             del cfg["hydra"]
         known = [*_keys(cfg), *groups[1:]]
@@ -106,6 +104,14 @@ def examine(
         if not problems and any(_is_rare(override) for override in parsed):
             problems += _as_a_whole(compose, parsed)
     return CommandLine(tuple(dict.fromkeys(problems)), sweep, params)
+
+
+def _is_other_launcher(override: Override) -> bool:
+    return override.key_or_group == "hydra/launcher" and override.value() not in LAUNCHERS
+
+
+def _no_launcher(value: object) -> str:
+    return f"hydra/launcher: must be {' or '.join(LAUNCHERS)}, got {value!r}"
 
 
 def _as_a_whole(
