@@ -132,8 +132,10 @@ def measure(session: Session, bits: dict[str, Bits], epochs: int) -> dict[str, f
         settings=replace(session.config.trainer, epochs=epochs),
         seed=session.config.seed,
     )
-    for _ in range(epochs):
-        trainer.train_epoch()
+    reports = [trainer.train_epoch() for _ in range(epochs)]
+    if reports:
+        last = reports[-1]
+        return {"loss": last.validation_loss, "top1_percent": last.validation_top1_percent}
     found = evaluate(quantized, session.data.validation)
     return {"loss": found.loss, "top1_percent": found.top1_percent}
 

@@ -18,7 +18,6 @@ from torch import Tensor, nn
 from adq_train.checkpoint_file import read_checkpoint
 from adq_train.errors import UserError
 from adq_train.models import last_layer
-from adq_train.settings.schema import PretrainConfig
 
 log = logging.getLogger(__name__)
 
@@ -69,25 +68,6 @@ def with_tied(own: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> dict[st
         present = [x for x in names if x in state]
         full.update({x: state[present[0]] for x in names if present and x not in state})
     return full
-
-
-def load_checkpoint(model: nn.Module, pretrain: PretrainConfig) -> None:
-    """Loads the file that ``pretrain.checkpoint`` names, if it names one, into ``model``.
-
-    Args:
-        model: Changed in place.
-        pretrain: The section of the configuration.
-
-    Raises:
-        UserError: See :func:`load_weights`.
-    """
-    if pretrain.checkpoint:
-        load_weights(
-            model,
-            Path(pretrain.checkpoint),
-            key=pretrain.checkpoint_key,
-            new_head=pretrain.head == "new",
-        )
 
 
 def load_weights(

@@ -6,6 +6,7 @@ import torch
 from export_helpers import quantized_network
 
 from adq_train.data.base import InputFormat
+from adq_train.deploy import apart
 from adq_train.deploy.apart import FileApart, FileHere
 from adq_train.deploy.onnx import OnnxModel, onnx_bytes
 from adq_train.deploy.runtimes import RUNTIMES
@@ -22,7 +23,7 @@ def content():
 
 
 def apart_of(path):
-    return FileApart(path, "onnxruntime")
+    return apart.FileApart(path, "onnxruntime")
 
 
 def graph(path, nodes, outputs=("n", 10), constants=(), inputs=("n", 1, 8, 8)):
@@ -48,11 +49,20 @@ def numbers(name, values):
 def test_it_answers_as_within_this_process(content, tmp_path):
     path = tmp_path / "model.onnx"
     path.write_bytes(content)
-    apart, own = apart_of(path), OnnxModel(path)
-    assert apart.facts == own.facts()
+    other, own = apart_of(path), OnnxModel(path)
+    assert other.facts == own.facts()
     for size in (1, 5):
         images = torch.randn(size, 1, 8, 8)
-        assert torch.equal(apart(images), own(images))
+        assert torch.equal(other(images), own(images))
+
+
+def test_a_file_that_computes_for_ever_is_ended(content, tmp_path, monkeypatch):
+    path = tmp_path / "model.onnx"
+    path.write_bytes(content)
+    monkeypatch.setattr(apart, "START", "import time; time.sleep(60)")
+    monkeypatch.setattr(apart, "MOST_SECONDS", 0.3)
+    with pytest.raises(UserError, match=r"has not answered within 0\.3 s and was ended; try a sm"):
+        apart_of(path)
 
 
 def test_a_graph_with_other_shapes_than_it_says_is_refused(content, tmp_path):

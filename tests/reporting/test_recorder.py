@@ -12,6 +12,7 @@ from torch import nn
 
 from adq_train.quantization.adq import AdqWeightQuantizer
 from adq_train.quantization.layers import quantized
+from adq_train.quantization.movement import MovementMeter
 from adq_train.quantization.n2uq import N2uqActivationQuantizer
 from adq_train.reporting.recorder import Recorder
 from adq_train.run.folder import read_metrics
@@ -46,8 +47,7 @@ def trainer_of(model, done=0, total=8, ranks=ALONE):
 @contextmanager
 def recording(folder, trainer, stage="qat"):
     """A recorder that a trainer has started."""
-    recorder = Recorder(folder, stage)
-    recorder.restore(trainer)
+    recorder = Recorder(folder, stage, meter=MovementMeter(trainer.model))
     recorder.on_start(trainer)
     with recorder.context(trainer):
         yield recorder
@@ -146,8 +146,8 @@ def test_how_far_the_quantizers_moved_is_recorded_from_calibration_on(tmp_path):
 
     # Killed within the third epoch, it goes on from a state between two records.
     again = network()
-    trainer, recorder = trainer_of(again, total=3), Recorder(tmp_path, "qat")
-    recorder.restore(trainer)  # before the checkpoint is read
+    trainer = trainer_of(again, total=3)
+    recorder = Recorder(tmp_path, "qat", meter=MovementMeter(again))
     again[0].input_quantizer.log_step.data += 0.25
     trainer.epoch = 2
     recorder.on_start(trainer)

@@ -2,9 +2,12 @@
 
 import pytest
 import torch
+from hydra import compose, initialize_config_module
 
 from adq_train.errors import ConfigError, UserError
 from adq_train.run.session import Session, composed, smaller
+from adq_train.settings.schema import register
+from adq_train.settings.validate import validate
 
 SMALL = ("experiment=quickstart", "model.width=4", "data.train_images=400")
 
@@ -26,12 +29,16 @@ def test_nothing_of_a_dry_run_can_be_kept_for_a_whole_one():
 
 
 def test_a_dry_run_is_smaller_and_elsewhere(tmp_path):
-    config, _ = composed([*SMALL, "optimizer.lr=0.3", "pretrain.lr=0.2"])
-    small = smaller(config, str(tmp_path))
-    assert small.output_root == str(tmp_path)
-    assert (small.pretrain.epochs, small.trainer.epochs) == (1, 1)
-    assert (small.pretrain.lr, small.rates.lr) == (pytest.approx(2e-4), 0.0)
-    assert (config.pretrain.epochs, config.rates.lr) == (40, 0.3)
+    overrides = [*SMALL, "optimizer.lr=0.3", "pretrain.lr=0.2", "sensitivity=learned"]
+    register()
+    with initialize_config_module("adq_train.configs", version_base="1.3"):
+        whole = compose("config", [*overrides, "distillation=teacher", "distillation.epochs=9"])
+    config, parts = validate(smaller(whole, str(tmp_path)))
+    assert config.output_root == str(tmp_path)
+    assert (config.pretrain.epochs, config.trainer.epochs) == (1, 1)
+    assert (parts.sensitivity.epochs, parts.distillation.epochs) == (1, 1)
+    assert (config.pretrain.lr, config.rates.lr) == (pytest.approx(2e-4), 0.0)
+    assert (whole.pretrain.epochs, whole.optimizer.lr, whole.distillation.epochs) == (40, 0.3, 9)
 
 
 @pytest.mark.parametrize("name", ["lr", "weight_decay"])

@@ -51,20 +51,20 @@ def optimizers(model):
     return make_optimizers(model, 0.01, 0.0, sgd, adam)
 
 
-def conditions(problem, batches, seed=0, **others):
+def conditions(problem, batches, seed=0):
     return Conditions(
         problem.candidates,
         batches,
         AdqWeightQuantizer,
         LsqActivationQuantizer,
         seed,
-        training=Training(Images(batches), optimizers, problem, **others),
+        training=Training(Images(batches), optimizers, problem),
     )
 
 
-def measure(model, problem, batches, *, layers=None, seed=0, short=False, **options):
+def measure(model, problem, batches, *, layers=None, seed=0, **options):
     rows = Learned(**options).measure(
-        model, layers or problem.layers, conditions(problem, batches, seed, short=short)
+        model, layers or problem.layers, conditions(problem, batches, seed)
     )
     return SensitivityTable("learned", problem.candidates, tuple(rows))
 
@@ -268,12 +268,6 @@ def test_the_model_is_left_as_it_was(small, batches, make_problem):
     assert all(p.requires_grad and p.grad is None for p in small.parameters())
     assert list(small.state_dict()) == list(state)
     assert all(torch.equal(value, state[name]) for name, value in small.state_dict().items())
-
-
-def test_to_try_it_one_epoch_is_enough(small, batches, make_problem):
-    problem = make_problem(average_weight_bits=2.5)
-    once = measure(small, problem, batches, epochs=1)
-    assert measure(small, problem, batches, epochs=9, short=True) == once
 
 
 def test_without_training_images_it_says_what_to_use(small, batches, layers):

@@ -12,6 +12,7 @@ import torch
 from training_helpers import IMAGES, Drawn, dense, network, same, take, trainer_of
 
 import adq_train
+from adq_train.quantization.movement import MovementMeter
 from adq_train.reporting.recorder import Recorder
 from adq_train.run.folder import read_metrics
 from adq_train.training.agreement import RanksAgree
@@ -143,7 +144,7 @@ def hooks_of(model, folder):
         FiniteWatch(skip=2),
         WeightAverage(model, 0.8),
         ReestimateBatchNorm(7, 12),
-        Recorder(folder, "qat"),
+        Recorder(folder, "qat", meter=MovementMeter(model)),
         RanksAgree(),
         Checkpoints(CheckpointFolder(folder / "checkpoints"), "k", "qat", steps=1),
         ProgressBar("qat"),

@@ -6,6 +6,7 @@ import json
 import logging
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +38,7 @@ class FileAllocator(GivenAllocator):
 
     def __post_init__(self) -> None:
         try:
-            self._read()
+            assert self.content
         except UserError as error:
             raise ValueError(f"path: {error}") from error
 
@@ -46,19 +47,22 @@ class FileAllocator(GivenAllocator):
         """The allocator's name in ``allocation.json``."""
         return "from_file"
 
-    def _text(self) -> str:
+    @cached_property
+    def content(self) -> tuple[dict[str, Bits], dict[str, Any]]:
+        """The bits in the file, by layer, and all that it says; read once.
+
+        Raises:
+            UserError: It cannot be read, or is something else.
+        """
         try:
-            return Path(self.path).read_text(encoding="utf-8")
+            text = Path(self.path).read_text(encoding="utf-8")
+            layers = layer_bits(text)
         except (OSError, UnicodeDecodeError) as error:
             raise UserError(f"{self.path} cannot be read ({error})") from error
-
-    def _read(self) -> dict[str, Bits]:
-        """The bits in the file, by layer."""
-        try:
-            layers = layer_bits(self._text())
         except UserError as error:
             raise UserError(f"{self.path} is {error}") from error
-        return {x.name: Bits(x.weight_bits, x.activation_bits) for x in layers}
+        bits = {x.name: Bits(x.weight_bits, x.activation_bits) for x in layers}
+        return bits, json.loads(text)
 
     def bits_for(self, problem: Problem) -> dict[str, Bits]:
         """Bits of every mixed layer by name.
@@ -66,7 +70,7 @@ class FileAllocator(GivenAllocator):
         Raises:
             UserError: The file does not fit the model, the pins or the budget.
         """
-        given, names = self._read(), [x.name for x in problem.layers]
+        given, names = self.content[0], [x.name for x in problem.layers]
         missing = [name for name in names if name not in given]
         extra = [name for name in given if name not in names]
         if missing or extra:
@@ -98,7 +102,7 @@ class FileAllocator(GivenAllocator):
         chosen, optimal = super().choose(problem, table)
         bits = {**chosen, **problem.pinned_bits()}
         counted = asdict(figures(problem.layers, bits, problem.pinned))
-        if odd := other_figures(json.loads(self._text()), counted):
+        if odd := other_figures(self.content[1], counted):
             log.warning("allocator.path: %s states %s; its layers count", self.path, odd)
         return chosen, optimal
 

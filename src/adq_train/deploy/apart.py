@@ -8,7 +8,10 @@ import signal
 import subprocess
 import sys
 import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from threading import Timer
 from typing import Any
 
 import torch
@@ -20,6 +23,8 @@ from adq_train.deploy.runtimes import RUNTIMES
 from adq_train.errors import UserError
 
 LONGEST_LINE = 1 << 24
+# A graph may compute for ever; no file of a network takes so long for a batch.
+MOST_SECONDS = 600.0
 # Not with -m: that would import from the working folder, which may be anybody's.
 START = "import sys; sys.path[:] = filter(None, sys.path); " + (
     "from adq_train.deploy.apart_worker import main; main()"
@@ -82,7 +87,8 @@ class FileApart(nn.Module):
         )  # fmt: skip
         # It may compute for ever, and does not hear signals then.
         weakref.finalize(self, _end, self.process)
-        opened = self._answer()
+        with self._in_time():
+            opened = self._answer()
         self.facts = self._facts(opened["metadata"])
         self.expects = self._expects(opened["inputs"], opened["outputs"])
 
@@ -114,6 +120,27 @@ class FileApart(nn.Module):
             said = InputFormat(fixed[3], (fixed[0], fixed[1], fixed[2]))
         return said
 
+    @contextmanager
+    def _in_time(self) -> Iterator[None]:
+        """Ends the other process where an exchange takes too long.
+
+        Raises:
+            UserError: It did.
+        """
+        timer = Timer(MOST_SECONDS, self.process.kill)
+        timer.start()
+        try:
+            yield
+        except UserError as error:
+            if not timer.is_alive():
+                raise UserError(
+                    f"{self.path}: {self.runtime} has not answered within {MOST_SECONDS:g} s and "
+                    "was ended; try a smaller batch_size"
+                ) from error
+            raise
+        finally:
+            timer.cancel()
+
     def _answer(self) -> dict[str, Any]:
         """The next line of the other process.
 
@@ -135,6 +162,10 @@ class FileApart(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """Maps images (N, C, H, W) to logits (N, num_classes)."""
+        with self._in_time():
+            return self._logits(images)
+
+    def _logits(self, images: Tensor) -> Tensor:
         assert self.process.stdin is not None
         assert self.process.stdout is not None
         try:

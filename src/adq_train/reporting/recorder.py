@@ -30,6 +30,7 @@ class Recorder(Hook):
         stage: ``pretrain`` or ``qat``.
         names: The trackers, of :data:`~.loggers.LOGGERS`.
         place: The run's folder, for the trackers; by default ``folder``.
+        meter: Of the quantizers as they were calibrated; a float network has none.
     """
 
     def __init__(
@@ -38,16 +39,13 @@ class Recorder(Hook):
         stage: str,
         names: Sequence[str] = ("tensorboard",),
         place: Path | None = None,
+        meter: MovementMeter | None = None,
     ) -> None:
         self.metrics = folder / "metrics.jsonl"
         self.stage, self.names, self.place = stage, names, place or folder
         self.loggers: list[Logger] | None = None
-        self.meter: MovementMeter | None = None
+        self.meter = meter
         self.movement: dict[str, dict[str, float]] = {}
-
-    def restore(self, trainer: Trainer) -> None:
-        """Looks at the quantizers as they were calibrated, to see how far training moves them."""
-        self.meter = MovementMeter(trainer.model)
 
     def on_start(self, trainer: Trainer) -> None:
         """Drops what an interrupted run recorded after its last checkpoint, and goes on.
@@ -80,12 +78,11 @@ class Recorder(Hook):
         """Records one epoch; codebooks and weights of a prepared network alone."""
         if self.loggers is None:
             return
-        assert self.meter is not None
         model, epochs = trainer.evaluated, trainer.settings.epochs
         layers = quantized_layers(model)
         levels = {name: layer.weight_quantizer.levels().tolist() for name, layer in layers.items()}
         codebooks = {name: found for name, found in levels.items() if len(found) <= MOST_CURVES}
-        found = self.meter.measure(model, self.movement)
+        found = self.meter.measure(model, self.movement) if self.meter else {}
         self.movement = {name: asdict(x) for name, x in found.items()}
         quantizers = {"codebooks": codebooks, "movement": self.movement} if layers else {}
         record = {"stage": self.stage, **asdict(report), **quantizers}

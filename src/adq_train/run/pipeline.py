@@ -79,15 +79,16 @@ def run(
     """
     config, parts = validate(cfg)
     require_room(ranks, config, parts.device)
-    config = pinned(config)
     if config.dry_run:
         with tempfile.TemporaryDirectory(prefix="adq-train-") as scratch:
-            session = Session.open(smaller(config, scratch), parts, ranks)
+            config, parts = validate(smaller(cfg, scratch))
+            session = Session.open(pinned(config), parts, ranks)
             result = execute(session, Path(scratch, "run"), command)
         if ranks.is_main:
             stages = ", ".join(f"{name} {x:.1f} s" for name, x in result.seconds.items())
             print(f"dry run passed: every stage ran on two batches ({stages}); nothing was kept")
         return
+    config = pinned(config)
     path = run_dir(config, experiment, overrides)
     if ranks.is_main:
         check_same_run(path, config.plain())

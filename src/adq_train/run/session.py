@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from hydra import compose, initialize_config_module
+from omegaconf import DictConfig
 from torch import nn
 
 from adq_train.allocation.budget import Problem
@@ -20,7 +23,7 @@ from adq_train.run.init_from import Start, open_start, pinned
 from adq_train.sensitivity.base import ReadsAhead
 from adq_train.settings.schema import Config, register
 from adq_train.settings.validate import Parts, validate
-from adq_train.states import load_checkpoint, load_state
+from adq_train.states import load_state, load_weights
 from adq_train.training.device import use
 from adq_train.training.distillation import Teacher
 from adq_train.training.distributed import ALONE, Ranks
@@ -73,15 +76,16 @@ class Session:
         unfuse(model)
         start = open_start(config, data)
         data = data.for_dry_run() if config.dry_run else data
-        load_checkpoint(model, config.pretrain)
-        if start and start.float_state and not config.pretrain.checkpoint:
+        given = config.pretrain
+        if given.checkpoint:
+            own_head = given.head == "new"
+            load_weights(model, Path(given.checkpoint), key=given.checkpoint_key, new_head=own_head)
+        if start and start.float_state and not given.checkpoint:
             load_state(model, start.float_state)
         model.to(parts.device)
         ranks.broadcast_model(model)
         torch.manual_seed(config.seed)  # a trained teacher begins like a float model of its own
         teacher = parts.distillation.teacher(model, data.num_classes, data.image_shape[0])
-        if teacher and config.dry_run:
-            teacher.epochs = min(1, teacher.epochs)
         for network in (model, *([teacher.model] if teacher else [])):
             unfuse(network)
             if trainer.channels_last:  # in all stages: a resumed run has the same bits then
@@ -153,7 +157,7 @@ def loading(config: Config, device: torch.device, ranks: Ranks = ALONE) -> Loadi
     )
 
 
-def smaller(config: Config, folder: str) -> Config:
+def smaller(cfg: DictConfig, folder: str) -> DictConfig:
     """The configuration of a dry run: an epoch of two steps, and nothing that is kept.
 
     A dry run tells whether everything runs, not whether two steps from untrained weights converge:
@@ -161,14 +165,14 @@ def smaller(config: Config, folder: str) -> Config:
     moves.
 
     Args:
-        config: Of the whole run.
+        cfg: Of the whole run; composed, and valid.
         folder: Where the dry run may write.
     """
-    pretrain, trainer = config.pretrain, config.trainer
-    return replace(
-        config,
-        output_root=folder,
-        pretrain=replace(pretrain, epochs=min(1, pretrain.epochs), lr=pretrain.lr * 1e-3),
-        trainer=replace(trainer, epochs=min(1, trainer.epochs)),
-        optimizer={**config.optimizer, "lr": 0.0},
-    )
+    small = copy.deepcopy(cfg)
+    small.output_root = folder
+    small.pretrain.lr *= 1e-3
+    small.optimizer.lr = 0.0
+    for section in (small.pretrain, small.trainer, small.sensitivity, small.distillation):
+        if "epochs" in section:
+            section.epochs = min(1, section.epochs)
+    return small

@@ -31,13 +31,11 @@ class Training:
         batches: The training images.
         make_optimizers: QAT's, at its first rates, for the parameters of a prepared network.
         problem: What is to be chosen, within which budget.
-        short: Whether one epoch is enough, to try that all works.
     """
 
     batches: Batches
     make_optimizers: Callable[[nn.Module], Optimizers]
     problem: Problem
-    short: bool = False
 
 
 @dataclass(frozen=True)

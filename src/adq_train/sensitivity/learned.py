@@ -176,11 +176,10 @@ class Learned:
         costs = expected_costs(training.problem, device)
         upkeep = Upkeep(model)
         model.train()
-        epochs = 1 if training.short else self.epochs
         generators = [device] if device.type == "cuda" else []
-        with torch.random.fork_rng(generators), Progress("search", epochs) as progress:
+        with torch.random.fork_rng(generators), Progress("search", self.epochs) as progress:
             torch.manual_seed(derived_seed(conditions.seed, "search"))  # dropout
-            for epoch in range(epochs):
+            for epoch in range(self.epochs):
                 for images, targets in training.batches.epoch(epoch):
                     loss = F.cross_entropy(at_least_float32(model(images)), targets)
                     optimizers.zero_grad()

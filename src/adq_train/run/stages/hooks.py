@@ -6,6 +6,7 @@ from pathlib import Path
 
 from torch import nn
 
+from adq_train.quantization.movement import MovementMeter
 from adq_train.reporting.recorder import Recorder
 from adq_train.run.folder import RunFolder
 from adq_train.run.session import Session
@@ -44,7 +45,9 @@ def float_hooks(
     ]
 
 
-def qat_hooks(session: Session, folder: RunFolder, model: nn.Module, key: str) -> list[Hook]:
+def qat_hooks(
+    session: Session, folder: RunFolder, model: nn.Module, key: str, meter: MovementMeter
+) -> list[Hook]:
     """The hooks of QAT.
 
     Args:
@@ -52,10 +55,11 @@ def qat_hooks(session: Session, folder: RunFolder, model: nn.Module, key: str) -
         folder: The run's.
         model: Prepared and calibrated.
         key: What QAT depends on.
+        meter: Of the quantizers as they were calibrated.
     """
     return [
         *training_hooks(session, model, QAT),
-        Recorder(folder.path, QAT, session.config.logger),
+        Recorder(folder.path, QAT, session.config.logger, meter=meter),
         *_keeping_hooks(session, folder, folder.path, key, QAT),
     ]
 

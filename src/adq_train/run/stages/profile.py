@@ -88,5 +88,5 @@ def conditions(session: Session) -> Conditions:
         parts.make_activation_quantizer,
         config.seed,
         likely_bits(session.problem),
-        Training(session.data.train, session.optimizers, session.problem, config.dry_run),
+        Training(session.data.train, session.optimizers, session.problem),
     )

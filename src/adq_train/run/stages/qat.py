@@ -44,7 +44,7 @@ def train_quantized(
         model,
         session.optimizers(model),
         session.data,
-        qat_hooks(session, folder, model, key),
+        qat_hooks(session, folder, model, key, meter),
         settings=config.trainer,
         seed=config.seed,
         ranks=ranks,
