@@ -87,16 +87,17 @@ def test_every_knob_of_a_part_is_in_its_file():
 @pytest.mark.parametrize("name", EXPERIMENTS)
 def test_every_experiment_runs_dry_on_synthetic_data(cli, tmp_path, name):
     like = next((shape for shape in SHAPES if name.endswith(shape)), "digits")
-    large = ["model.weights=null", "bits.candidates=[2,3]", "trainer.batch_size=2"]
-    more = large if "imagenet" in name else ["trainer.batch_size=4"]
+    large = "imagenet" in name
+    more = ["model.weights=null", "bits.candidates=[2,3]"] if large else []
     outcome = cli(
         f"experiment={name}",
         "data=synthetic",
         f"data.like={like}",
         "data.train_images=32",
-        "data.test_images=8",
-        "data.validation_images=8",
-        "data.calibration_images=2",
+        f"data.test_images={2 if large else 8}",
+        f"data.validation_images={2 if large else 8}",
+        f"data.calibration_images={1 if large else 2}",
+        f"trainer.batch_size={2 if large else 4}",
         "dry_run=true",
         *more,
     )
