@@ -14,7 +14,6 @@ from adq_train.allocation.allocator import Allocator, allocate
 from adq_train.allocation.budget import Problem
 from adq_train.allocation.fixed import FixedAllocator
 from adq_train.allocation.ilp import IlpAllocator
-from adq_train.allocation.uniform import likely_bits
 from adq_train.artifacts import LayerSensitivity, SensitivityTable, require_finite
 from adq_train.errors import UserError
 from adq_train.lifecycle import carrying
@@ -140,9 +139,8 @@ def quantize(
     except ValueError as error:
         raise UserError(f"make_activation_quantizer: {error}") from error
     conditions = Conditions(
-        problem.candidates, task.batches, *make, seed, likely_bits(problem),
-        gives_loss=loss is not None,
-    )  # fmt: skip
+        problem.candidates, task.batches, *make, seed, gives_loss=loss is not None
+    )
     if chooser.needs_table or sensitivity is not None:
         table = _measured(model, problem, conditions, sensitivity, task.one_tensor)
     else:

@@ -1,11 +1,7 @@
-from dataclasses import replace
-
 import pytest
 
 from adq_train.allocation.allocator import allocate
-from adq_train.allocation.budget import Budget, Problem
-from adq_train.allocation.uniform import UniformAllocator, likely_bits
-from adq_train.artifacts import LayerBits, LayerInfo
+from adq_train.allocation.uniform import UniformAllocator
 from adq_train.errors import UserError
 
 
@@ -75,22 +71,3 @@ def test_bits_beyond_the_budget_show_before_any_training(make_problem):
     UniformAllocator(2).check(make_problem(average_weight_bits=3))
     with pytest.raises(UserError, match=r"average_weight_bits: 4 of 3"):
         UniformAllocator(4).check(make_problem(average_weight_bits=3))
-
-
-def test_likely_bits_are_the_most_that_all_may_get_and_the_pins():
-    layers = tuple(LayerInfo(x, num_weights=100, macs=100, num_inputs=10) for x in "abc")
-    problem = Problem(
-        layers,
-        {"a": 8},
-        (2, 3, 4),
-        Budget(average_weight_bits=3.2),
-        {"c": (2, 4)},
-    )
-    # b at 4 and c at 4 exceed the average; c may not have 3, so it gets 2.
-    assert likely_bits(problem) == (
-        LayerBits("a", 8, 8),
-        LayerBits("b", 3, 3),
-        LayerBits("c", 2, 2),
-    )
-    free = replace(problem, budget=Budget())
-    assert [x.weight_bits for x in likely_bits(free)] == [8, 4, 4]

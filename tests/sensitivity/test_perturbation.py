@@ -5,7 +5,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from adq_train.artifacts import LayerBits, LayerInfo
+from adq_train.artifacts import LayerInfo
 from adq_train.errors import UserError
 from adq_train.quantization.adq import AdqWeightQuantizer
 from adq_train.quantization.lsq import LsqActivationQuantizer
@@ -32,9 +32,9 @@ def batches():
     return [(torch.randn(n, 1, 6, 6), torch.randint(3, (n,))) for n in (5, 2)]
 
 
-def measure(model, batches, likely=(), **options):
+def measure(model, batches, **options):
     quantizers = AdqWeightQuantizer, LsqActivationQuantizer
-    conditions = Conditions(BIT_WIDTHS, batches, *quantizers, likely=likely)
+    conditions = Conditions(BIT_WIDTHS, batches, *quantizers)
     return list(Perturbation(**options).measure(model, LAYERS, conditions))
 
 
@@ -104,7 +104,6 @@ def test_the_name_tells_the_options():
     assert Perturbation().name == "perturbation-kl-both"
     assert Perturbation("loss", "weights").name == "perturbation-loss-weights"
     assert Perturbation(recalibrate_batch_norm=True).name == "perturbation-kl-both-recalibrated"
-    assert Perturbation(context=True).name == "perturbation-kl-both-in-context"
 
 
 @pytest.mark.parametrize(
@@ -163,59 +162,6 @@ def estimated_anew(net, batches):
     net[1].running_mean.copy_(sum(x.mean(1) for x in seen) / len(seen))
     net[1].running_var.copy_(sum(x.var(1) for x in seen) / len(seen))
     return net
-
-
-@pytest.mark.parametrize("kept_bytes", [0, 10**9])
-@pytest.mark.parametrize("again", [False, True])
-def test_in_context_the_other_layers_are_quantized(model, batches, again, kept_bytes):
-    """By hand: the other layer has its likely bits, and what it alone does is taken away."""
-    images = torch.cat([x for x, _ in batches])
-    likely = [LayerBits("0", 4, 4), LayerBits("4", 2, 2)]
-    rows = measure(
-        model, batches, likely, recalibrate_batch_norm=again, context=True, kept_bytes=kept_bytes
-    )
-    with torch.no_grad():
-        first = copy.deepcopy(model).eval()
-        inputs = {"0": images, "4": first[:4](images)}
-        first = estimated_anew(first, batches) if again else first
-        both = with_both(first, 4, 2, inputs, batches)
-
-        def kl(net):
-            before, after = first(images).log_softmax(1), net(images).log_softmax(1)
-            return F.kl_div(after, before, log_target=True, reduction="batchmean")
-
-        for bits in BIT_WIDTHS:
-            front = with_both(first, bits, 2, inputs, batches)
-            rear = with_both(first, 4, bits, inputs, batches)
-            if not again:  # then all have the statistics of the network with the likely bits
-                for net in (front, rear):
-                    net[1].load_state_dict(both[1].state_dict())
-            without_front = with_both(first, None, 2, inputs, batches)
-            if not again:
-                without_front[1].load_state_dict(both[1].state_dict())
-            without_rear = with_both(first, 4, None, inputs, batches)
-            found = rows[0].sensitivity[bits], rows[1].sensitivity[bits]
-            assert found[0] == pytest.approx(float(kl(front) - kl(without_front)), abs=1e-5)
-            assert found[1] == pytest.approx(float(kl(rear) - kl(without_rear)), abs=1e-5)
-            assert rows[0].standard_error[bits] > 0
-
-
-def with_both(model, front, rear, inputs, batches):
-    """Both layers quantized by hand, None for float, and the batch norm estimated anew."""
-    net = copy.deepcopy(model)
-    for name, bits in (("0", front), ("4", rear)):
-        if bits is None:
-            continue
-        layer, weights, values = net.get_submodule(name), *quantizers(bits)
-        weights.calibrate(layer.weight.detach())
-        layer.weight.data = weights(layer.weight).detach()
-        values.calibrate(inputs[name])
-        layer.register_forward_pre_hook(lambda _, x, values=values: values(x[0]))
-    return estimated_anew(net, batches)
-
-
-def quantizers(bits):
-    return AdqWeightQuantizer(bits), LsqActivationQuantizer(bits)
 
 
 def test_one_image_has_no_standard_error(model):

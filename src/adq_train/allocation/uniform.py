@@ -6,7 +6,6 @@ from dataclasses import dataclass
 
 from adq_train.allocation.allocator import GivenAllocator
 from adq_train.allocation.budget import Bits, Problem
-from adq_train.artifacts import LayerBits
 from adq_train.errors import UserError
 
 
@@ -56,27 +55,3 @@ class UniformAllocator(GivenAllocator):
             f"allocator.bit_width: {bits} bits everywhere exceed the budget ({'; '.join(broken)}); "
             "raise it, or set bit_width to a smaller candidate or null"
         )
-
-
-def likely_bits(problem: Problem) -> tuple[LayerBits, ...]:
-    """About what every layer will get: the same bits everywhere, as many as the budget allows.
-
-    A layer that may not have so many gets the most below them, or else its fewest.
-
-    Args:
-        problem: Layers, pins, candidates and budget.
-
-    Returns:
-        Bits of all layers, the pinned ones too.
-    """
-    every = sorted({bits for x in problem.mixed for bits in problem.widths(x)}, reverse=True)
-    chosen: dict[str, Bits] = {}
-    for most in every:
-        for layer in problem.mixed:
-            widths = problem.widths(layer)
-            bits = max((b for b in widths if b <= most), default=min(widths))
-            chosen[layer.name] = Bits(bits, bits)
-        if not problem.broken({**chosen, **problem.pinned_bits()}):
-            break
-    chosen |= problem.pinned_bits()
-    return tuple(LayerBits(x.name, *chosen[x.name]) for x in problem.layers)

@@ -13,7 +13,7 @@ from torch.func import functional_call
 
 from adq_train.allocation.allocator import not_apart
 from adq_train.allocation.budget import Problem
-from adq_train.artifacts import LayerBits, LayerInfo, LayerSensitivity
+from adq_train.artifacts import LayerInfo, LayerSensitivity
 from adq_train.data.base import Batch, Batches, derived_seed
 from adq_train.errors import UserError
 from adq_train.quantization.base import MakeActivationQuantizer, MakeWeightQuantizer
@@ -48,8 +48,6 @@ class Conditions:
         make_weight_quantizer: Maps a bit-width to a quantizer.
         make_activation_quantizer: Maps a bit-width to a quantizer.
         seed: For everything that is drawn at random.
-        likely: About the bits that every layer of the network will get, for metrics that measure
-            one layer among others that are quantized; see :func:`~.allocation.uniform.likely_bits`.
         training: For a metric that trains; None where there is nothing to train on.
         gives_loss: Whether what the network gives is a loss, (N, 1) or (1, 1) for a batch.
     """
@@ -59,7 +57,6 @@ class Conditions:
     make_weight_quantizer: MakeWeightQuantizer
     make_activation_quantizer: MakeActivationQuantizer
     seed: int = 0
-    likely: Sequence[LayerBits] = ()
     training: Training | None = None
     gives_loss: bool = False
 

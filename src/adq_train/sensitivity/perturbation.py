@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -15,8 +14,7 @@ from adq_train.data.base import Batch
 from adq_train.errors import UserError
 from adq_train.nested import few
 from adq_train.quantization.base import check_choice
-from adq_train.quantization.layers import same_weight
-from adq_train.quantization.prepare import collect_inputs, quantize_layer, replaced, swap
+from adq_train.quantization.prepare import collect_inputs, replaced
 from adq_train.sensitivity.base import Conditions, plain_copy
 from adq_train.sensitivity.forms import TENSORS, FormMetric, Forms, Key, quantized_forms, row
 from adq_train.sensitivity.outputs import num_columns, rounding, summary
@@ -29,7 +27,6 @@ from adq_train.training.batch_norm import (
 )
 
 CRITERIA = ("kl", "loss", "mse")
-BEFORE: Key = ("nothing", 0)
 
 
 @dataclass(frozen=True)
@@ -55,9 +52,6 @@ class Perturbation(FormMetric):
     kept. What lies before a layer is not computed again for it: its values stay in memory from
     layer to layer (see :class:`~.reuse.PartialRuns`). The numbers are the same without.
 
-    With ``context`` the other layers are not float: they have the bits that they will about get,
-    and Ω is what quantizing layer l too adds to the difference from the float outputs.
-
     Ω is a mean over the images, so the images also tell its standard error. The criterion is taken
     in float64, and what is no larger than the rounding of the outputs themselves counts as 0.
 
@@ -73,14 +67,12 @@ class Perturbation(FormMetric):
             of the float network are estimated from the same images then.
         kept_bytes: Most bytes of values to keep between layers, beyond those of one batch; 0 runs
             the whole network for every number.
-        context: Whether the other layers are quantized.
     """
 
     criterion: str = "kl"
     tensors: str = "both"
     recalibrate_batch_norm: bool = False
     kept_bytes: int = 1_000_000_000
-    context: bool = False
 
     def __post_init__(self) -> None:
         check_choice("criterion", self.criterion, CRITERIA)
@@ -92,7 +84,6 @@ class Perturbation(FormMetric):
     def name(self) -> str:
         """The metric's name in ``sensitivity.json``."""
         suffix = "-recalibrated" if self.recalibrate_batch_norm else ""
-        suffix += "-in-context" if self.context else ""
         return f"perturbation-{self.criterion}-{self.tensors}{suffix}"
 
     @torch.no_grad()
@@ -103,10 +94,7 @@ class Perturbation(FormMetric):
         model = plain_copy(model)
         batches = conditions.batches
         images = [x for x, _ in batches]
-        names = [x.name for x in layers]
-        if self.context:
-            names += [x.name for x in conditions.likely]
-        inputs = collect_inputs(model, names, images, conditions.seed)
+        inputs = collect_inputs(model, [x.name for x in layers], images, conditions.seed)
         if self.recalibrate_batch_norm:
             reestimate_batch_norm(model, images)
         outputs = [model(x) for x in images]
@@ -117,31 +105,15 @@ class Perturbation(FormMetric):
                 "(squared distance of the outputs)"
             )
         reference = self._reference(outputs)
-        network = self._in_context(model, conditions, inputs) if self.context else model
-        runs = make_runs(network, images, self.kept_bytes)
+        runs = make_runs(model, images, self.kept_bytes)
         for info in layers:
             variants = quantized_forms(model, info.name, self.tensors, inputs, conditions)
-            if self.context:
-                names = same_weight(model, info.name)
-                variants[BEFORE] = {name: model.get_submodule(name) for name in names}
-            differences = self._measure(network, info.name, variants, runs, batches, reference)
-            before = differences.pop(BEFORE, 0)
+            differences = self._measure(model, info.name, variants, runs, batches, reference)
             found = {
-                key: summary((x - before) / reference.scale, reference.smallest)
+                key: summary(x / reference.scale, reference.smallest)
                 for key, x in differences.items()
             }
             yield row(info, self.tensors, found)
-
-    def _in_context(
-        self, model: nn.Module, conditions: Conditions, inputs: Mapping[str, Tensor]
-    ) -> nn.Module:
-        """A copy of a float network with all layers at their likely bits."""
-        network = copy.deepcopy(model)
-        makers = conditions.make_weight_quantizer, conditions.make_activation_quantizer
-        for bits in conditions.likely:
-            swap(network, quantize_layer(network, bits, *makers, inputs, conditions.seed))
-        reestimate_batch_norm(network, [x for x, _ in conditions.batches])
-        return network.eval()
 
     def _measure(
         self,

@@ -6,7 +6,6 @@ import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
-from adq_train.allocation.uniform import likely_bits
 from adq_train.artifacts import LayerInfo, LayerSensitivity, SensitivityTable
 from adq_train.reporting.progress import Progress
 from adq_train.run.artifact_files import require_layers
@@ -87,6 +86,5 @@ def conditions(session: Session) -> Conditions:
         parts.make_weight_quantizer,
         parts.make_activation_quantizer,
         config.seed,
-        likely_bits(session.problem),
         Training(session.data.train, session.optimizers, session.problem),
     )
