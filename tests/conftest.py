@@ -29,10 +29,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 
 # Whole runs and kills take long: started first, they do not keep one process busy at the end.
 FIRST = (
-    "test_checkpoint_folder.py",
     "test_init_from.py",
-    "test_reproduce.py",
-    "test_resume.py",
     "test_several_processes.py",
     "test_wheel.py",
 )

@@ -56,11 +56,6 @@ def test_some_images_must_be_for_testing_and_some_not(number):
         load(test_images=number)
 
 
-def test_negative_padding_is_refused():
-    with pytest.raises(ValueError, match="crop_padding"):
-        load(crop_padding=-1)
-
-
 def test_a_limit_leaves_the_test_part_and_changes_the_fingerprint():
     whole, half = load(), load(train_images=700)
     assert len(part(half, "train")[1]) == 700 - 150 - 100

@@ -236,11 +236,6 @@ def test_a_test_part_without_images(tmp_path):
         load(tmp_path)
 
 
-def test_negative_padding_is_refused(tmp_path):
-    with pytest.raises(ValueError, match="crop_padding"):
-        load(tmp_path, crop_padding=-1)
-
-
 @pytest.mark.skipif(not DEBIAN_FOLDER.is_dir(), reason="needs Debian's dataset-fashion-mnist")
 def test_the_real_files():
     data = load(None, 1000, validation_images=5000, calibration_images=1000)

@@ -21,7 +21,6 @@ from adq_train.quantization.adq import (
     side_sizes,
     uniform_codebook,
 )
-from adq_train.quantization.functional import at_ranks
 
 BITS = range(2, 9)
 
@@ -635,47 +634,3 @@ def test_options_out_of_range_are_named(options):
 
 def test_the_bit_width_is_shown():
     assert "bit_width=5" in repr(AdqWeightQuantizer(5))
-
-
-def quantiles_side_by_side(weights, bits, level_set):
-    """Levels as they were computed before they were one expression for both sides."""
-    low, high = side_sizes(bits, level_set)
-    negative, positive = int((weights < 0).sum()), int((weights > 0).sum())
-    if not negative:
-        low, high = 0, low + high
-    elif not positive:
-        low, high = low + high, 0
-    sides = (0, negative, low), (len(weights) - positive, positive, high)
-    positions = [
-        first + (torch.arange(m, dtype=torch.float64) + 0.5) / max(m, 1) * max(count - 1, 0)
-        for first, count, m in sides
-    ]
-    levels = at_ranks(weights, torch.cat(positions))
-    zero = weights.new_zeros(0 if level_set == "no_zero" else 1)
-    return torch.cat([levels[:low], zero, levels[low:]])
-
-
-def followed_by_mask(codebook, pinned, target, level_set, decay):
-    """The moving average as it was, with the zero taken out and put back by masks."""
-    free, zero = target[target != 0], codebook[pinned]
-    free = torch.lerp(free, codebook[~pinned], decay)
-    return torch.cat([zero, free]).sort().values
-
-
-def test_levels_without_a_read_are_those_with_one_bit_for_bit():
-    for level_set, bits in product(LEVEL_SETS, (2, 3, 5, 8)):
-        for size in (1, 2, 7, 300, 5000):
-            normal = torch.randn(size)
-            positive = normal.abs() + 0.1
-            for weights in (normal, positive, -positive, normal.relu(), 0 * normal):
-                old = quantiles_side_by_side(weights, bits, level_set)
-                assert torch.equal(quantile_codebook(weights, bits, level_set), old)
-            options = {"initialization": "quantile", "adaptation": "quantile", "decay": 0.9}
-            quantizer = AdqWeightQuantizer(bits, level_set=level_set, **options)
-            quantizer.calibrate(normal + 0.01)
-            for moved in (normal + 0.02, normal.abs() + 0.1, normal - 3, normal):
-                before = quantizer.codebook, quantizer.pinned
-                quantizer.adapt(moved)
-                target = quantiles_side_by_side(moved, bits, level_set)
-                old = followed_by_mask(*before, target, level_set, 0.9)
-                assert torch.equal(quantizer.codebook, old)
