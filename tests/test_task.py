@@ -134,7 +134,7 @@ def test_a_loss_of_ones_own_is_what_rises(model, given):
 
 @pytest.mark.parametrize(
     "metric",
-    [Fisher(), Hessian(max_probes=4), Perturbation("loss"), Perturbation("loss", context=True)],
+    [Fisher(), Hessian(max_probes=4), Perturbation("loss")],
     ids=lambda x: x.name,
 )  # fmt: skip
 def test_the_usual_loss_given_as_ones_own_gives_the_usual_values(metric):
