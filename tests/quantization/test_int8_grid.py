@@ -22,7 +22,8 @@ def test_every_level_is_near_the_grid(values):
     assert step > 0
     assert codes.abs().max() <= 127
     reach = levels.abs().max()
-    assert (codes * step - levels).abs().max() <= reach / 127 / 2 * 1.001
+    # What is smaller than any weight may become 0.
+    assert (codes * step - levels).abs().max() <= reach / 127 / 2 * 1.001 + 1e-35
     if reach > 1e-35:
         assert codes.abs().max() >= 64
 
