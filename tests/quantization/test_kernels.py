@@ -104,6 +104,37 @@ def test_the_gradients_agree_within_rounding(seed, bits, layout, size):
         torch.testing.assert_close(got, expected, rtol=1e-5, atol=bound * float(edges.abs().max()))
 
 
+@settings(deadline=None, max_examples=40)
+@given(**cases, compiled=st.booleans())
+def test_half_precision_is_float32_rounded(seed, bits, layout, size, compiled):
+    numbers = torch.Generator().manual_seed(seed)
+    x, grad = (shaped(numbers, layout, size).bfloat16() for _ in range(2))
+    start, levels = torch.tensor(-1.5), torch.randn(2**bits, generator=numbers).sort().values
+    widths = torch.rand(2**bits - 1, generator=numbers) * 6 / 2**bits + 1e-3
+
+    def gradients(dtype: torch.dtype) -> list[Tensor]:
+        inputs = [v.clone().requires_grad_() for v in (x.to(dtype), start, widths, levels)]
+        y = GeneralizedSTE.apply(*inputs)
+        assert y.dtype == dtype
+        return [y.detach(), *torch.autograd.grad(y, inputs, grad.to(dtype))]
+
+    with contextlib.nullcontext() if compiled else plain():
+        half, full = gradients(torch.bfloat16), gradients(torch.float32)
+    for got, expected in zip(half[:2], full[:2], strict=True):
+        assert torch.equal(got, expected.bfloat16())
+    for got, expected in zip(half[2:], full[2:], strict=True):
+        assert got.dtype == torch.float32
+        assert torch.equal(got, expected)
+
+
+@pytest.mark.parametrize("values", [[math.inf, -math.inf], [math.nan, 1.0], [3.4e38, -3.4e38]])
+def test_odd_levels_round_to_bfloat16_as_in_pytorch(values):
+    x, borders = torch.tensor([-1.0, 0.0, 1.0, math.nan]).bfloat16(), torch.tensor([0.0])
+    rounded = torch.tensor(values)[(~(x <= 0)).long()].bfloat16()
+    fast = staircase(x, borders, torch.tensor(values))
+    torch.testing.assert_close(fast, rounded, rtol=0, atol=0, equal_nan=True)
+
+
 @pytest.mark.parametrize("count", [3, 15, 255])
 def test_the_code_of_nan_is_the_last(count):
     x = torch.tensor([math.nan, math.inf, -math.inf, 0.0])

@@ -58,7 +58,7 @@ def staircase(x: Tensor, borders: Tensor, values: Tensor) -> Tensor:
         values: (K,), one for each cell.
 
     Returns:
-        The shape of ``x``.
+        The shape and dtype of ``x``.
     """
     if is_channels_last(x):  # elementwise work in memory order
         return staircase(x.permute(0, 2, 3, 1), borders, values).permute(0, 3, 1, 2)
@@ -68,8 +68,8 @@ def staircase(x: Tensor, borders: Tensor, values: Tensor) -> Tensor:
     x = x.contiguous()
     if kernels.usable(x):
         return kernels.staircase(x, borders, values)
-    cells = torch.bucketize(x, borders, out_int32=True)
-    return values.index_select(0, cells.flatten()).view(x.shape)
+    cells = torch.bucketize(at_least_float32(x), borders, out_int32=True)
+    return values.index_select(0, cells.flatten()).view(x.shape).to(x.dtype)
 
 
 def interval_sums(
@@ -85,8 +85,9 @@ def interval_sums(
         slopes: (N + 2,) below the first edge, in each interval, above the last edge.
 
     Returns:
-        ``grad`` times the slope where ``x`` lies; and sums (3 N + 3,), float64: Σ grad over the
-        values above each edge, Σ grad · x over the same, Σ grad above each threshold, Σ grad.
+        ``grad`` times the slope where ``x`` lies, in the dtype of ``x``; and sums (3 N + 3,),
+        float64: Σ grad over the values above each edge, Σ grad · x over the same, Σ grad above
+        each threshold, Σ grad.
     """
     if is_channels_last(x):
         order = 0, 2, 3, 1
@@ -100,6 +101,9 @@ def interval_sums(
     x, grad = x.contiguous(), grad.to(x.dtype).contiguous()
     if kernels.usable(x):
         return kernels.interval_sums(x, grad, edges, thresholds, slopes)
+    if x.dtype in (torch.float16, torch.bfloat16):
+        grad_x, sums = interval_sums(x.float(), grad.float(), edges, thresholds, slopes)
+        return grad_x.to(x.dtype), sums
     if x.is_cuda and len(edges) <= 16:
         return interval_sums_by_mask(x, grad, edges, thresholds, slopes)
     # Edges and thresholds alternate: cell c of both lies in interval (c + 1) // 2, has code c // 2.
@@ -147,7 +151,7 @@ def _opaque_staircase(x: Tensor, borders: Tensor, values: Tensor) -> Tensor:
 
 @_opaque_staircase.register_fake
 def _(x: Tensor, borders: Tensor, values: Tensor) -> Tensor:
-    return values.new_empty(x.shape)
+    return x.new_empty(x.shape)
 
 
 @torch.library.custom_op("adq_train::interval_sums", mutates_args=())
@@ -175,7 +179,7 @@ def order_statistics(values: Tensor, ranks: Tensor) -> Tensor:
         (m,) values.
     """
     # Sorting a few thousand values takes less time than counting their digits.
-    if len(values) > 2**11 and kernels.usable(values):
+    if len(values) > 2**11 and values.dtype == torch.float32 and kernels.usable(values):
         return kernels.order_statistics(values, ranks)
     return values.sort().values[ranks]
 
@@ -334,7 +338,7 @@ class GeneralizedSTE(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, start: Tensor, widths: Tensor, levels: Tensor) -> Tensor:
-        """Maps ``x`` to levels.
+        """Maps ``x`` to levels, in its own dtype: autocast's next layer would round them to it.
 
         Args:
             ctx: Autograd's context.

@@ -49,6 +49,37 @@ INLINE lanes where(masks mask, lanes yes, lanes no) {
 
 INLINE size_t shorter(size_t a, size_t b) { return a < b ? a : b; }
 
+/* A chunk of a tensor as float32: itself, or, where it holds bfloat16, the upper halves of floats,
+ * a copy in `room`. */
+INLINE const float *widened(const void *tensor, size_t begin, size_t count, float *room,
+                            int half) {
+    if (!half) return (const float *)tensor + begin;
+    const uint16_t *from = (const uint16_t *)tensor + begin;
+    for (size_t i = 0; i < count; i++) {
+        uint32_t bits = (uint32_t)from[i] << 16;
+        memcpy(room + i, &bits, sizeof bits);
+    }
+    return room;
+}
+
+/* Where to write a chunk of a tensor as float32: into itself, or into `room`, from which narrow
+ * then takes it. */
+INLINE float *target(void *tensor, size_t begin, float *room, int half) {
+    return half ? room : (float *)tensor + begin;
+}
+
+/* To bfloat16 as PyTorch rounds: to the nearest, ties to even; NaN stays NaN. */
+INLINE void narrow(const float *room, void *tensor, size_t begin, size_t count, int half) {
+    uint16_t *to = (uint16_t *)tensor + begin;
+    if (!half) return;
+    for (size_t i = 0; i < count; i++) {
+        uint32_t bits;
+        memcpy(&bits, room + i, sizeof bits);
+        bits = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
+        to[i] = room[i] == room[i] ? (uint16_t)bits : 0x7fc0;
+    }
+}
+
 /* Finds how many borders lie below a value. Bins of equal width tell how many lie below the bin;
  * those inside it, seldom more than one, are compared. Rounding does no harm: bins_of never falls
  * where x rises, so a border in a lower bin is smaller, and one in a higher bin is larger. */
@@ -116,16 +147,18 @@ INLINE void many_steps(const Search *search, const float *x, float *y, size_t si
     }
 }
 
-/* Maps x (size) to y (size) by borders (count), sorted, and values (count + 1). */
-void adq_staircase(const float *x, float *y, size_t size, const float *borders,
-                   const float *values, int count, int threads) {
+/* Maps x (size) to y (size), both float32 or (half) bfloat16, by borders (count), sorted, and
+ * values (count + 1). */
+void adq_staircase(const void *x, void *y, size_t size, const float *borders,
+                   const float *values, int count, int threads, int half) {
     size_t chunks = (size + CHUNK - 1) / CHUNK;
     Search search;
     if (count > FEW) prepare(&search, borders, count);
     EACH_CHUNK(chunk, chunks) {
+        float room[2][CHUNK];
         size_t begin = chunk * CHUNK, here = shorter(size - begin, CHUNK);
-        const float *from = x + begin;
-        float *to = y + begin;
+        const float *from = widened(x, begin, here, room[0], half);
+        float *to = target(y, begin, room[1], half);
         switch (count) {  /* a constant lets the compiler unroll */
             case 3: few_steps(from, to, here, borders, values, 3); break;
             case 7: few_steps(from, to, here, borders, values, 7); break;
@@ -135,6 +168,7 @@ void adq_staircase(const float *x, float *y, size_t size, const float *borders,
                 else if (search.inside == 1) many_steps(&search, from, to, here, values, 1);
                 else many_steps(&search, from, to, here, values, search.inside);
         }
+        narrow(to, y, begin, here, half);
     }
 }
 
@@ -212,20 +246,23 @@ INLINE void many_intervals(const Search *search, const float *x, const float *gr
     }
 }
 
-/* x, grad, grad_x (size); edges (count + 1); thresholds (count); slopes (count + 2), one for each
- * interval and 0 at both ends; sums (3 count + 3), as above. Returns 0, or 1 without memory. */
-int adq_interval_sums(const float *x, const float *grad, float *grad_x, size_t size,
+/* x, grad, grad_x (size), all float32 or (half) bfloat16; edges (count + 1); thresholds (count);
+ * slopes (count + 2), one for each interval and 0 at both ends; sums (3 count + 3), as above.
+ * Returns 0, or 1 without memory. */
+int adq_interval_sums(const void *x, const void *grad, void *grad_x, size_t size,
                       const float *edges, const float *thresholds, const float *slopes,
-                      double *sums, int count, int threads) {
+                      double *sums, int count, int threads, int half) {
     size_t chunks = (size + CHUNK - 1) / CHUNK, width = 3 * (size_t)count + 3;
     double *partial = calloc(chunks * width, sizeof *partial);
     if (!partial) return 1;
     Search search;
     if (count > FEW) prepare(&search, edges, count + 1);
     EACH_CHUNK(chunk, chunks) {
+        float room[3][CHUNK];
         size_t begin = chunk * CHUNK, here = shorter(size - begin, CHUNK);
-        const float *a = x + begin, *g = grad + begin;
-        float *to = grad_x + begin;
+        const float *a = widened(x, begin, here, room[0], half);
+        const float *g = widened(grad, begin, here, room[1], half);
+        float *to = target(grad_x, begin, room[2], half);
         double *own = partial + chunk * width;
         switch (count) {
             case 3: few_intervals(a, g, to, here, edges, thresholds, slopes, own, 3); break;
@@ -240,6 +277,7 @@ int adq_interval_sums(const float *x, const float *grad, float *grad_x, size_t s
                     many_intervals(&search, a, g, to, here, thresholds, slopes, own, count,
                                    search.inside);
         }
+        narrow(to, grad_x, begin, here, half);
     }
     memset(sums, 0, width * sizeof *sums);
     for (size_t chunk = 0; chunk < chunks; chunk++)

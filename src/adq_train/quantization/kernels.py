@@ -113,11 +113,11 @@ def _first_line(error: Exception) -> str:
 
 
 def usable(x: Tensor) -> bool:
-    """Whether the kernels take this tensor: plain float32 on the CPU, and nobody traces."""
+    """Whether the kernels take this tensor: plain, float32 or bfloat16, on the CPU, untraced."""
     return (
         type(x) in (Tensor, nn.Parameter)
         and x.device.type == "cpu"
-        and x.dtype == torch.float32
+        and x.dtype in (torch.float32, torch.bfloat16)
         and x.numel() > 0
         and not torch.compiler.is_compiling()
         and not torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
@@ -137,7 +137,7 @@ def staircase(x: Tensor, borders: Tensor, values: Tensor) -> Tensor:
     borders, values = _row(borders), _row(values)
     _library().adq_staircase(
         *_pointers(x, y), ctypes.c_size_t(x.numel()), *_pointers(borders, values),
-        len(borders), torch.get_num_threads(),
+        len(borders), torch.get_num_threads(), x.dtype == torch.bfloat16,
     )  # fmt: skip
     return y
 
@@ -149,7 +149,7 @@ def interval_sums(
 
     Args:
         x: Any shape, contiguous.
-        grad: Of the output, in the shape of ``x``, contiguous.
+        grad: Of the output, in the shape and dtype of ``x``, contiguous.
         edges: (N + 1,) sorted.
         thresholds: (N,), each within its interval.
         slopes: (N + 2,).
@@ -163,6 +163,7 @@ def interval_sums(
     failed = _library().adq_interval_sums(
         *_pointers(x, grad, grad_x), ctypes.c_size_t(x.numel()),
         *_pointers(edges, thresholds, slopes, sums), len(thresholds), torch.get_num_threads(),
+        x.dtype == torch.bfloat16,
     )  # fmt: skip
     if failed:
         raise MemoryError

@@ -94,8 +94,9 @@ class N2uqActivationQuantizer(ThresholdQuantizer):
 
     def scaled(self, x: Tensor) -> Tensor:
         """What the thresholds are compared with: the input times its learned scale."""
-        x = at_least_float32(x)
-        return x * self.log_input_scale.exp() if self.log_input_scale.requires_grad else x
+        if not self.log_input_scale.requires_grad:
+            return x
+        return at_least_float32(x) * self.log_input_scale.exp()
 
     def learned_levels(self) -> Tensor:
         """The uniform output levels (2^n,)."""

@@ -82,8 +82,8 @@ class ThresholdQuantizer(ActivationQuantizer):
         return interval_edges(self.start * self.unit, self.log_widths.exp())
 
     def scaled(self, x: Tensor) -> Tensor:
-        """What the thresholds are compared with: the input, in float32 or more."""
-        return at_least_float32(x)
+        """What the thresholds are compared with: the input."""
+        return x
 
     def forward(self, x: Tensor) -> Tensor:
         """Maps an input of any shape to its levels."""
@@ -95,7 +95,9 @@ class ThresholdQuantizer(ActivationQuantizer):
 
     def quantize(self, x: Tensor) -> Tensor:
         """Codes in ``0 … 2^n - 1``, uint8, of the shape of ``x``."""
-        return torch.bucketize(self.scaled(x).contiguous(), self.thresholds()).to(torch.uint8)
+        return torch.bucketize(at_least_float32(self.scaled(x)).contiguous(), self.thresholds()).to(
+            torch.uint8
+        )
 
     def levels(self) -> Tensor:
         """The levels (2^n,)."""
