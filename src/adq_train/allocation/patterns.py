@@ -12,6 +12,7 @@ from adq_train.errors import UserError
 
 V = TypeVar("V")
 MOST_NAMES = 10
+EMBEDDING_BITS = 8
 
 
 def match(setting: str, patterns: Iterable[str], names: Sequence[str]) -> dict[str, str]:
@@ -75,12 +76,17 @@ def pinned_bits(
 
     Args:
         layers: All quantizable layers, in the order of execution.
-        first_last: Bits of the first and the last layer, or None.
-        given: Bits by layer name or shell pattern; they win over ``first_last``.
+        first_last: Bits of the first and the last layer that compute, or None.
+        given: Bits by layer name or shell pattern; they win.
+
+    Returns:
+        By name. Embeddings, which multiply nothing, have :data:`EMBEDDING_BITS`.
 
     Raises:
         UserError: A pattern matches no layer, or a layer is matched twice.
     """
-    ends = {x.name: first_last for x in (layers[0], layers[-1])} if first_last else {}
-    pinned = {**ends, **by_layer("bits.pinned", given, layers)}
+    computing = [x for x in layers if x.macs]
+    ends = {x.name: first_last for x in (computing[:1] + computing[-1:])} if first_last else {}
+    embeddings = {x.name: EMBEDDING_BITS for x in layers if not x.macs}
+    pinned = {**ends, **embeddings, **by_layer("bits.pinned", given, layers)}
     return {x.name: pinned[x.name] for x in layers if x.name in pinned}

@@ -14,7 +14,7 @@ from torch import Tensor
 from adq_train.errors import UserError
 from adq_train.quantization.base import ActivationQuantizer, WeightQuantizer
 from adq_train.quantization.layer_weights import used_weight
-from adq_train.quantization.layers import QuantLayer
+from adq_train.quantization.layers import QuantEmbedding, QuantLayer
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ class Staircase:
     Attributes:
         bit_width: Bits of a code.
         thresholds: (K - 1,) float32, ascending; a step belongs to the values above its threshold.
-        levels: (K,) float32.
+        levels: (K,) float32; one where the input is indices.
     """
 
     bit_width: int
@@ -91,10 +91,11 @@ def tables_of(name: str, layer: QuantLayer) -> LayerTables:
         UserError: A quantizer does something that tables cannot express.
     """
     try:
-        return LayerTables(
-            weight_table(layer.weight_quantizer, used_weight(layer)),
-            staircase(layer.input_quantizer),
-        )
+        weight = weight_table(layer.weight_quantizer, used_weight(layer))
+        if isinstance(layer, QuantEmbedding):
+            bits = layer.input_quantizer.bit_width
+            return LayerTables(weight, Staircase(bits, torch.zeros(0), torch.zeros(1)))
+        return LayerTables(weight, staircase(layer.input_quantizer))
     except ValueError as error:
         raise UserError(f"layer {name} cannot be exported: {error}") from error
 

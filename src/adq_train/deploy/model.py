@@ -21,7 +21,7 @@ from adq_train.quantization.layers import subclass_of
 from adq_train.quantization.prepare import keep_weights, quantized_layers, swap
 from adq_train.settings.targets import TRUSTED_PREFIXES
 
-QUANTIZED = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose2d)
+QUANTIZED = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose2d, nn.Embedding)
 
 
 @dataclass(frozen=True)
@@ -165,6 +165,8 @@ def assemble(
         shape = getattr(getattr(layer, "weight", None), "shape", None)
         if not isinstance(layer, QUANTIZED):
             raise UserError(f"{name!r} is no layer that can be quantized")
+        if isinstance(layer, nn.Embedding) != (len(tables.input.levels) == 1):
+            raise UserError(f"{name!r} has an input of another kind than the architecture's")
         if shape != tables.weight.codes.shape:
             raise UserError(f"layer {name} has weights of another shape than the architecture's")
         packed[name] = packed_layer(layer, tables, dense)

@@ -323,7 +323,7 @@ def _parsed(
         bits, shape = int(row["weight_bits"]), _shape(row["shape"])
         if not (2 <= bits <= 8 and 1 <= row["weight_levels"] <= 2**bits):
             raise ValueError(f"{row['weight_levels']} levels of {bits} bits")
-        if not (2 <= row["input_bits"] <= 8 and 2 <= row["input_levels"] <= 2 ** row["input_bits"]):
+        if not (2 <= row["input_bits"] <= 8 and 1 <= row["input_levels"] <= 2 ** row["input_bits"]):
             raise ValueError(f"{row['input_levels']} levels of {row['input_bits']} bits")
         count = math.prod(shape)
         chosen = unpack(codes.take(-(-count * bits // 8)), bits, count).view(shape)

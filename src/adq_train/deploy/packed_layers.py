@@ -190,9 +190,25 @@ class PackedSubclass(nn.Module):
             return output
 
 
+class PackedEmbedding(nn.Module):
+    """An embedding with a weight from tables.
+
+    Args:
+        weight: Gives the weight.
+    """
+
+    def __init__(self, weight: Weight | DenseWeight) -> None:
+        super().__init__()
+        self.weight = weight
+
+    def forward(self, indices: Tensor) -> Tensor:
+        """Maps indices (…) to rows of the weight (…, embedding_dim)."""
+        return F.embedding(indices, self.weight())
+
+
 def packed_layer(
     layer: nn.Module, tables: LayerTables, dense: bool = True
-) -> PackedLayer | PackedSubclass:
+) -> PackedLayer | PackedSubclass | PackedEmbedding:
     """The evaluation form of a layer.
 
     Args:
@@ -201,6 +217,8 @@ def packed_layer(
         dense: Whether to unpack the weight once; otherwise it stays codes of one byte each.
     """
     weight = DenseWeight(tables.weight) if dense else Weight(tables.weight)
+    if isinstance(layer, nn.Embedding):
+        return PackedEmbedding(weight)
     if subclass_of(layer):
         return PackedSubclass(float_form(layer), weight, Steps(tables.input))
     return PackedLayer(layer, weight, Steps(tables.input))

@@ -34,9 +34,11 @@ from adq_train.quantization.watch import Call, Reads, first_input, intercepted
 
 
 def count_macs(layer: nn.Module, input: Tensor, output: Tensor) -> int:
-    """Multiply-accumulates behind one output (1, …) of a convolution or linear layer."""
+    """Multiply-accumulates behind one output (1, …) of a layer; an embedding has none."""
     weight = layer.weight
     assert isinstance(weight, Tensor)
+    if isinstance(layer, nn.Embedding):
+        return 0
     # Each output element is a dot product with one filter: (C_out, …) has numel / C_out entries.
     # In a transposed convolution it is each input element that meets a filter, (C_in, …).
     elements = input if isinstance(layer, nn.ConvTranspose2d) else output
@@ -100,6 +102,8 @@ def describe_layers(
         name = name_of.setdefault(weight_identity(layer), name)
         reads.owned(name, weight_sources(layer))
         old = found.get(name, LayerInfo(name, 0, 0, 0))
+        if not old.macs:  # a weight of an embedding takes its place where it first computes
+            found.pop(name, None)
         found[name] = LayerInfo(name, num_weights, old.macs + macs, old.num_inputs + x.numel())
         return output
 

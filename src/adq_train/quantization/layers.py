@@ -122,8 +122,52 @@ class QuantSubclass(nn.Module):
         return _between_quantized(self, operation, input)
 
 
+class QuantEmbedding(nn.Embedding):
+    """An Embedding whose weight is quantized; its input is indices, which stay as they are."""
+
+    bias: Tensor | None = None
+    weight_quantizer: WeightQuantizer
+    input_quantizer: ActivationQuantizer
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Maps indices (…) to rows of the weight (…, embedding_dim)."""
+        weight, dtype = self.weight_quantizer(self.weight.float()), self.weight.dtype
+        frequent = self.scale_grad_by_freq
+        rows = F.embedding(input, weight, self.padding_idx, scale_grad_by_freq=frequent)
+        return rows.to(dtype)
+
+
+class Indices(ActivationQuantizer):
+    """Stands where an input is indices: nothing is quantized, and there is one level.
+
+    Args:
+        bit_width: That the allocation has for it.
+    """
+
+    def calibrate(self, values: Tensor, seed: int = 0) -> None:
+        """Nothing to do."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The indices."""
+        return x
+
+    def quantize(self, x: Tensor) -> Tensor:
+        """The one code."""
+        return torch.zeros_like(x, dtype=torch.uint8)
+
+    def levels(self) -> Tensor:
+        """One, that stands for nothing, (1,)."""
+        return torch.zeros(1)
+
+
 QuantLayer = (
-    QuantConv1d | QuantConv2d | QuantConv3d | QuantConvTranspose2d | QuantLinear | QuantSubclass
+    QuantConv1d
+    | QuantConv2d
+    | QuantConv3d
+    | QuantConvTranspose2d
+    | QuantLinear
+    | QuantEmbedding
+    | QuantSubclass
 )
 
 # Exact types; subclasses become a :class:`QuantSubclass` each.
@@ -145,12 +189,17 @@ def _form_of(kind: type[nn.Module]) -> type[QuantSubclass]:
 def quantized_kind(layer: nn.Module) -> type[QuantLayer] | None:
     """The class that a float layer becomes, or None where it cannot be quantized.
 
-    A parametrized layer counts as what it was before; one whose ``forward`` was replaced does not,
-    nor does a parametrized subclass.
+    An embedding can be, unless it has ``max_norm`` or ``sparse``. A parametrized layer counts as
+    what it was before; one whose ``forward`` was replaced does not, nor does a parametrized
+    subclass.
     """
     if "forward" in vars(layer) or isinstance(layer, QuantLayer):
         return None
     kind = QUANTIZED.get(type_before_parametrizations(layer))
+    if type_before_parametrizations(layer) is nn.Embedding:
+        # Others change their weight in forward(), or want gradients of their own form.
+        plain = layer.max_norm is None and not layer.sparse
+        return QuantEmbedding if plain else None
     if kind is None and isinstance(layer, tuple(QUANTIZED)) and not is_parametrized(layer):
         return _form_of(type(layer))  # type: ignore[arg-type]
     return kind

@@ -26,7 +26,13 @@ from adq_train.quantization.layer_weights import (
     used_weight,
     with_kept_weight,
 )
-from adq_train.quantization.layers import QuantLayer, quantized, quantized_kind, same_weight
+from adq_train.quantization.layers import (
+    Indices,
+    QuantLayer,
+    quantized,
+    quantized_kind,
+    same_weight,
+)
 from adq_train.quantization.watch import run_with_hooks
 
 log = logging.getLogger(__name__)
@@ -116,9 +122,11 @@ def quantize_layer(
     try:
         weight_quantizer.calibrate(weight.detach(), derived_seed(seed, bits.name))
         for name in same_weight(model, bits.name):
-            input_quantizer = make_activation_quantizer(bits.activation_bits).to(weight.device)
+            layer = model.get_submodule(name)
+            make = Indices if isinstance(layer, nn.Embedding) else make_activation_quantizer
+            input_quantizer = make(bits.activation_bits).to(weight.device)
             input_quantizer.calibrate(inputs[name])
-            forms[name] = quantized(model.get_submodule(name), weight_quantizer, input_quantizer)
+            forms[name] = quantized(layer, weight_quantizer, input_quantizer)
     except ValueError as error:
         raise UserError(f"layer {bits.name}: {error}; check the float model") from error
     return forms
