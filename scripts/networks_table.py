@@ -4,8 +4,8 @@
     python scripts/networks_table.py vit-tiny u-net # some
 
 Each is built with random weights, quantized on random images by Ω = gradient, saved, loaded, and
-exported; outputs are compared bit for bit, those of ONNX by their largest difference. Times are
-CPU seconds of one thread. Needs the extras timm and export.
+exported; outputs are compared, those of ONNX by their largest difference as a share of the largest
+output. Times are CPU seconds of one thread. Needs the extras timm and export.
 """
 
 from __future__ import annotations
@@ -119,7 +119,10 @@ def timed(act: Callable[[], Any]) -> tuple[Any, float]:
 
 @dataclass(frozen=True)
 class Row:
-    """What was measured of one network; agreement is a largest difference of two outputs."""
+    """What was measured of one network; agreements are largest differences of two outputs.
+
+    That of ONNX is a share of the largest output.
+    """
 
     weights: int
     quantized: int
@@ -176,7 +179,7 @@ def measure(network: Network, folder: Path) -> Row:
         Clocked.seconds[-1],
         loaded,
         packed,
-        agreement.largest_difference,
+        agreement.largest_difference / float(expected.abs().max()),
         onnx_seconds,
     )
 
@@ -185,7 +188,7 @@ def line(name: str, network: Network, row: Row) -> str:
     """A line of the table."""
 
     def same(difference: float) -> str:
-        return "bit for bit" if difference == 0 else f"≤ {difference:.1g}"
+        return "bit for bit" if difference == 0 else f"{100 * difference:.1g} % apart"
 
     cells = (
         name,

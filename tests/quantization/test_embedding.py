@@ -184,3 +184,31 @@ def test_what_it_costs_to_quantize_one_is_measured(tensors):
     assert row.sensitivity[3] == pytest.approx(expected, rel=1e-4)
     if tensors == "separate":
         assert row.activation_sensitivity[3] == pytest.approx(0, abs=1e-12)
+
+
+class Functional(nn.Module):
+    """Two layers have the weight of the embedding; one is never called, its weight is read."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed, self.mid = nn.Embedding(WORDS, 8), nn.Linear(8, 8)
+        self.inner, self.out = nn.Linear(8, 8), nn.Linear(8, WORDS)
+        self.out.weight = self.embed.weight
+
+    def forward(self, tokens):
+        x = self.inner(self.mid(self.embed(tokens)).relu()).relu()
+        return F.linear(x.mean(1), self.out.weight, self.out.bias)
+
+
+def test_a_layer_that_is_never_called_stays_as_it_is(tmp_path, caplog):
+    torch.manual_seed(0)
+    model = adq_train.quantize(Functional(), [TOKENS], first_last_bits=None).eval()
+    assert "uses the weight of embed without calling that layer" in caplog.text
+    assert list(quantized_layers(model)) == ["embed", "mid", "inner"]
+    adq_train.save(model, tmp_path / "a.safetensors")
+    again = adq_train.load(tmp_path / "a.safetensors", Functional)
+    assert torch.equal(again(TOKENS), model(TOKENS))
+    assert list(quantized_layers(again)) == ["embed", "mid", "inner"]
+    adq_train.export(model, tmp_path / "b.safetensors", TOKENS)
+    packed = adq_train.load_packed(tmp_path / "b.safetensors", network=Functional)
+    assert torch.equal(packed(TOKENS), model(TOKENS))

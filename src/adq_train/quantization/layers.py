@@ -144,6 +144,12 @@ class Indices(ActivationQuantizer):
         bit_width: That the allocation has for it.
     """
 
+    level: Tensor
+
+    def __init__(self, bit_width: int) -> None:
+        super().__init__(bit_width)
+        self.register_buffer("level", torch.zeros(1))  # a state tells by it what was quantized
+
     def calibrate(self, values: Tensor, seed: int = 0) -> None:
         """Nothing to do."""
 
@@ -157,7 +163,7 @@ class Indices(ActivationQuantizer):
 
     def levels(self) -> Tensor:
         """One, that stands for nothing, (1,)."""
-        return torch.zeros(1)
+        return self.level
 
 
 QuantLayer = (

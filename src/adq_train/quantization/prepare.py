@@ -56,7 +56,7 @@ def collect_inputs(
         values_per_batch: At most this many values of each layer and batch.
 
     Returns:
-        One flat float32 tensor per layer.
+        One flat float32 tensor for each layer that is called.
     """
     unfuse(model)
     every = (x for name in names for x in same_weight(model, name))
@@ -68,7 +68,8 @@ def collect_inputs(
     hooks = {name: partial(record, name) for name in samples}
     for images in batches:
         run_with_hooks(model, images, hooks)
-    return {name: torch.cat(parts) for name, parts in samples.items()}
+    # A layer may have a weight in common with another, and never be called itself.
+    return {name: torch.cat(parts) for name, parts in samples.items() if parts}
 
 
 def sampled(x: Tensor, seed: int, name: str, batch: int, most: int = 2**15) -> Tensor:
@@ -100,7 +101,7 @@ def quantize_layer(
     inputs: Mapping[str, Tensor],
     seed: int,
 ) -> dict[str, QuantLayer]:
-    """The quantized form of a layer, and of those that share its weight, initialised from data.
+    """The quantized form of a layer, and of those called that share its weight, from data.
 
     Args:
         model: The float network; the result shares its parameters.
@@ -121,7 +122,7 @@ def quantize_layer(
     forms = {}
     try:
         weight_quantizer.calibrate(weight.detach(), derived_seed(seed, bits.name))
-        for name in same_weight(model, bits.name):
+        for name in (x for x in same_weight(model, bits.name) if x in inputs):
             layer = model.get_submodule(name)
             make = Indices if isinstance(layer, nn.Embedding) else make_activation_quantizer
             input_quantizer = make(bits.activation_bits).to(weight.device)

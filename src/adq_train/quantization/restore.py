@@ -41,8 +41,15 @@ def restored(
     load_state(network, {key: full[key] for key in own})
     # Quantizers get their shapes from calibration; the state then replaces the values.
     sample = torch.linspace(-1, 1, 1024)
-    names = [name for x in allocation.layers for name in same_weight(network, x.name)]
+    names = [name for x in allocation.layers for name in _quantized(network, x.name, state)]
     prepare(network, allocation, *make, dict.fromkeys(names, sample), seed=0)
     target.connect(network)
     load_state(network, state)
     return network
+
+
+def _quantized(network: nn.Module, name: str, state: Mapping[str, Tensor]) -> list[str]:
+    """The layers that were quantized with the layer ``name``, of those that share its weight."""
+    same = same_weight(network, name)
+    own = [x for x in same if any(key.startswith(f"{x}.input_quantizer.") for key in state)]
+    return own or same
