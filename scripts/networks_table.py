@@ -4,8 +4,9 @@
     python scripts/networks_table.py vit-tiny u-net # some
 
 Each is built with random weights, quantized on random images by Ω = gradient, saved, loaded, and
-exported; outputs are compared, those of ONNX by their largest difference as a share of the largest
-output. Times are CPU seconds of one thread. Needs the extras timm and export.
+exported. Outputs are compared by their largest difference, as a share of the largest output; those
+of the same network in float64 show how much of that is rounding. Times are CPU seconds of one
+thread. Needs the extras timm and export.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from torch import Tensor, nn
 
 import adq_train
 from adq_train.artifacts import LayerSensitivity
+from adq_train.deploy.verify import rounding_of
 from adq_train.models import TimmModel, TorchvisionModel
 from adq_train.quantization.watch import is_matrix
 from adq_train.sensitivity.gradient import Gradient
@@ -121,7 +123,8 @@ def timed(act: Callable[[], Any]) -> tuple[Any, float]:
 class Row:
     """What was measured of one network; agreements are largest differences of two outputs.
 
-    That of ONNX is a share of the largest output.
+    That of ONNX is a share of the largest output, and so is the rounding: how far the outputs are
+    from those of the same network in float64.
     """
 
     weights: int
@@ -133,6 +136,7 @@ class Row:
     loaded: float
     packed: float
     onnx: float
+    rounding: float
     onnx_seconds: float
 
 
@@ -170,6 +174,7 @@ def measure(network: Network, folder: Path) -> Row:
     agreement, onnx_seconds = timed(
         lambda: adq_train.export(quantized, folder / "model.onnx", images)
     )
+    largest = float(expected.abs().max())
     return Row(
         matrices,
         sum(x.num_weights for x in layers),
@@ -179,7 +184,8 @@ def measure(network: Network, folder: Path) -> Row:
         Clocked.seconds[-1],
         loaded,
         packed,
-        agreement.largest_difference / float(expected.abs().max()),
+        agreement.largest_difference / largest,
+        rounding_of(quantized, [images]) / largest,
         onnx_seconds,
     )
 
@@ -188,7 +194,9 @@ def line(name: str, network: Network, row: Row) -> str:
     """A line of the table."""
 
     def same(difference: float) -> str:
-        return "bit for bit" if difference == 0 else f"{100 * difference:.1g} % apart"
+        if difference == 0:
+            return "bit for bit"
+        return "< 0.001 %" if difference < 1e-5 else f"{100 * difference:.2g} %"
 
     cells = (
         name,
@@ -200,13 +208,14 @@ def line(name: str, network: Network, row: Row) -> str:
         same(row.loaded),
         same(row.packed),
         f"{same(row.onnx)}, {row.onnx_seconds:.0f} s",
+        same(row.rounding),
     )
     return f"| {' | '.join(cells)} |"
 
 
 COLUMNS = (
     "network", "image", "weights", "quantized", "packed file", "Ω", "saved, loaded", "packed",
-    "ONNX",
+    "ONNX", "float64",
 )  # fmt: skip
 HEAD = f"| {' | '.join(COLUMNS)} |\n|{'---|' * len(COLUMNS)}"
 
