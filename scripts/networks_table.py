@@ -197,7 +197,9 @@ def line(name: str, network: Network, row: Row) -> str:
     def same(difference: float) -> str:
         if difference == 0:
             return "bit for bit"
-        return "< 0.001 %" if difference < 1e-5 else f"{100 * difference:.2g} %"
+        if difference < 1e-5:
+            return "< 0.001 %"
+        return f"{100 * difference:.0f} %" if difference >= 0.1 else f"{100 * difference:.2g} %"
 
     cells = (
         name,
