@@ -1,5 +1,7 @@
 """Networks of any task: batches and results of every form, losses of one's own."""
 
+import copy
+
 import pytest
 import torch
 from torch import nn
@@ -168,6 +170,29 @@ def test_every_way_in_is_the_same_network(model, given):
         assert omega(other) == omega(ways[0])
         assert other.adq.allocation == ways[0].adq.allocation
     assert ways[0].adq.table.metric == "perturbation-kl-both"
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"output": lambda result: result["names"]},
+        {"forward": lambda net, x: net(**x)},
+        {"loss": lambda result, _: result["names"].square().mean()},
+    ],
+    ids=lambda x: "".join(x),
+)
+def test_a_traced_network_is_the_same_network(model, given, options, tmp_path):
+    """A GraphModule, whose copies have a class each."""
+    own = adq_train.quantize(model, given, average_bits=3, **options).eval()
+    traced = torch.fx.symbolic_trace(model)
+    found = adq_train.quantize(traced, given, average_bits=3, **options).eval()
+    assert isinstance(found, torch.fx.GraphModule)
+    assert omega(found) == omega(own)
+    adq_train.save(found, tmp_path / "net.safetensors")
+    again = adq_train.load(tmp_path / "net.safetensors", traced)
+    with torch.no_grad():
+        for other in (found, copy.deepcopy(found), again):
+            assert torch.equal(other(**given[0])["boxes"], own(**given[0])["boxes"])
 
 
 def test_operations_are_those_of_one_example():

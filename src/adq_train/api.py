@@ -29,7 +29,7 @@ from adq_train.sensitivity.base import Conditions
 from adq_train.sensitivity.noise import settle
 from adq_train.sensitivity.outputs import caveat, float_outputs
 from adq_train.settings.schema import BitsConfig
-from adq_train.task import Forward, Loss, Output, Task, prepare_task
+from adq_train.task import Forward, Loss, Output, Task, below, prepare_task
 from adq_train.training.calibration import calibrated
 
 log = logging.getLogger(__name__)
@@ -159,7 +159,7 @@ def _give_back(quantized: nn.Module, prepared: type[nn.Module], own: type[nn.Mod
     if made is prepared:
         quantized.__class__ = own
     elif prepared is not own:
-        quantized.__class__ = type(own.__name__, (own,), {"forward": made.forward})
+        quantized.__class__ = below(own, {"forward": made.forward})
 
 
 def _chooser(bits: Mapping[str, int | list[int]] | None, allocator: Allocator | None) -> Allocator:

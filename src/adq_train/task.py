@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from adq_train.errors import UserError
 from adq_train.nested import Path, followed, length, tensors
@@ -268,11 +268,10 @@ def _tried(what: str, run: Callable[[nn.Module, Any], Any], model: nn.Module, x:
 
 def _install(model: nn.Module, run: Callable[[nn.Module, Any], Tensor]) -> None:
     """Makes ``model(batch)`` mean ``run(model, batch)``, within which it means what it did."""
-    kind = type(model)
 
     def call(self: nn.Module, *inputs: Any, **named: Any) -> Any:
         if vars(self).get(WITHIN):
-            return kind.__call__(self, *inputs, **named)
+            return made.__mro__[1].__call__(self, *inputs, **named)
         return getattr(self, RUN)(*inputs, **named)
 
     def whole(self: nn.Module, inputs: Any) -> Any:
@@ -284,4 +283,14 @@ def _install(model: nn.Module, run: Callable[[nn.Module, Any], Tensor]) -> None:
 
     # Of this module, not of torch's, whose networks fx would not look into.
     methods = {"__call__": call, RUN: whole, "__module__": __name__}
-    model.__class__ = type(kind.__name__, (kind,), methods)
+    made = below(type(model), methods)
+    model.__class__ = made
+
+
+def below(kind: type[nn.Module], methods: Mapping[str, Any]) -> type[nn.Module]:
+    """A class below that of a network, with other methods."""
+    base, methods = kind, dict(methods)
+    if issubclass(kind, fx.GraphModule):
+        # Each has a class of its own, for its forward(); its copies would call that without end.
+        base, methods = kind.__mro__[1], {"forward": kind.forward, **methods}
+    return type(kind.__name__, (base,), methods)

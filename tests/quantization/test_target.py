@@ -106,8 +106,9 @@ def test_edges_stay_where_batches_go_in_in_a_way_of_their_own():
         (Residual(), {"x": IMAGES}, {}),
         (Residual(), (IMAGES, torch.zeros(16).long()), {"loss": nn.CrossEntropyLoss()}),
         (torch.fx.symbolic_trace(Residual()), IMAGES, {}),
+        (torch.fx.symbolic_trace(Residual()), {"x": IMAGES}, {}),
     ],
-    ids=["named inputs", "loss", "GraphModule"],
+    ids=["named inputs", "loss", "GraphModule", "named inputs of a GraphModule"],
 )
 def test_edges_stay_whatever_the_network_is_called_with(network, batch, settings):
     model = adq_train.quantize(network, [batch], average_bits=3, target="int8", **settings)

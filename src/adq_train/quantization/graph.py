@@ -189,6 +189,8 @@ class Graph:
             return Operation(kind, tuple(node.all_input_nodes))
         if node.op == "call_module":
             module = self.module(node)
+            if isinstance(module, nn.Embedding):  # what reads its indices is no arithmetic
+                return Operation("other", operands, module=module)
             if isinstance(module, self.layers) or quantized_kind(module):
                 return Operation("layer", operands, module=module)
             if isinstance(module, self.leaves):
