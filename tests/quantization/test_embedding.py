@@ -125,7 +125,7 @@ def test_other_bits_are_given_by_name(ends):
     assert (bits["first"] == 8) == (ends == 8)
 
 
-def test_it_is_saved_loaded_and_exported(trained, tmp_path):
+def test_it_is_saved_loaded_and_exported(trained, tmp_path, capfd):
     expected, path = trained(TOKENS), tmp_path / "model.safetensors"
     adq_train.save(trained, path)
     assert torch.equal(adq_train.load(path, Text)(TOKENS), expected)
@@ -137,6 +137,7 @@ def test_it_is_saved_loaded_and_exported(trained, tmp_path):
     pytest.importorskip("onnxruntime")
     agreement = adq_train.export(trained, tmp_path / "model.onnx", TOKENS)
     assert agreement.largest_difference < 1e-4
+    assert not capfd.readouterr().err  # onnxruntime has warnings of its own
 
 
 def test_tables_of_another_kind_of_input_are_refused(trained):

@@ -212,6 +212,7 @@ class OnnxModel(nn.Module):
         runtime = require("onnxruntime")
         options = runtime.SessionOptions()
         options.intra_op_num_threads = threads or torch.get_num_threads()
+        options.log_severity_level = 3  # it warns of each constant that it does not fold
         if not path.is_file():
             raise UserError(f"there is no file {path}")
         try:
