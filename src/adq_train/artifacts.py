@@ -7,7 +7,7 @@ import math
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar, TypeVar
 
 from adq_train.errors import UserError
 from adq_train.storage.decoding import Within, decode
@@ -90,8 +90,35 @@ class LayerSensitivity:
             yield "the input of layer", self.activation_sensitivity
 
 
+class Artifact:
+    """A value that a stage hands over, with a JSON form; its kinds are dataclasses.
+
+    Attributes:
+        what: It in words, for messages.
+    """
+
+    what: ClassVar[str]
+
+    def to_json(self) -> str:
+        """The content of its file."""
+        return _dump(asdict(self))  # type: ignore[call-overload]
+
+    @classmethod
+    def from_json(cls: type[A], text: str) -> A:
+        """Reads what :meth:`to_json` wrote.
+
+        Raises:
+            UserError: The text is something else, or was edited; the field is named.
+        """
+        value: A = _read(cls, text, cls.what)
+        return value
+
+
+A = TypeVar("A", bound=Artifact)
+
+
 @dataclass(frozen=True)
-class SensitivityTable:
+class SensitivityTable(Artifact):
     """The sensitivity of every quantizable layer at every candidate bit-width (method.md 3).
 
     Attributes:
@@ -101,6 +128,8 @@ class SensitivityTable:
         caveat: Why the values mean little, such as a float model at chance; None where no reason
             is known.
     """
+
+    what = "a sensitivity table"
 
     metric: str
     bit_widths: tuple[BitWidth, ...]
@@ -130,7 +159,7 @@ class SensitivityTable:
         Raises:
             UserError: The text is something else, or was edited; the field is named.
         """
-        table: SensitivityTable = _read(cls, text, "a sensitivity table", by_hand)
+        table: SensitivityTable = _read(cls, text, cls.what, by_hand)
         return table
 
 
@@ -151,7 +180,7 @@ class _Layers:
 
 
 @dataclass(frozen=True)
-class BitAllocation:
+class BitAllocation(Artifact):
     """Bits for every quantized layer, and what they cost.
 
     Attributes:
@@ -170,6 +199,8 @@ class BitAllocation:
             is known, or the bits were not chosen by Ω.
     """
 
+    what = "a bit allocation"
+
     allocator: str
     budget: dict[str, NotNegative]
     layers: tuple[LayerBits, ...]
@@ -187,16 +218,6 @@ class BitAllocation:
         content = asdict(self)
         return _dump({k: v for k, v in content.items() if (k, v) != ("caveat", None)})
 
-    @classmethod
-    def from_json(cls, text: str) -> BitAllocation:
-        """Reads what :meth:`to_json` wrote.
-
-        Raises:
-            UserError: The text is something else.
-        """
-        allocation: BitAllocation = _read(cls, text, "a bit allocation")
-        return allocation
-
     def bits(self) -> dict[str, LayerBits]:
         """The layers by name."""
         return {layer.name: layer for layer in self.layers}
@@ -208,7 +229,7 @@ def layer_bits(text: str) -> tuple[LayerBits, ...]:
     Raises:
         UserError: The text is something else; the field is named.
     """
-    found: _Layers = _read(_Layers, text, "a bit allocation", by_hand=True)
+    found: _Layers = _read(_Layers, text, BitAllocation.what, by_hand=True)
     return found.layers
 
 
@@ -232,28 +253,16 @@ class LayerLevels:
 
 
 @dataclass(frozen=True)
-class LevelCounts:
+class LevelCounts(Artifact):
     """The levels of every quantized layer."""
+
+    what = "a count of levels"
 
     layers: tuple[LayerLevels, ...]
 
-    def to_json(self) -> str:
-        """The content of ``levels.json``."""
-        return _dump(asdict(self))
-
-    @classmethod
-    def from_json(cls, text: str) -> LevelCounts:
-        """Reads what :meth:`to_json` wrote.
-
-        Raises:
-            UserError: The text is something else.
-        """
-        counts: LevelCounts = _read(cls, text, "a count of levels")
-        return counts
-
 
 @dataclass(frozen=True)
-class RunResult:
+class RunResult(Artifact):
     """The figures of a run, on the test split.
 
     Attributes:
@@ -265,26 +274,14 @@ class RunResult:
         seconds: Time of each stage, summed over interruptions.
     """
 
+    what = "a run result"
+
     fp_top1_percent: Percent
     ptq_top1_percent: Percent
     qat_top1_percent: Percent
     qat_top5_percent: Percent
     num_test_images: AtLeastOne
     seconds: dict[str, NotNegative]
-
-    def to_json(self) -> str:
-        """The content of ``result.json``."""
-        return _dump(asdict(self))
-
-    @classmethod
-    def from_json(cls, text: str) -> RunResult:
-        """Reads what :meth:`to_json` wrote.
-
-        Raises:
-            UserError: The text is something else.
-        """
-        result: RunResult = _read(cls, text, "a run result")
-        return result
 
 
 def _dump(content: Mapping[str, Any]) -> str:

@@ -117,7 +117,7 @@ def test_steps_are_calibrated_on_what_passes_and_learn():
     model, images = connect(network()), torch.randn(8, 2, 8, 8)
     model.eval()
     calibrate_edges(model, [images, 3 * images], 0)
-    steps = [x.step().item() for x in edge_quantizers(model)]
+    steps = [x.width().item() for x in edge_quantizers(model)]
     assert all(0 < x < 0.1 for x in steps)
     own = quantizer_parameters(model)
     assert {id(x.log_step) for x in edge_quantizers(model)} == {id(x) for x in own}
@@ -142,7 +142,7 @@ def test_an_edge_is_a_quantizer_of_256_levels(signed):
     quantizer.calibrate(x)
     assert len(quantizer.levels()) == 256
     assert torch.equal(quantizer(x), quantizer.levels()[quantizer.quantize(x).long()])
-    assert (quantizer(x) - x).abs().max() <= quantizer.step() * 10
+    assert (quantizer(x) - x).abs().max() <= quantizer.width() * 10
     again = EdgeQuantizer()
     again.load_state_dict(quantizer.state_dict())
     assert torch.equal(again(x), quantizer(x))

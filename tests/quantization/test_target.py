@@ -77,10 +77,10 @@ def test_a_network_of_ones_own_for_integers(tmp_path, inputs):
         torch.testing.assert_close(codes, codes.round(), rtol=0, atol=1e-3)
     optimizer = torch.optim.SGD(adq_train.parameter_groups(model, 0.05, 1e-4, 10.0))
     adq_train.follow(model, optimizer)
-    before = [x.step().item() for x in edge_quantizers(model)]
+    before = [x.width().item() for x in edge_quantizers(model)]
     model.train()(IMAGES).square().mean().backward()
     optimizer.step()
-    assert all(x.step().item() != y for x, y in zip(edge_quantizers(model), before, strict=True))
+    assert all(x.width().item() != y for x, y in zip(edge_quantizers(model), before, strict=True))
     adq_train.save(model.eval(), tmp_path / "model.safetensors")
     again = adq_train.load(tmp_path / "model.safetensors", Residual)
     assert torch.equal(again(IMAGES), model(IMAGES))

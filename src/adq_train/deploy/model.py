@@ -69,7 +69,7 @@ def tables_of_network(network: nn.Module) -> TableModel:
         layers={name: tables_of(name, layer) for name, layer in layers.items()},
         floats={k: v.detach() for k, v in float_state(network, layers).items()},
         edges=tuple(
-            Edge(float(x.step().detach()), x.low, x.high) for x in edge_quantizers(network)
+            Edge(float(x.width().detach()), x.low, x.high) for x in edge_quantizers(network)
         ),
     )
 

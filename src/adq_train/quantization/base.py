@@ -77,6 +77,34 @@ class WeightQuantizer(Quantizer):
         """Called after each optimizer step; learned quantizers do nothing."""
 
 
+class EvenWeightQuantizer(WeightQuantizer):
+    """2^b evenly spaced levels on [-1, 1], none of them zero, before the scale; nothing is learned.
+
+    Args:
+        bit_width: Bits of a code, 2 … 8.
+    """
+
+    base: Tensor
+
+    def __init__(self, bit_width: int) -> None:
+        super().__init__(bit_width)
+        self.num_steps: int = 2**bit_width - 1
+        base = 2 * torch.arange(self.num_steps + 1) / self.num_steps - 1
+        self.register_buffer("base", base, persistent=False)
+
+    def calibrate(self, values: Tensor, seed: int = 0) -> None:
+        """Checks the weights; there is nothing to initialise.
+
+        Raises:
+            ValueError: A weight is NaN or infinite.
+        """
+        check_finite("weights", values)
+
+    def levels(self) -> Tensor:
+        """The 2^b levels on [-1, 1], before the scale."""
+        return self.base
+
+
 class ActivationQuantizer(Quantizer):
     """A quantizer of a layer's input; ``forward(x)`` equals ``levels()[quantize(x).long()]``.
 

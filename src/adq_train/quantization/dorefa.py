@@ -8,7 +8,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from adq_train.quantization.base import RangedActivationQuantizer, WeightQuantizer, check_finite
+from adq_train.quantization.base import (
+    EvenWeightQuantizer,
+    RangedActivationQuantizer,
+    check_finite,
+)
 from adq_train.quantization.functional import StraightThrough, at_least_float32, round_ste
 
 
@@ -23,7 +27,7 @@ def normalized_tanh(weight: Tensor) -> Tensor:
     return squashed / torch.where(largest > 0, largest, 1.0)
 
 
-class DorefaWeightQuantizer(WeightQuantizer):
+class DorefaWeightQuantizer(EvenWeightQuantizer):
     """DoReFa-Net's k-bit weights (section 2.3): 2 quantize_k(tanh(w) / (2 max|tanh(w)|) + ½) - 1.
 
     quantize_k(r) = round((2^k - 1) r) / (2^k - 1) has a straight-through gradient (section 2.2).
@@ -42,22 +46,9 @@ class DorefaWeightQuantizer(WeightQuantizer):
         ValueError: ``bit_width`` lies outside its range.
     """
 
-    base: Tensor
-
     def __init__(self, bit_width: int, *, rescale: bool = True) -> None:
         super().__init__(bit_width)
         self.rescale = rescale
-        self.num_steps: int = 2**bit_width - 1
-        base = 2 * torch.arange(self.num_steps + 1) / self.num_steps - 1
-        self.register_buffer("base", base, persistent=False)
-
-    def calibrate(self, values: Tensor, seed: int = 0) -> None:
-        """Checks the weights; there is nothing to initialise.
-
-        Raises:
-            ValueError: A weight is NaN or infinite.
-        """
-        check_finite("weights", values)
 
     def forward(self, x: Tensor) -> Tensor:
         """Fake-quantized weights of the same shape."""
@@ -68,10 +59,6 @@ class DorefaWeightQuantizer(WeightQuantizer):
     def quantize(self, x: Tensor) -> Tensor:
         """Indices into :meth:`levels`, uint8."""
         return self._codes(at_least_float32(x)).to(torch.uint8)
-
-    def levels(self) -> Tensor:
-        """The 2^k levels on [-1, 1], before the scale."""
-        return self.base
 
     @torch.no_grad()
     def output_scale(self, weight: Tensor) -> Tensor:

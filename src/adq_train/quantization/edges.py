@@ -9,11 +9,11 @@ import torch
 from torch import Tensor, fx, nn
 
 from adq_train.errors import UserError
-from adq_train.quantization.base import RangedActivationQuantizer, check_finite
-from adq_train.quantization.functional import at_least_float32, best_clip
+from adq_train.quantization.base import check_finite
+from adq_train.quantization.functional import best_clip
 from adq_train.quantization.graph import Graph, place
 from adq_train.quantization.layer_weights import evaluating
-from adq_train.quantization.lsq import lsq, lsq_indices
+from adq_train.quantization.lsq import StepQuantizer
 from adq_train.quantization.prepare import sampled
 from adq_train.quantization.watch import intercepted
 
@@ -27,7 +27,7 @@ COMPLETES = ("batch_norm", "relu", "relu6", "identity")
 PASSES = (*COMPLETES, "max_pool", "flatten", "slice", "pad")
 
 
-class EdgeQuantizer(RangedActivationQuantizer):
+class EdgeQuantizer(StepQuantizer):
     """A learned step on a value between layers: codes 0 … 255, or -128 … 127.
 
     The quantizer and the gradient of the step are LSQ's (arXiv 1902.08153, equations 1–3). The step
@@ -41,16 +41,9 @@ class EdgeQuantizer(RangedActivationQuantizer):
         ValueError: ``bit_width`` lies outside its range.
     """
 
-    is_uniform = True
-
     def __init__(self, bit_width: int = EDGE_BITS) -> None:
         super().__init__(bit_width)
         self.log_step = nn.Parameter(torch.zeros(()))
-
-    def code_range(self, signed: bool) -> tuple[int, int]:
-        """Smallest and largest code: all 2^b of them, also in a signed range."""
-        low = -(2 ** (self.bit_width - 1)) if signed else 0
-        return low, low + 2**self.bit_width - 1
 
     @torch.no_grad()
     def calibrate(self, values: Tensor, seed: int = 0) -> None:
@@ -63,23 +56,9 @@ class EdgeQuantizer(RangedActivationQuantizer):
         self.set_signed(bool(values.min() < 0))
         self.log_step.copy_(best_clip(values.float(), -self.low, self.high).log())
 
-    def step(self) -> Tensor:
+    def width(self) -> Tensor:
         """The step (), with its gradient."""
         return self.log_step.exp()
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Fake-quantized values of shape (N, …)."""
-        x = at_least_float32(x)
-        features = x.shape[1:].numel() if x.dim() > 1 else x.numel()
-        return lsq(x, self.step(), self.low, self.high, features)
-
-    def quantize(self, x: Tensor) -> Tensor:
-        """Indices into :meth:`levels`, uint8."""
-        return lsq_indices(x, self.step(), self.low, self.high)
-
-    def levels(self) -> Tensor:
-        """The 2^b uniform levels."""
-        return self.codes() * self.step().detach()
 
 
 def edges(graph: Graph) -> Iterator[fx.Node]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
+
 import torch
 from torch import Tensor, nn
 
@@ -104,8 +106,8 @@ class LsqWeightQuantizer(WeightQuantizer):
         return codes * positive(self.step.detach())
 
 
-class LsqActivationQuantizer(RangedActivationQuantizer):
-    """A learned step on a layer's input: codes 0 … 2^b - 1, signed where calibration asks for it.
+class StepQuantizer(RangedActivationQuantizer):
+    """A learned step on a value: codes 0 … 2^b - 1, signed where calibration asks for it.
 
     Section 2 of the paper: Q_N = 0 and Q_P = 2^b - 1 for unsigned data, as weights otherwise.
     N of the gradient's scale is the number of features of one input (section 2.2).
@@ -119,14 +121,40 @@ class LsqActivationQuantizer(RangedActivationQuantizer):
 
     is_uniform = True
 
-    def __init__(self, bit_width: int) -> None:
-        super().__init__(bit_width)
-        self.step = nn.Parameter(torch.ones(()))
+    @abstractmethod
+    def width(self) -> Tensor:
+        """The step (), positive, with its gradient."""
 
     def code_range(self, signed: bool) -> tuple[int, int]:
         """Smallest and largest code: all 2^b of them, also in a signed range."""
         low = -(2 ** (self.bit_width - 1)) if signed else 0
         return low, low + 2**self.bit_width - 1
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Fake-quantized values of shape (N, …)."""
+        x = at_least_float32(x)
+        features = x.shape[1:].numel() if x.dim() > 1 else x.numel()
+        return lsq(x, self.width(), self.low, self.high, features)
+
+    def quantize(self, x: Tensor) -> Tensor:
+        """Indices into :meth:`levels`, uint8."""
+        return lsq_indices(x, self.width(), self.low, self.high)
+
+    def levels(self) -> Tensor:
+        """The 2^b uniform levels."""
+        return self.codes() * self.width().detach()
+
+
+class LsqActivationQuantizer(StepQuantizer):
+    """LSQ's learned step on a layer's input, used by its magnitude; see :class:`StepQuantizer`."""
+
+    def __init__(self, bit_width: int) -> None:
+        super().__init__(bit_width)
+        self.step = nn.Parameter(torch.ones(()))
+
+    def width(self) -> Tensor:
+        """The step (), with its gradient."""
+        return positive(self.step)
 
     @torch.no_grad()
     def calibrate(self, values: Tensor, seed: int = 0) -> None:
@@ -138,17 +166,3 @@ class LsqActivationQuantizer(RangedActivationQuantizer):
         check_finite("inputs", values)
         self.set_signed(bool(values.min() < 0))
         self.step.copy_(initial_step(values, self.high))
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Fake-quantized input of shape (N, …)."""
-        x = at_least_float32(x)
-        features = x.shape[1:].numel() if x.dim() > 1 else x.numel()
-        return lsq(x, positive(self.step), self.low, self.high, features)
-
-    def quantize(self, x: Tensor) -> Tensor:
-        """Indices into :meth:`levels`, uint8."""
-        return lsq_indices(x, positive(self.step), self.low, self.high)
-
-    def levels(self) -> Tensor:
-        """The 2^b uniform levels."""
-        return self.codes() * positive(self.step.detach())

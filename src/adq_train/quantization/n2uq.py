@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from adq_train.quantization.base import WeightQuantizer, check_choice, check_finite
+from adq_train.quantization.base import EvenWeightQuantizer, check_choice, check_finite
 from adq_train.quantization.functional import StraightThrough, at_least_float32, quantiles
 from adq_train.quantization.thresholds import SMALLEST_WIDTH, ThresholdQuantizer, uniform_range
 
@@ -104,7 +104,7 @@ class N2uqActivationQuantizer(ThresholdQuantizer):
         return (codes - self.zero_point) * self.log_step.exp()
 
 
-class N2uqWeightQuantizer(WeightQuantizer):
+class N2uqWeightQuantizer(EvenWeightQuantizer):
     """N2UQ's own weights: uniform levels on [-1, 1] after a scale per output channel.
 
     The paper's entropy-preserving weight regularization divides each channel by
@@ -125,22 +125,6 @@ class N2uqWeightQuantizer(WeightQuantizer):
         ValueError: ``bit_width`` lies outside its range.
     """
 
-    base: Tensor
-
-    def __init__(self, bit_width: int) -> None:
-        super().__init__(bit_width)
-        self.num_steps: int = 2**bit_width - 1
-        base = 2 * torch.arange(self.num_steps + 1) / self.num_steps - 1
-        self.register_buffer("base", base, persistent=False)
-
-    def calibrate(self, values: Tensor, seed: int = 0) -> None:
-        """Checks the weights; there is nothing to initialise.
-
-        Raises:
-            ValueError: A weight is NaN or infinite.
-        """
-        check_finite("weights", values)
-
     def forward(self, x: Tensor) -> Tensor:
         """Fake-quantized weights of the shape (C_out, …) of ``x``."""
         x = at_least_float32(x)
@@ -154,10 +138,6 @@ class N2uqWeightQuantizer(WeightQuantizer):
         scale = self.output_scale(x)
         scaled = (at_least_float32(x) / torch.where(scale > 0, scale, 1.0)).clamp(-1, 1)
         return ((scaled + 1) / 2 * self.num_steps).round().to(torch.uint8)
-
-    def levels(self) -> Tensor:
-        """The 2^b levels on [-1, 1], before the scale."""
-        return self.base
 
     @torch.no_grad()
     def output_scale(self, weight: Tensor) -> Tensor:

@@ -6,11 +6,11 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any
 
 from adq_train.allocation.budget import Bits, Problem, figures
 from adq_train.allocation.problem import problem_of
-from adq_train.artifacts import BitAllocation, LayerInfo, SensitivityTable
+from adq_train.artifacts import A, Artifact, BitAllocation, LayerInfo, SensitivityTable
 from adq_train.errors import UserError
 from adq_train.settings.schema import Config, identity
 from adq_train.storage.stamps import digest, origin_problem
@@ -18,22 +18,6 @@ from adq_train.storage.stamps import digest, origin_problem
 # Stages' values, in the order in which they are made.
 ARTIFACTS = ("sensitivity.json", "allocation.json", "levels.json", "result.json")
 BY_HAND = {"sensitivity.json": "sensitivity", "allocation.json": "allocator"}
-
-
-class Artifact(Protocol):
-    """A value with a JSON form."""
-
-    def to_json(self) -> str:
-        """Its JSON."""
-        ...
-
-    @classmethod
-    def from_json(cls, text: str) -> Any:
-        """Reads it back."""
-        ...
-
-
-A = TypeVar("A", bound=Artifact)
 
 
 def origin(same: Mapping[str, Any], fingerprint: str, weights: str) -> str:

@@ -9,11 +9,13 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 from omegaconf import OmegaConf
 
 from adq_train.artifacts import (
+    A,
+    Artifact,
     BitAllocation,
     LevelCounts,
     NotNegative,
@@ -24,7 +26,6 @@ from adq_train.errors import UserError
 from adq_train.printable import PrintableFormatter
 from adq_train.run.artifact_files import (
     ARTIFACTS,
-    Artifact,
     depends_on,
     origin,
     read,
@@ -43,8 +44,6 @@ if TYPE_CHECKING:  # adq-report reads runs without torch
     from adq_train.training.distributed import Ranks
 
 log = logging.getLogger(__name__)
-
-A = TypeVar("A", bound=Artifact)
 
 
 def input_files(config: dict[str, Any]) -> dict[str, Path]:
