@@ -90,7 +90,7 @@ def test_output_that_cannot_be_written_is_an_error(tmp_path):
 
 def test_closed_streams_are_nobody_s_file(tmp_path):
     body = (
-        "import sys\nfrom adq_train.reporting.progress import Progress\ndef main():\n"
+        "import sys\nfrom adq_train.progress import Progress\ndef main():\n"
         "    with open('own', 'w') as file, Progress('qat', 1) as steps:\n"
         "        steps.advance('x')\n"
         "        print('to stdout'); print('to stderr', file=sys.stderr)\n"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -196,6 +196,22 @@ def require_one_shape(train: Tensor, test: Tensor) -> None:
         )
 
 
+def statistics(images: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation of each channel, (C,) each, of images (N, C, H, W)."""
+    pixels = images.float().transpose(0, 1).flatten(1)
+    mean, std = pixels.mean(1), pixels.std(1)
+    # An image set of one colour has no spread to divide by.
+    return mean, torch.where(std > 0, std, 1.0)
+
+
+def fingerprint_of(tensors: Iterable[Tensor]) -> str:
+    """SHA-256 of the values of some tensors."""
+    fingerprint = hashlib.sha256()
+    for tensor in tensors:
+        fingerprint.update(tensor.contiguous().numpy().data)
+    return fingerprint.hexdigest()
+
+
 def split_in_memory(
     name: str,
     train: tuple[Tensor, Tensor],
@@ -232,14 +248,7 @@ def split_in_memory(
     for other in (test, *([validation] if validation else [])):
         require_one_shape(images, other[0])
     parts = held_out.split(len(images), validation is None)
-    fingerprint = hashlib.sha256()
-    for tensor in (*train, *test, *(validation or ())):
-        fingerprint.update(tensor.contiguous().numpy().data)
-
-    pixels = images[parts[2]].float().transpose(0, 1).flatten(1)
-    # An image set of one colour has no spread to divide by.
-    mean, std = pixels.mean(1), pixels.std(1)
-    mean, std = mean.to(loading.device), torch.where(std > 0, std, 1.0).to(loading.device)
+    mean, std = (x.to(loading.device) for x in statistics(images[parts[2]]))
 
     def batches(
         images: Tensor, targets: Tensor, at_least: int = 1, training: bool = False
@@ -260,7 +269,7 @@ def split_in_memory(
         name=name,
         num_classes=num_classes,
         image_shape=(images.shape[1], images.shape[2], images.shape[3]),
-        fingerprint=fingerprint.hexdigest(),
+        fingerprint=fingerprint_of((*train, *test, *(validation or ()))),
         train=batches(*training, loading.at_least, training=True),
         calibration=batches(*calibration, at_least=2),
         validation=batches(*(validation or watched)),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -45,6 +45,75 @@ def count_macs(layer: nn.Module, input: Tensor, output: Tensor) -> int:
     return elements.numel() * weight.numel() // weight.shape[0]
 
 
+class Survey:
+    """What one run of a network tells of its quantized layers, whose quantizers change nothing.
+
+    Args:
+        trial: The network.
+        layers: Its quantized layers, by name.
+
+    Attributes:
+        found: What is counted of each weight, under the name of the first layer that uses it.
+        name_of: That name, by the weight's identity.
+        refused: Why a subclass with a ``forward()`` of its own stays as it is, by name; None where
+            it need not.
+        aliases: Names under which a layer is called past its quantized form.
+        reads: Who reads which weight.
+    """
+
+    def __init__(self, trial: nn.Module, layers: Mapping[str, nn.Module]) -> None:
+        self.layers = layers
+        self.own = {
+            name: float_form(x) for name, x in layers.items() if isinstance(x, QuantSubclass)
+        }
+        self.found: dict[str, LayerInfo] = {}
+        self.name_of: dict[object, str] = {}
+        self.refused: dict[str, str | None] = {}
+        self.aliases: dict[str, None] = {}
+        self.reads = Reads(trial)
+        for name, layer in layers.items():
+            self.reads.owned(name, weight_sources(layer))
+
+    def layer(self, name: str, forward: Call, *inputs: Any, **named: Any) -> Any:
+        """A call of a quantized layer."""
+        layer = self.layers[name]
+        with self.reads.inside():
+            x = first_input(inputs, named)
+            if name in self.own and name not in self.refused:
+                self.refused[name] = refusal(self.own[name], x, inputs[1:], named)
+            if self.refused.get(name):
+                return self.own[name].forward(*inputs, **named)
+            output, num_weights = forward(*inputs, **named), used_weight(layer).numel()
+            macs = count_macs(layer, x, output)
+        # A weight that is used more than once, by one layer or by several, counts once.
+        name = self.name_of.setdefault(weight_identity(layer), name)
+        self.reads.owned(name, weight_sources(layer))
+        old = self.found.get(name, LayerInfo(name, 0, 0, 0))
+        if not old.macs:  # a weight of an embedding takes its place where it first computes
+            self.found.pop(name, None)
+        inputs_so_far = old.num_inputs + x.numel()
+        self.found[name] = LayerInfo(name, num_weights, old.macs + macs, inputs_so_far)
+        return output
+
+    def elsewhere(self, name: str, forward: Call, *inputs: Any, **named: Any) -> Any:
+        """A call of a layer that should have been replaced."""
+        self.aliases[name] = None
+        return forward(*inputs, **named)
+
+    def reasons(self) -> dict[str, str]:
+        """Why layers stay in full precision; nor can one be quantized that uses such a weight."""
+        reasons = {name: why for name, why in self.refused.items() if why}
+        for name in reasons:
+            if other := self.name_of.pop(weight_identity(self.layers[name]), None):
+                del self.found[other]
+        return reasons
+
+    def read_past(self) -> dict[str, object]:
+        """The weights that something else reads too, by layer."""
+        past = [weight_identity(self.layers[name]) for name in self.reads.past]
+        return {self.name_of[x]: x for x in past if x in self.name_of}
+
+
 @torch.no_grad()
 def describe_layers(
     model: nn.Module,
@@ -78,62 +147,31 @@ def describe_layers(
         name: quantized(trial.get_submodule(name), nn.Identity(), nn.Identity())  # type: ignore[arg-type]
         for name in names
     }
-    own = {name: float_form(x) for name, x in layers.items() if isinstance(x, QuantSubclass)}
-    before = swap(trial, layers)
-    found: dict[str, LayerInfo] = {}
-    name_of: dict[object, str] = {}
-    refused: dict[str, str | None] = {}
-    aliases: dict[str, None] = {}
-    reads = Reads(trial)
-    for name, layer in layers.items():
-        reads.owned(name, weight_sources(layer))
-
-    def record(name: str, forward: Call, *inputs: Any, **named: Any) -> Any:
-        layer = layers[name]
-        with reads.inside():
-            x = first_input(inputs, named)
-            if name in own and name not in refused:
-                refused[name] = refusal(own[name], x, inputs[1:], named)
-            if refused.get(name):
-                return own[name].forward(*inputs, **named)
-            output, num_weights = forward(*inputs, **named), used_weight(layer).numel()
-            macs = count_macs(layer, x, output)
-        # A weight that is used more than once, by one layer or by several, counts once.
-        name = name_of.setdefault(weight_identity(layer), name)
-        reads.owned(name, weight_sources(layer))
-        old = found.get(name, LayerInfo(name, 0, 0, 0))
-        if not old.macs:  # a weight of an embedding takes its place where it first computes
-            found.pop(name, None)
-        found[name] = LayerInfo(name, num_weights, old.macs + macs, old.num_inputs + x.numel())
-        return output
-
-    def elsewhere(name: str, forward: Call, *inputs: Any, **named: Any) -> Any:
-        aliases[name] = None
-        return forward(*inputs, **named)
-
-    with evaluating(trial), intercepted(layers, record), intercepted(before, elsewhere), reads:
+    survey, before = Survey(trial, layers), swap(trial, layers)
+    with (
+        evaluating(trial),
+        intercepted(layers, survey.layer),
+        intercepted(before, survey.elsewhere),
+        survey.reads,
+    ):
         output = run(trial, image)
     if count is None:
         check_logits(output, len(image), num_classes)
-    require_reachable(aliases, reads)
-    reasons = {name: why for name, why in refused.items() if why}
-    for name in reasons:  # nor can another layer be quantized that uses its weight
-        if other := name_of.pop(weight_identity(layers[name]), None):
-            del found[other]
-    if not found:
+    require_reachable(survey.aliases, survey.reads)
+    reasons = survey.reasons()
+    if not survey.found:
         raise UserError(
             f"model: none of its {len(layers)} convolution and linear layers is called; a forward "
             "of your own must call the network that it is given"
             if layers
             else "model: it has no convolution or linear layer that could be quantized"
         )
-    past = [weight_identity(layers[name]) for name in reads.past]
     left = [
-        *in_full_precision(trial, name_of, reasons),
-        *used_elsewhere(trial, {name_of[x]: x for x in past if x in name_of}),
+        *in_full_precision(trial, survey.name_of, reasons),
+        *used_elsewhere(trial, survey.read_past()),
     ]
     tell(left, strictness)
-    return tuple(per_example(x, count or 1) for x in found.values())
+    return tuple(per_example(x, count or 1) for x in survey.found.values())
 
 
 def run(trial: nn.Module, image: Any) -> object:

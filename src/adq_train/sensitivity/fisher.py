@@ -16,7 +16,7 @@ from adq_train.artifacts import LayerInfo, LayerSensitivity
 from adq_train.data.base import Batch
 from adq_train.errors import UserError
 from adq_train.nested import entries, length, tensors
-from adq_train.reporting.progress import Progress
+from adq_train.progress import Progress
 from adq_train.sensitivity.base import (
     Conditions,
     WeightMetric,

@@ -13,10 +13,10 @@ from adq_train.artifacts import LayerInfo, LayerSensitivity
 from adq_train.data.base import derived_seed
 from adq_train.errors import UserError
 from adq_train.nested import mapped
+from adq_train.progress import Progress
 from adq_train.quantization.base import check_choice
 from adq_train.quantization.prepare import collect_inputs
 from adq_train.quantization.watch import Call, intercepted
-from adq_train.reporting.progress import Progress
 from adq_train.sensitivity.base import Conditions, plain_copy
 from adq_train.sensitivity.forms import TENSORS, FormMetric, Forms, Key, quantized_forms, row
 from adq_train.sensitivity.outputs import num_columns, rounding, summary

@@ -15,8 +15,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from adq_train.allocation.patterns import listed
 from adq_train.artifacts import LayerInfo, LayerSensitivity
 from adq_train.data.base import Batch, derived_seed
+from adq_train.progress import Progress
 from adq_train.quantization.layers import quantized_kind
-from adq_train.reporting.progress import Progress
 from adq_train.sensitivity.base import (
     Conditions,
     WeightMetric,

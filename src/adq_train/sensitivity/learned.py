@@ -15,10 +15,10 @@ from adq_train.allocation.budget import Problem
 from adq_train.artifacts import LEARNED, LayerBits, LayerInfo, LayerSensitivity
 from adq_train.data.base import derived_seed
 from adq_train.errors import UserError
+from adq_train.progress import Progress
 from adq_train.quantization.functional import at_least_float32
 from adq_train.quantization.mixture import Choice, LayerChoice, mix_layer
 from adq_train.quantization.prepare import Upkeep, collect_inputs, quantize_layer, swap
-from adq_train.reporting.progress import Progress
 from adq_train.sensitivity.base import Conditions, Training, plain_copy
 from adq_train.training.optimizers import Optimizers
 

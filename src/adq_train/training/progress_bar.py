@@ -6,7 +6,7 @@ import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from adq_train.reporting.progress import Progress
+from adq_train.progress import Progress
 from adq_train.training.hook import EpochReport, Hook
 from adq_train.training.throughput import duration
 from adq_train.training.trainer import Trainer

@@ -12,7 +12,7 @@ from hydra.core.global_hydra import GlobalHydra
 
 from adq_train.allocation.budget import Budget, Problem
 from adq_train.errors import UserError
-from adq_train.reporting.progress import Progress
+from adq_train.progress import Progress
 from adq_train.run.folder import RunFolder
 from adq_train.run.session import Session
 from adq_train.run.stages.profile import profile

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 from adq_train.artifacts import LayerInfo, LayerSensitivity, SensitivityTable
-from adq_train.reporting.progress import Progress
+from adq_train.progress import Progress
 from adq_train.run.artifact_files import require_layers
 from adq_train.run.folder import RunFolder
 from adq_train.run.session import Session

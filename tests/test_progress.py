@@ -6,8 +6,8 @@ import sys
 
 import pytest
 
-from adq_train.reporting import progress
-from adq_train.reporting.progress import Progress
+from adq_train import progress
+from adq_train.progress import Progress
 
 
 class Screen(io.StringIO):
