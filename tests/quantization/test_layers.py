@@ -143,3 +143,36 @@ def test_state_dict_round_trip(make):
 def test_other_layers_are_refused(layer):
     with pytest.raises(TypeError, match=f"cannot quantize a {type(layer).__name__}"):
         quantized(layer, AdqWeightQuantizer(3), N2uqActivationQuantizer(3))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("bits", [4, 8])
+def test_autocast_leaves_levels_of_8_bits_apart(bits, dtype, monkeypatch):
+    """What the product computes with, of 256 inputs that lie all over the range."""
+    arrived = []
+
+    def linear(x, weight, bias):
+        rounded = dtype if torch.is_autocast_enabled("cpu") else x.dtype
+        arrived.extend([x.detach().to(rounded), weight.detach().to(rounded)])
+        return product(x, weight, bias)
+
+    product = F.linear
+    monkeypatch.setattr("adq_train.quantization.layers.F.linear", linear)
+    torch.manual_seed(0)
+    inputs, weights = N2uqActivationQuantizer(bits), AdqWeightQuantizer(bits)
+    layer = nn.Linear(256, 8)
+    weights.calibrate(layer.weight.detach())
+    inputs.calibrate(torch.rand(5000) * 1.01)
+    x = torch.linspace(0, 1.01, 256).view(1, -1).requires_grad_()
+    with torch.autocast("cpu", dtype):
+        y = quantized(layer, weights, inputs)(x)
+    assert [len(t.unique()) for t in arrived] == [
+        2**bits, len(weights.quantize(layer.weight).unique())
+    ]  # fmt: skip
+    if bits == 8:  # so rounding would show
+        assert len(inputs.levels().to(torch.bfloat16).unique()) < 2**bits
+        expected = product(*arrived, layer.bias).to(dtype)
+        assert torch.equal(y, expected)
+    assert y.dtype == dtype
+    y.sum().backward()
+    assert x.grad.dtype == torch.float32

@@ -59,6 +59,36 @@ def test_no_graph_breaks(what, monkeypatch):
     assert not counters["graph_break"]
 
 
+def test_one_graph_with_first_and_last_layers_of_8_bits(monkeypatch):
+    """As on a GPU: in bf16, where the two leave autocast. Autograd's part is traced too."""
+    torch.compiler.reset()
+    torch._dynamo.utils.counters.clear()
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
+
+    def layers():
+        torch.manual_seed(0)
+        made = [nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 3), nn.Linear(16, 4)]
+        for index, bits in enumerate((8, 2, 8)):
+            weights, inputs = AdqWeightQuantizer(bits), N2uqActivationQuantizer(bits)
+            weights.calibrate(made[index].weight)
+            inputs.calibrate(torch.randn(500))
+            made[index] = quantized(made[index], weights, inputs)
+        norms = [nn.Sequential(nn.BatchNorm2d(4), nn.ReLU()) for _ in range(2)]
+        return nn.Sequential(made[0], norms[0], made[1], norms[1], nn.Flatten(), made[2])
+
+    eager, other = layers(), layers()
+    trainers = [
+        trainer_of(model, compile=what, precision="bf16", channels_last=True)
+        for model, what in ((eager, "none"), (other, "model"))
+    ]
+    losses = [take(trainer, *[IMAGES] * 2) for trainer in trainers]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-2)
+    counters = torch._dynamo.utils.counters
+    assert counters["stats"]["unique_graphs"] == 1
+    assert not counters["graph_break"]
+    assert counters["aot_autograd"]["total"] == counters["aot_autograd"]["ok"] == 1
+
+
 def test_none_is_the_model():
     model = network()
     assert compiled(model, "none") is model

@@ -12,17 +12,30 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils.parametrize import is_parametrized, type_before_parametrizations
 
-from adq_train.quantization.base import ActivationQuantizer, WeightQuantizer
+from adq_train.quantization.base import ActivationQuantizer, Quantizer, WeightQuantizer
 from adq_train.quantization.layer_weights import computing_with, weight_identity
 
 Operation = Callable[[Tensor, Tensor, Tensor | None], Tensor]
+# A bfloat16 has 8 significant bits: evenly spaced levels of 7 bits stay apart, of 8 bits do not.
+APART_IN_BFLOAT16 = 7
 
 
 def _between_quantized(layer: QuantLayer, operation: Operation, x: Tensor) -> Tensor:
     """The float layer's own operation, with its input and its weight quantized.
 
-    A layer of another type than float32 computes in float32, where its levels keep all their bits.
+    A layer of another type than float32 computes in float32, where its levels keep all their bits;
+    so does one of 8 bits within autocast, which gives its output in autocast's type all the same.
     """
+    kind = x.device.type
+    quantizers = layer.input_quantizer, layer.weight_quantizer
+    many = any(q.bit_width > APART_IN_BFLOAT16 for q in quantizers if isinstance(q, Quantizer))
+    if many and torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
+        with torch.autocast(kind, enabled=False):
+            return _in_its_own_type(layer, operation, x.float()).to(torch.get_autocast_dtype(kind))
+    return _in_its_own_type(layer, operation, x)
+
+
+def _in_its_own_type(layer: QuantLayer, operation: Operation, x: Tensor) -> Tensor:
     weight, bias = layer.weight, layer.bias  # once: some weights are made anew when asked for
     dtype = weight.dtype
     if dtype == torch.float32:
