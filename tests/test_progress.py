@@ -53,3 +53,34 @@ def test_a_terminal_shows_a_bar_alone(show):
     assert "1/5" in screen
     assert {level for level, _ in records} == {"DEBUG"}
     assert len(records) == 3
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "ascii"])
+def test_the_bar_fits_into_eighty_columns_and_any_encoding(monkeypatch, encoding):
+    raw = io.BytesIO()
+    screen = io.TextIOWrapper(raw, encoding=encoding)
+    screen.isatty = lambda: True
+    monkeypatch.setattr(sys, "stderr", screen)
+    monkeypatch.setenv("COLUMNS", "80")
+    monkeypatch.setattr(progress, "SECONDS_BETWEEN_FRAMES", 0)
+    with Progress("pretrain", 200) as steps:
+        steps.within(0.5)
+        steps.advance("loss 1.958, validation 100.0 %, 59 min left", " and much more" * 9)
+    screen.flush()
+    frames = raw.getvalue().decode(encoding).split("\r")
+    assert max(map(len, frames)) <= 80
+    assert any("pretrain   0/200 |" in x for x in frames)
+    assert any(
+        "1/200" in x and "| loss 1.958, validation 100.0 %, 59 min left" in x for x in frames
+    )
+
+
+def test_a_long_step_is_told_of_without_a_terminal(monkeypatch, caplog):
+    times = iter([0.0, 5.0, 11.0, 12.0])
+    monkeypatch.setattr(progress.time, "monotonic", lambda: next(times))
+    monkeypatch.setattr(sys, "stderr", Screen(False))
+    with caplog.at_level(logging.DEBUG, logger="adq_train"), Progress("qat", 5, 1) as steps:
+        for share in (0.2, 0.4, 0.6):
+            steps.within(share)
+    monkeypatch.undo()
+    assert [x.getMessage() for x in caplog.records] == ["  qat: 40 % of step 2 of 5"]

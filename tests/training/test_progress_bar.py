@@ -6,6 +6,7 @@ import re
 import pytest
 from training_helpers import Drawn, dense, trainer_of
 
+from adq_train.reporting.progress import Progress
 from adq_train.training.progress_bar import ProgressBar
 
 
@@ -36,5 +37,13 @@ def test_every_epoch_is_told_with_its_figures(told):
     trainer_of(dense(), ProgressBar("qat"), epochs=2).fit()
     lines = [x.getMessage().strip() for x in told.records]
     assert [x.split(":")[0] for x in lines] == ["qat 1/2", "qat 2/2"]
-    assert all(re.search(r"loss \d\.\d{3}, validation \d+\.\d %, \d+ images/s", x) for x in lines)
-    assert lines[-1].endswith("0 s left")
+    told = r"loss \d\.\d{3}, validation \d+\.\d %, \d+ s left, \d+ images/s"
+    assert all(re.search(told, x) for x in lines)
+    assert ", 0 s left, " in lines[-1]
+
+
+def test_the_bar_moves_within_an_epoch(monkeypatch):
+    shares = []
+    monkeypatch.setattr(Progress, "within", lambda self, share: shares.append(share))
+    trainer_of(dense(), ProgressBar("qat"), batches=Drawn(2, 2, 2, 2), epochs=1).fit()
+    assert shares == [0.25, 0.5, 0.75, 1]

@@ -21,7 +21,7 @@ from adq_train.cli.overrides import trust_typed
 from adq_train.cli.sources import composing
 from adq_train.cli.values import parse
 from adq_train.errors import ConfigError, UserError
-from adq_train.messages import configure_logging, show_error
+from adq_train.messages import configure_logging, show_error, speaks
 from adq_train.printable import printable
 
 
@@ -105,6 +105,8 @@ def run_job(job: Job, cfg: DictConfig) -> Outcome:
         job: What is asked for.
         cfg: Its configuration, with Hydra's own section.
     """
+    if "torch" not in sys.modules and speaks():
+        print("adq-train: loading PyTorch …", file=sys.stderr)
     from adq_train.run import pipeline
     from adq_train.training.distributed import (
         from_environment,

@@ -5,6 +5,8 @@ from __future__ import annotations
 import io
 import logging
 import math
+import shlex
+import shutil
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +24,9 @@ from adq_train.reporting.allocation_text import solved
 log = logging.getLogger(__name__)
 
 FLOAT_BYTES = 4
-CALIBRATED = ("after calibration", "no training yet")
+TITLE = "bold blue"
+COLOURS = {2: "green", 3: "cyan", 4: "blue"}
+CALIBRATED, BEGUN = "calibrated, untrained", "before QAT, from init_from"
 
 
 @dataclass(frozen=True)
@@ -98,27 +102,26 @@ def render(
         folder: Where everything was written.
         init_from: Whether QAT began with the weights of another run.
     """
-    places = Text(
-        f"written to  {folder}\n"
-        f"picture     {folder / 'plots' / 'summary.png'}\n"
-        f"look at it  tensorboard --logdir {folder}",
-        no_wrap=True,
-        overflow="ignore",  # a path that is cut short cannot be copied
-    )
     blank = Text()
     return Group(
         blank,
-        Text(f"Layers (Ω: {table.metric}; bits: {solved(allocation)})", style="bold blue"),
+        Text(
+            f"Layers: Ω at each width ({table.metric}); bits by {solved(allocation)}", style=TITLE
+        ),
         layer_table(table, allocation),
-        *(Text(one_line(x)) for x in unused_levels(levels)),
+        *(Text(one_line(x), style="bright_black") for x in unused_levels(levels)),
         blank,
-        Text("Top-1 accuracy on the test set", style="bold blue"),
+        Text(
+            f"Top-1 accuracy on {result.num_test_images:,} test images "
+            f"(standard error ±{standard_error(result):.2f})",
+            style=TITLE,
+        ),
         accuracy_table(result, init_from),
         blank,
-        Text("Size", style="bold blue"),
+        Text("Size", style=TITLE),
         size_table(table, allocation, result, counts),
         blank,
-        places,
+        written(folder),
     )
 
 
@@ -129,9 +132,9 @@ def layer_table(table: SensitivityTable, allocation: BitAllocation) -> Table:
     layers.add_column("layer", style="bold", min_width=max(len(x.name) for x in table.layers))
     layers.add_column("weights", justify="right")
     for width in table.bit_widths:
-        layers.add_column(f"Ω({width} bits)", justify="right")
-    layers.add_column("bits W/A", justify="right")
-    layers.add_column("", no_wrap=True, overflow="crop")
+        layers.add_column(f"{width} bits", justify="right")
+    layers.add_column("W/A", justify="right")
+    layers.add_column("bits", no_wrap=True, overflow="crop")
     layers.add_column("packed", justify="right")
     chosen = allocation.bits()
     for layer in table.layers:
@@ -139,72 +142,84 @@ def layer_table(table: SensitivityTable, allocation: BitAllocation) -> Table:
         layers.add_row(
             escape(one_line(layer.name)),
             f"{layer.num_weights:,}",
-            *(f"{layer.sensitivity[b]:.2e}" for b in table.bit_widths),
+            *(f"{layer.sensitivity[b]:.1e}" for b in table.bit_widths),
             f"{bits.weight_bits}/{bits.activation_bits}",
-            Text("■" * bits.weight_bits, style="blue"),
+            Text("■" * bits.weight_bits, style=COLOURS.get(bits.weight_bits, "bright_black")),
             kilobytes(packed_bytes(layer.num_weights, bits.weight_bits)),
         )
     return layers
 
 
+def standard_error(result: RunResult) -> float:
+    """That of the accuracy after QAT, in points: how far so many test images can tell."""
+    share = min(max(result.qat_top1_percent / 100, 1e-11), 1)
+    return 100 * math.sqrt(share * (1 - share) / result.num_test_images)
+
+
 def accuracy_table(result: RunResult, init_from: bool) -> Table:
-    """Accuracies before and after QAT, to as many digits as the test set can tell apart."""
-    # Two digits mean something only where the test set can tell them apart.
-    error = 100 * math.sqrt(
-        max(result.qat_top1_percent, 1e-9) / 100 * (1 - min(result.qat_top1_percent, 100) / 100)
-        / result.num_test_images
-    )  # fmt: skip
-    accuracy = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), show_header=False)
-    begins = ("before QAT", "as init_from left it") if init_from else CALIBRATED
-    for label, value, note in (
-        ("float", result.fp_top1_percent, ""),
-        (begins[0], result.ptq_top1_percent, begins[1]),
-        (
-            "after QAT",
-            result.qat_top1_percent,
-            f"{result.qat_top1_percent - result.fp_top1_percent:+.2f} points to float; "
-            f"standard error ±{error:.2f} on {result.num_test_images:,} test images",
-        ),
-    ):
-        accuracy.add_row(label, Text(f"{value:.2f} %", style="bold"), note)
+    """The accuracies side by side: float, before and after QAT."""
+    accuracy = Table(box=None, pad_edge=False, padding=(0, 3, 0, 0))
+    for heading in ("float", BEGUN if init_from else CALIBRATED, "after QAT", "QAT to float"):
+        accuracy.add_column(heading, justify="right")
+    accuracy.add_row(
+        f"{result.fp_top1_percent:.2f} %",
+        f"{result.ptq_top1_percent:.2f} %",
+        Text(f"{result.qat_top1_percent:.2f} %", style="bold green"),
+        f"{result.qat_top1_percent - result.fp_top1_percent:+.2f} points",
+    )
     return accuracy
 
 
 def size_table(
     table: SensitivityTable, allocation: BitAllocation, result: RunResult, counts: Counts
 ) -> Table:
-    """Averages, bytes, bit operations, and the time of every stage."""
+    """Averages, bytes, bit operations, and the time of the stages that took some."""
     num_weights = sum(x.num_weights for x in table.layers)
-    whole = total_bytes(allocation, counts)
-    float_whole = FLOAT_BYTES * (num_weights + counts.num_float_values)
     sizes = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), show_header=False)
     sizes.add_row(
         "average bits",
         f"{allocation.average_weight_bits:.2f} weights, "
         f"{allocation.average_activation_bits:.2f} activations "
-        f"({allocation.average_weight_bits_all_layers:.2f} over all weights, with the first and "
-        "last layer)",
+        f"({allocation.average_weight_bits_all_layers:.2f} over all weights)",
     )
-    sizes.add_row(
-        "packed weights",
-        f"{kilobytes(allocation.model_size_bytes)}, "
-        f"{FLOAT_BYTES * num_weights / allocation.model_size_bytes:.1f} times smaller than the "
-        f"{kilobytes(FLOAT_BYTES * num_weights)} of float32",
-    )
-    sizes.add_row(
-        "whole model",
-        f"{kilobytes(whole)} with levels, thresholds and the parts that stay float, "
-        f"{float_whole / whole:.1f} times smaller than {kilobytes(float_whole)}",
-    )
-    if counts.num_edges:
+    for label, count, of in (
+        ("packed weights", allocation.model_size_bytes, num_weights),
+        ("whole model", total_bytes(allocation, counts), num_weights + counts.num_float_values),
+    ):
         sizes.add_row(
-            "target",
-            f"int8: weight levels on int8 grids, {counts.num_edges} values between layers at "
-            "8 bits; adq-export RUN_FOLDER format=qdq",
+            label,
+            f"{kilobytes(count)}, {FLOAT_BYTES * of / count:.1f} times smaller than float32 "
+            f"({kilobytes(FLOAT_BYTES * of)})",
         )
+    if counts.num_edges:
+        sizes.add_row("target", f"int8, with {counts.num_edges} values between layers at 8 bits")
     sizes.add_row("bit operations", f"{allocation.bops:.3g} per image")
-    sizes.add_row("time", ", ".join(f"{k} {v:.1f} s" for k, v in result.seconds.items()))
+    total = sum(result.seconds.values())
+    long = [f"{name} {x:.1f}" for name, x in result.seconds.items() if x >= total / 50]
+    sizes.add_row("time", f"{total:.1f} s ({', '.join(long)})")
     return sizes
+
+
+def written(folder: Path) -> Text:
+    """Where the run is, and three commands to go on with."""
+    place = shlex.quote(str(folder))
+    text = Text(no_wrap=True, overflow="ignore")  # a path that is cut short cannot be copied
+    text.append(f"written to  {folder}\npicture     {folder / 'plots' / 'summary.png'}\n")
+    text.append(f"why these   {folder / 'allocation.txt'}\n\n")
+    text.append("next:\n", style=TITLE)
+    text.append(f"  see how it trained  {typed('tensorboard')} --logdir {place}\n")
+    text.append(f"  try other budgets   {typed('adq-pareto')} {place}\n")
+    text.append(f"  make a small file   {typed('adq-export')} {place}")
+    return text
+
+
+def typed(program: str) -> str:
+    """What to type for a program of this environment, which need not be an active one."""
+    beside = Path(sys.executable).with_name(program)
+    if shutil.which(program) or not beside.exists():
+        return program
+    near = beside.is_relative_to(Path.cwd())
+    return shlex.quote(str(beside.relative_to(Path.cwd()) if near else beside))
 
 
 def show(content: RenderableType) -> None:

@@ -44,12 +44,16 @@ class ProgressBar(Hook):
         with Progress(self.stage, total=epochs, done=trainer.epoch) as self.progress:
             yield
 
+    def after_batch(self, trainer: Trainer) -> None:
+        """Moves the bar within an epoch."""
+        self.progress.within(trainer.sums.batches / len(trainer.data.train))
+
     def after_epoch(self, trainer: Trainer, report: EpochReport) -> None:
         """Tells how it went."""
         left = trainer.seconds / trainer.epoch * (trainer.settings.epochs - trainer.epoch)
         self.progress.advance(
             f"loss {report.train_loss:.3f}, validation {report.validation_top1_percent:.1f} %, "
-            f"{report.images_per_second:.0f} images/s, {report.data_wait_percent:.0f} % of it "
-            f"waiting for data, peak {report.peak_memory_bytes / 1e6:.0f} MB, "
-            f"{duration(left)} left"
+            f"{duration(left)} left",
+            f", {report.images_per_second:.0f} images/s, {report.data_wait_percent:.0f} % of it "
+            f"waiting for data, peak {report.peak_memory_bytes / 1e6:.0f} MB",
         )

@@ -71,7 +71,7 @@ def measure(session: Session, folder: RunFolder) -> SensitivityTable:
             progress.advance(row.name)
     table = replace(partial.table, caveat=doubt)
     if evened := evened_out(table):
-        log.info("profile: %d layers were evened out within their standard error", evened)
+        log.info("profile: Ω of %d of the layers was smoothed within its standard error", evened)
     if odd := oddities(table):
         log.warning(odd)
     return table
