@@ -76,7 +76,7 @@ def test_the_bar_fits_into_eighty_columns_and_any_encoding(monkeypatch, encoding
 
 
 def test_a_long_step_is_told_of_without_a_terminal(monkeypatch, caplog):
-    times = iter([0.0, 5.0, 11.0, 12.0])
+    times = iter([0.0, 25.0, 31.0, 32.0])
     monkeypatch.setattr(progress.time, "monotonic", lambda: next(times))
     monkeypatch.setattr(sys, "stderr", Screen(False))
     with caplog.at_level(logging.DEBUG, logger="adq_train"), Progress("qat", 5, 1) as steps:

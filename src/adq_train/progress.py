@@ -13,6 +13,7 @@ from adq_train.messages import speaks
 log = logging.getLogger(__name__)
 
 SECONDS_BETWEEN_LINES = 10.0
+SECONDS_OF_SILENCE = 30.0  # within a step that is longer than that
 SECONDS_BETWEEN_FRAMES = 0.2
 FORMAT = "  {desc} |{bar:14}| {unit}"  # fits into 80 columns; tqdm puts a comma before its postfix
 
@@ -63,7 +64,7 @@ class Progress:
             self.last_frame = now
             self.bar.n = self.done + share
             self.bar.refresh()
-        elif not self.terminal and now - self.last_line >= SECONDS_BETWEEN_LINES:
+        elif not self.terminal and now - self.last_line >= SECONDS_OF_SILENCE:
             self.last_line = now
             log.info(
                 "  %s: %.0f %% of step %d of %d", self.what, 100 * share, self.done + 1, self.total
