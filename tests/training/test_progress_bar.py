@@ -6,7 +6,7 @@ import re
 import pytest
 from training_helpers import Drawn, dense, trainer_of
 
-from adq_train.reporting.progress import Progress
+from adq_train.progress import Progress
 from adq_train.training.progress_bar import ProgressBar
 
 
