@@ -8,8 +8,12 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from helpers import problems_of
+from torch import nn
+from torch.nn import functional
 
+import adq_train
 from adq_train.cli.values import quoted
 
 ROOT = Path(__file__).parents[1]
@@ -37,6 +41,39 @@ def test_every_command_of_the_pages_is_taken():
         if any(flag.startswith("--") for flag in flags):  # --help, --settings …
             continue
         assert problems_of(quoted(overrides), sweep="-m" in flags) == [], (page, words)
+
+
+def test_the_five_lines_of_the_readme_run(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (code,) = re.findall(r"```python\n(.*?)```", PAGES[0].read_text(encoding="utf-8"), re.DOTALL)
+    assert len(code.strip().splitlines()) == 5
+    torch.manual_seed(0)
+    images, labels = torch.rand(64, 8), torch.arange(64) % 4
+    model = nn.Sequential(
+        nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 4)
+    )
+    before = model[2].weight.clone()
+
+    def train(network, optimizer):
+        codebook = network[2].weight_quantizer.codebook.clone()
+        for _ in range(3):
+            optimizer.zero_grad()
+            functional.cross_entropy(network(images), labels).backward()
+            optimizer.step()
+        assert not torch.equal(network[2].weight_quantizer.codebook, codebook)
+        network.eval()
+
+    names = {"adq_train": adq_train, "torch": torch, "model": model, "images": images}
+    exec(code, {**names, "train": train})
+    assert torch.equal(model[2].weight, before)
+    packed = adq_train.load_packed("model.safetensors", network=model)
+    assert packed(images).shape == (64, 4)
+
+
+def test_the_readme_can_be_read_in_a_few_minutes():
+    lines = PAGES[0].read_text(encoding="utf-8").splitlines()
+    assert len(lines) < 150
+    assert all(len(x) <= 120 for x in lines)
 
 
 def test_the_site_builds_and_every_link_leads_somewhere(tmp_path):

@@ -166,3 +166,17 @@ def test_a_stopped_run_says_so(tmp_path):
     status = json.loads((tmp_path / "run" / "status.json").read_text())
     assert (status["state"], status["stage"]) == ("stopped", "qat")
     assert status["error"] == "stopped by SIGTERM"
+
+
+@pytest.mark.parametrize("name", [x for x in PROGRAMS.values() if x != "adq-train"])
+def test_help_has_the_same_form_everywhere_and_begins_with_examples(name, program):
+    code, out, err = program(name, "--help")
+    assert (code, err) == (0, "")
+    lines = out.splitlines()
+    headings = [x.split(",")[0] for x in lines]
+    places = [headings.index(x) for x in ("Examples", "Usage", "Settings")]
+    assert places == sorted(places)
+    assert places[0] == 2
+    assert lines[0].startswith(f"{name}: ")
+    assert lines[3].startswith(f"  {name} ")
+    assert max(map(len, lines)) <= 80

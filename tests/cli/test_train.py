@@ -28,7 +28,7 @@ def test_help_is_written_for_a_person(cli):
     assert outcome.code == 0
     assert re.search(r"data: .*cifar10, cifar100, digits.*, synthetic", outcome.out)
     assert "experiment: quickstart, resnet18_imagenet" in outcome.out
-    examples = outcome.out.split("Examples")[1].split("More")[0].strip().splitlines()
+    examples = outcome.out.split("Examples")[1].split("Usage")[0].strip().splitlines()
     assert len(examples) == 5
 
 
@@ -64,6 +64,29 @@ def test_completion_offers_the_groups(tmp_path):
         env={"COMP_LINE": "adq-train weight_q", "PATH": "/usr/bin:/bin"},
     )
     assert "weight_quantizer=" in done.stdout
+
+
+def test_tab_completes_in_bash(tmp_path):
+    """What pressing the key does, in a bash that has read what ``-sc install=bash`` prints."""
+    (tmp_path / "adq-train").write_text(
+        f"#!{sys.executable}\nfrom adq_train.cli.program import train\ntrain()\n"
+    )
+    (tmp_path / "adq-train").chmod(0o755)
+    script = """
+        eval "$(adq-train -sc install=bash)"
+        COMP_LINE="adq-train model=resnet2"; COMP_POINT=${#COMP_LINE}
+        COMP_WORDS=($COMP_LINE); COMP_CWORD=1
+        $(complete -p adq-train | sed 's/.*-F \\([^ ]*\\).*/\\1/')
+        echo "${COMPREPLY[@]}"
+    """
+    done = subprocess.run(
+        ["bash", "-c", script],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        env={**os.environ, "PATH": f"{tmp_path}:/usr/bin:/bin"},
+    )
+    assert done.stdout.split() == ["model=resnet20", "model=resnet20_preact"], done.stderr
 
 
 def test_plus_experiment_is_experiment(cli):

@@ -11,8 +11,9 @@ ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(autouse=True)
-def _folder(monkeypatch):
+def _folder(monkeypatch, tmp_path):
     monkeypatch.syspath_prepend(str(ROOT / "examples"))
+    monkeypatch.chdir(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -42,3 +43,11 @@ def test_what_the_page_shows_is_what_runs():
     for block in blocks:
         odd = [x for x in block.splitlines() if x.strip() and x.strip() not in lines]
         assert not odd, odd
+
+
+def test_five_minutes_end_with_pictures_and_a_file_that_agrees(tmp_path):
+    found = importlib.import_module("five_minutes").main(epochs=2)
+    assert found["packed"] == found["qat"] > 0.8 * found["float"] > 40
+    assert found["packed_bytes"] < found["float_bytes"] / 6
+    for name in ("sensitivity.png", "pareto.png"):
+        assert (tmp_path / "five_minutes" / name).read_bytes().startswith(b"\x89PNG")

@@ -10,12 +10,22 @@ from adq_train.printable import one_line
 from adq_train.run.cleaning import clean
 from adq_train.storage.files import typed_path
 
-HELP = """adq-clean OUTPUTS [dry_run=true]
+HELP = """adq-clean: remove what finished runs no longer need, and say how many bytes.
 
-Removes what finished runs below a folder no longer need, and says what and how many bytes:
-previous checkpoints, locks and what killed processes left; the checkpoints of trained float models
-in OUTPUTS/shared; and float models that no run names, where no run is unfinished. What evaluates,
-exports or starts another run stays. Unfinished runs are left alone. dry_run=true only tells.
+Examples
+  adq-clean outputs dry_run=true
+  adq-clean outputs
+
+Usage
+  adq-clean FOLDER [setting=value ...]
+
+Removed are previous checkpoints, locks and what killed processes left; the
+checkpoints of trained float models in FOLDER/shared; and float models that no
+run names, where no run is unfinished. What evaluates, exports or starts another
+run stays. Unfinished runs are left alone.
+
+Settings, with their defaults
+  dry_run=false             only tell what would go
 """
 
 

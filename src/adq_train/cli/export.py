@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+import textwrap
 from dataclasses import dataclass, field
 
 from adq_train.cli.arguments import read
@@ -16,45 +17,65 @@ from adq_train.storage.files import typed_path
 
 
 def _format_help() -> str:
-    """A line for each format, and one for what it needs."""
-    lines = [f"  format={'|'.join(FORMATS)}"]
+    """Two lines for each format: its file and what it is for, and what it needs."""
+    lines = []
     for x in FORMATS.values():
-        lines.append(f"    {x.name:<24}{x.file}: {x.help}")
-        if x.extra:
-            lines.append(f"{'':28}needs pip install 'adq-train[{x.extra}]'")
+        needs = f"; needs pip install 'adq-train[{x.extra}]'" if x.extra else ""
+        lines.append(f"    {x.name:<8}export/{x.file.removeprefix('export/')}{needs}")
+        lines += textwrap.wrap(x.help, 80, initial_indent=" " * 12, subsequent_indent=" " * 12)
     return "\n".join(lines)
 
 
-EXPORT_HELP = f"""adq-export RUN_FOLDER [key=value ...]
+EXPORT_HELP = f"""adq-export: write the trained network of a finished run as one file.
 
-Writes the trained model of a finished run as one file, in one of several formats; all but packed
-are verified on the test set, in the program that runs them.
+Examples
+  adq-export outputs/quickstart/default-5be24364
+  adq-export run format=onnx
+  adq-export run format=qdq output=model.onnx
 
+Usage
+  adq-export RUN_FOLDER [setting=value ...]
+
+Settings, with their defaults
+  format=packed             one of
 {_format_help()}
   output=FILE               another place
-  float_type=float32|float16   packed: precision of norms, biases and layers that are not quantized
-  fold_batch_norm=true      fold batch norms into convolutions; logits then differ by rounding
-  tolerance=0.001           share of the test images that may get another top-1 class, near ties
-                            aside (docs/export.md)
-  data.KEY=VALUE            other settings of the run's data set: data.root=/data/cifar10;
-                            data.download=true fetches it where it is not there
-  trusted_packages=[NAME]   packages of your own whose classes the run uses; they will be imported
-  json=true                 the report as one line of JSON
-  debug=true                show where an error comes from
+  float_type=float32        packed: precision of norms, biases and layers that
+                            are not quantized; or float16
+  fold_batch_norm=false     packed: fold batch norms into convolutions; logits
+                            then differ by rounding
+  tolerance=0.001           largest share of the test images whose class may
+                            differ in the other program (docs/export.md)
+  data.KEY=VALUE            other settings of the run's data set:
+                            data.root=/data/cifar10, data.download=true
+  trusted_packages=[NAME]   packages of your own whose classes the run uses;
+                            they will be imported
+  json=false                the report as one line of JSON
+  debug=false               show where an error comes from
 """
-EVAL_HELP = """adq-eval PATH [key=value ...]
+EVAL_HELP = """adq-eval: measure a run, or a file of adq-export, on its test images.
 
-Evaluates a run folder or a file of adq-export on the test images of its data set.
+Examples
+  adq-eval outputs/quickstart/default-5be24364
+  adq-eval run/export/model.safetensors data.root=/data/cifar10
+  adq-eval run/export/model.onnx predict=photo.jpg
+  adq-eval run all_forms=true
 
-  data=NAME data.KEY=VALUE  another data set, or other settings of it: data.root=/data/imagenet;
-                            data.download=true fetches it where it is not there
-  trusted_packages=[NAME]   packages of your own whose classes it names; they will be imported
-  batch_size=500            images of a batch
+Usage
+  adq-eval PATH [setting=value ...]
+
+Settings, with their defaults
+  data=NAME data.KEY=VALUE  another data set, or other settings of it:
+                            data.root=/data/imagenet, data.download=true
   predict=FILE_OR_FOLDER    classify images of your own instead
-  all_forms=true            a run beside all files in its export/ folder: top-1, images with another
-                            class than from the checkpoint, bytes, milliseconds for an image
-  json=true                 one line of JSON
-  debug=true                show where an error comes from
+  all_forms=false           a run beside all files in its export/ folder: top-1,
+                            images with another class than from the checkpoint,
+                            bytes, milliseconds for an image
+  batch_size=500            images of a batch
+  trusted_packages=[NAME]   packages of your own whose classes it names; they
+                            will be imported
+  json=false                one line of JSON
+  debug=false               show where an error comes from
 """
 
 

@@ -29,20 +29,29 @@ from adq_train.storage.yaml_files import read_yaml
 ALLOCATORS: dict[str, Allocator] = {x.name: x for x in (IlpAllocator(), GreedyAllocator())}
 
 
-HELP = f"""adq-pareto RUN_FOLDER [key=value ...]
+HELP = f"""adq-pareto: predicted loss against cost, from one run, without training.
 
-Predicted loss against cost, from the sensitivities of one run, or from a sensitivity.json. Pins,
-candidates and tied bits are those of the run unless given here.
+Examples
+  adq-pareto outputs/quickstart/default-5be24364
+  adq-pareto run over=bops budget.model_size_bytes=0.08x
+  adq-pareto sensitivity.json bits.candidates=[2,4]
 
-  over=BUDGET               the budget to vary: {BUDGETS[0]} (default),
-                            {", ".join(BUDGETS[1:])}
+Usage
+  adq-pareto RUN_FOLDER|SENSITIVITY.JSON [setting=value ...]
+
+Settings, with their defaults
+  over={BUDGETS[0]}  the budget to vary; or
+                            {", ".join(BUDGETS[1:3])},
+                            {", ".join(BUDGETS[3:])}
   points=40                 how many budgets
-  budget.NAME=AMOUNT        another budget that must hold besides: budget.bops=0.01x
-  bits.KEY=VALUE            as adq-train has them: bits.candidates=[2,3] bits.first_last=null
+  budget.NAME=AMOUNT        another budget that must hold too: budget.bops=0.01x
+  bits.KEY=VALUE            as adq-train has them, by default those of the run:
+                            bits.candidates=[2,3] bits.first_last=null
                             'bits.pinned={{fc: 8}}' bits.tied=false
-  allocator={"|".join(ALLOCATORS)}      who chooses
-  output=FOLDER             for pareto.csv and pareto.png (default: the table's)
-  debug=true                show where an error comes from
+  allocator=ilp             who chooses; or {", ".join(x for x in ALLOCATORS if x != "ilp")}
+  output=FOLDER             for pareto.csv and pareto.png; default: beside the
+                            sensitivities
+  debug=false               show where an error comes from
 """
 
 

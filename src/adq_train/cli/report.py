@@ -26,16 +26,24 @@ from adq_train.storage.files import typed_path, write_text, written_whole
 SHOWN = (0, 1, 2, 5, 6, 8, 9)
 
 
-HELP = """adq-report FOLDER ... [key=value ...]
+HELP = """adq-report: tables, pictures and comparisons of runs, from their folders alone.
 
-Tables, pictures and comparisons of finished runs, from their folders alone: runs or sweeps.
+Examples
+  adq-report outputs/quickstart
+  adq-report outputs/quickstart reference=ablation=none
+  adq-report outputs/a outputs/b output=report title="Two bits on CIFAR-10"
 
-  output=FOLDER             default: FOLDER/report
-  reference=NAME            the row to compare with, by its name or some of its overrides; default:
-                            the row with the fewest overrides, of those with the same budget
-  title=TEXT                the page's heading; default: Report
-  json=true                 print the tables as JSON
-  debug=true                show where an error comes from
+Usage
+  adq-report FOLDER ... [setting=value ...]
+
+Settings, with their defaults
+  output=FOLDER/report      where to write
+  reference=NAME            the row to compare with, by its name or some of its
+                            overrides; default: the row with the fewest
+                            overrides, of those with the same budget
+  title=Report              the page's heading
+  json=false                print the tables as JSON
+  debug=false               show where an error comes from
 """
 
 

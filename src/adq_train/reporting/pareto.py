@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import math
 from collections.abc import Sequence
 
 from matplotlib.figure import Figure
@@ -43,7 +44,7 @@ def to_table(allocations: Sequence[BitAllocation]) -> Table:
         table.add_row(
             x.allocator,
             f"{x.average_weight_bits:.3f}",
-            f"{x.average_activation_bits:.3f}",
+            "" if math.isnan(x.average_activation_bits) else f"{x.average_activation_bits:.3f}",
             f"{x.model_size_bytes / 1e3:.1f}",
             f"{x.bops:.4g}",
             f"{x.objective:.4g}",
