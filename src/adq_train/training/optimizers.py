@@ -86,7 +86,7 @@ def _other_groups(
 
 
 def parameter_groups(
-    model: nn.Module, lr: float, weight_decay: float, quantizer_lr: float | None = None
+    model: nn.Module, lr: float, weight_decay: float = 0.0, quantizer_lr: float | None = None
 ) -> list[dict[str, Any]]:
     """Three optimizer groups: weights, norms and biases, quantizer parameters.
 
