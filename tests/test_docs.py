@@ -14,6 +14,11 @@ from torch import nn
 from torch.nn import functional
 
 import adq_train
+from adq_train.cli.arguments import parse
+from adq_train.cli.clean import CleanSettings
+from adq_train.cli.export import EvalSettings, ExportSettings
+from adq_train.cli.pareto import ParetoSettings
+from adq_train.cli.report import ReportSettings
 from adq_train.cli.values import quoted
 
 ROOT = Path(__file__).parents[1]
@@ -21,15 +26,15 @@ PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 FENCE = re.compile(r"^( *)```\w*\n(.*?)^\1```|^((?: {4}.*\n)+)", re.S | re.M)
 
 
-def commands(page):
-    """The lines of a page's code blocks that call adq-train; long ones may go on after a \\."""
+def commands(page, program="adq-train"):
+    """The lines of a page's code blocks that call a program; long ones may go on after a \\."""
     for _, fenced, indented in FENCE.findall(page.read_text(encoding="utf-8")):
         for line in (fenced or indented).replace("\\\n", " ").splitlines():
-            if "adq-train " not in line:
+            if f"{program} " not in line or "[" in line.split(f"{program} ")[0]:
                 continue
             words = shlex.split(line, comments=True)
-            if "adq-train" in words[:3] and not any("…" in word for word in words):
-                yield words[words.index("adq-train") + 1 :]
+            if program in words[:3] and not any("…" in word for word in words):
+                yield words[words.index(program) + 1 :]
 
 
 def test_every_command_of_the_pages_is_taken():
@@ -41,6 +46,33 @@ def test_every_command_of_the_pages_is_taken():
         if any(flag.startswith("--") for flag in flags):  # --help, --settings …
             continue
         assert problems_of(quoted(overrides), sweep="-m" in flags) == [], (page, words)
+
+
+OTHERS = {
+    "adq-export": ExportSettings,
+    "adq-eval": EvalSettings,
+    "adq-pareto": ParetoSettings,
+    "adq-report": ReportSettings,
+    "adq-clean": CleanSettings,
+}
+
+
+@pytest.mark.parametrize("program", OTHERS)
+def test_every_command_of_the_other_programs_is_taken(program):
+    lines = [words for page in PAGES for words in commands(page, program)]
+    assert lines
+    for words in lines:
+        if not {"...", "budgets", *("--help", "|")} & set(words):
+            parse(OTHERS[program], [x for x in words if x != "to"])
+
+
+@pytest.mark.parametrize("page", [x for x in PAGES[1:] if x.parent.name in ("docs", "results")])
+def test_a_page_begins_with_what_one_can_do_after_it_and_has_an_example(page):
+    title, _, first, *rest = page.read_text(encoding="utf-8").splitlines()
+    assert title.startswith("# ")
+    if page.name != "api.md":
+        assert first.startswith("After this page you ")
+        assert any(x.startswith(("```", "    ")) for x in rest)
 
 
 def test_the_five_lines_of_the_readme_run(tmp_path, monkeypatch):
