@@ -13,7 +13,7 @@ import traceback
 from typing import NoReturn
 
 from adq_train import __version__, interrupts
-from adq_train.cli import streams
+from adq_train.cli import streams, threads
 from adq_train.errors import ConfigError, UserError
 from adq_train.messages import show_error, speaks
 from adq_train.printable import printable
@@ -94,6 +94,7 @@ def act(name: str) -> int:
     if "--version" in sys.argv[1:]:
         print(f"{name} {__version__}")
         return 0
+    threads.prepare()
     debug = bool({"--debug", "debug=true", "debug=True"} & set(sys.argv))
     sys.argv = [x for x in sys.argv if x != "--debug"]
     module, _, attribute = PROGRAMS[name].partition(":")
