@@ -1,7 +1,8 @@
 """A GPU for tests where there is none: tensors that say ``cuda:0`` and compute on the CPU.
 
 Within :func:`gpu` every operation on such a tensor is looked at as it comes to PyTorch's
-dispatcher. What would make the CPU wait for a GPU is counted; a CPU tensor among them, and in
+dispatcher. What would make the CPU wait for a GPU is counted, and so is what would launch a kernel
+there, once for an operation though some launch several; a CPU tensor among them, and in
 deterministic mode an operation that has no such form on a GPU, is an error.
 """
 
@@ -15,10 +16,18 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map
 
+from adq_train.quantization import functional, gpu_kernels
+
 # Operations whose result or its size the CPU must know; bincount reads the largest index.
 READS = {
     "_local_scalar_dense", "equal", "nonzero", "masked_select", "_unique2", "unique_dim",
     "unique_consecutive", "bincount", "repeat_interleave",
+}  # fmt: skip
+
+# Operations that give memory, or look at some in another way, besides those that say so.
+NO_LAUNCH = {
+    "_reshape_alias", "_unsafe_view", "_local_scalar_dense", "empty", "empty_like", "empty_strided",
+    "new_empty", "new_empty_strided", "set_", "resize_", "lift_fresh",
 }  # fmt: skip
 
 # Those that torch.use_deterministic_algorithms refuses on a GPU, by its documentation.
@@ -80,13 +89,13 @@ def place():
 
 
 class Gpu(TorchDispatchMode):
-    """Counts waits by operation and place."""
+    """Counts waits and launches by operation and place."""
 
     current = None
 
     def __init__(self):
         super().__init__()
-        self.waits = Counter()
+        self.waits, self.launches = Counter(), Counter()
         self.events = 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
@@ -98,6 +107,9 @@ class Gpu(TorchDispatchMode):
 
     def wait(self, what):
         self.waits[what, place()] += 1
+
+    def launch(self, what):
+        self.launches[what, place()] += 1
 
     def run(self, func, args, kwargs):
         name = func._schema.name.split("::")[1]
@@ -126,6 +138,9 @@ class Gpu(TorchDispatchMode):
                 assert not weighted, f"{func} with weights is not deterministic, at {place()}"
                 assert name not in NOT_DETERMINISTIC, f"{func} is not deterministic, at {place()}"
 
+        if to_gpu and not func.is_view and name not in NO_LAUNCH:
+            self.launch(name)
+
         def inner(x):
             return x.inner if isinstance(x, PretendTensor) else x
 
@@ -138,10 +153,31 @@ class Gpu(TorchDispatchMode):
         return tree_map(wrapped, result) if to_gpu else result
 
 
+class Kernels:
+    """Triton's kernels: what they launch is counted, and the plain form computes what they give."""
+
+    def __init__(self, found):
+        self.found = found
+
+    def staircase(self, x, borders, values):
+        self.found.launch("staircase")
+        return PretendTensor(functional.staircase(x.inner, on_cpu(borders), on_cpu(values)))
+
+    def step_gradients(self, x, grad, *tables):
+        *tables, of_input = tables
+        for name in ("sums", "gradients of parameters"):
+            self.found.launch(name)
+        tables = [on_cpu(t) for t in tables]
+        grad_x, *others = functional.step_gradients(x.inner, *tables, grad.inner, of_input)
+        row = torch.cat([y.view(-1) for y in others])
+        return PretendTensor(grad_x if of_input else grad_x[:0]), PretendTensor(row)
+
+
 @contextlib.contextmanager
-def gpu():
-    """Gives the :class:`Gpu` that counts within the with block."""
+def gpu(triton=False):
+    """Gives the :class:`Gpu` that counts within the with block, with Triton or without."""
     found = Gpu()
+    kernels, usable = Kernels(found), gpu_kernels.usable
 
     class Event:
         def synchronize(self):
@@ -155,6 +191,10 @@ def gpu():
             return Event()
 
     with (
+        mock.patch.object(
+            gpu_kernels, "usable", lambda x: isinstance(x, PretendTensor) if triton else usable(x)
+        ),
+        mock.patch.object(gpu_kernels, "module", return_value=kernels),
         mock.patch.object(torch.cuda, "_lazy_init"),
         mock.patch.object(torch.cuda, "current_stream", Stream),
         mock.patch.object(Gpu, "current", found),

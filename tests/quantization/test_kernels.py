@@ -198,6 +198,11 @@ def test_what_the_compiler_is_told_of_the_operators():
     torch.library.opcheck(torch.ops.adq_train.staircase.default, (x, row, slopes))
     sums = x, torch.randn_like(x), row, midpoints(row), slopes
     torch.library.opcheck(torch.ops.adq_train.interval_sums.default, sums)
+    last = x.contiguous(memory_format=torch.channels_last)
+    for y, wanted in ((x, True), (last, True), (x[:, :, ::2], True), (x, False)):
+        tables = row, midpoints(row), row.diff(), row
+        given = y, *tables, torch.randn_like(y), wanted
+        torch.library.opcheck(torch.ops.adq_train.step_gradients.default, given)
 
 
 @pytest.mark.parametrize("bits", [2, 8])

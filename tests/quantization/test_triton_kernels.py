@@ -16,7 +16,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from adq_train.quantization import gpu_kernels
+from adq_train.quantization import gpu_kernels, kernels
 from adq_train.quantization.functional import GeneralizedSTE, interval_edges, midpoints
 
 triton = pytest.importorskip("triton")
@@ -179,6 +179,42 @@ def test_forward_is_one_launch_and_backward_two(monkeypatch):
     assert launched == ["_staircase"]
     triton_kernels.step_gradients(x, x, edges, midpoints(edges), torch.ones(3), levels)
     assert launched[1:] == ["_few_sums", "_parameter_gradients"]
+
+
+@interpreted
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last", "strided"])
+@pytest.mark.parametrize("bits", [3, 8])
+def test_the_function_takes_the_kernels_in_every_layout(bits, layout, monkeypatch):
+    """As on a GPU: x in its dtype and order, gradients in another order and type."""
+    torch.manual_seed(0)
+    x = torch.randn(2, 4, 6, 5)
+    x = {
+        "contiguous": x,
+        "channels_last": x.contiguous(memory_format=torch.channels_last),
+        "strided": x[:, :, ::2].transpose(1, 3),
+    }[layout]
+    parameters = step(bits, torch.Generator().manual_seed(0))
+    grad = torch.randn(x.shape).bfloat16()
+
+    def results(of_input=True):
+        inputs = [x.detach().requires_grad_(of_input), *(p.requires_grad_() for p in parameters)]
+        y = GeneralizedSTE.apply(*inputs)
+        assert y.stride() == (x if layout != "strided" else x.contiguous()).stride()
+        inputs = inputs if of_input else inputs[1:]
+        return [y, *torch.autograd.grad(y, inputs, grad.float())]
+
+    monkeypatch.setattr(kernels, "library", lambda: None)
+    plain = results()
+    monkeypatch.setattr(gpu_kernels, "usable", lambda x: True)
+    monkeypatch.setattr(gpu_kernels, "module", lambda x: triton_kernels)
+    by_gpu = results()
+    assert torch.equal(by_gpu[0], plain[0])
+    for got, expected in zip(by_gpu[1:], plain[1:], strict=True):
+        torch.testing.assert_close(
+            got, expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max())
+        )
+    for got, expected in zip(results(of_input=False)[1:], by_gpu[2:], strict=True):
+        assert torch.equal(got, expected)
 
 
 class Counted:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from adq_train.quantization import kernels
+from adq_train.quantization import gpu_kernels, kernels
 
 
 def at_least_float32(x: Tensor) -> Tensor:
@@ -68,6 +68,9 @@ def staircase(x: Tensor, borders: Tensor, values: Tensor) -> Tensor:
     x = x.contiguous()
     if kernels.usable(x):
         return kernels.staircase(x, borders, values)
+    if gpu_kernels.usable(x):
+        by_gpu: Tensor = gpu_kernels.module(x).staircase(x, borders, values)
+        return by_gpu
     cells = torch.bucketize(at_least_float32(x), borders, out_int32=True)
     return values.index_select(0, cells.flatten()).view(x.shape).to(x.dtype)
 
@@ -356,21 +359,107 @@ class GeneralizedSTE(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         """Gradients to x, start, widths and levels."""
         x, edges, thresholds, widths, levels = ctx.saved_tensors
-        outside, rises = levels.new_zeros(1), levels.diff()
-        slopes = torch.cat([outside, rises / widths, outside])
-        grad_x, sums = interval_sums(x, grads[0], edges, thresholds, slopes)
-        above, moments, over = sums.view(3, -1)
-        in_interval = above[:-1] - above[1:]
-        moment = moments[:-1] - moments[1:] - edges[:-1] * in_interval
-        pull = rises * in_interval / widths  # −∂L/∂start of each interval
-        # Widening an interval shifts every interval after it, as moving the start does.
-        later = pull.sum() - pull.cumsum(0)
-        grad_widths = -(rises / widths) * (moment / widths) - later
-        # ``over`` ends with the sum of all; a level's values lie over one threshold, not the next.
-        beyond = torch.cat([over[-1:], over[:-1]])
-        grad_levels = beyond - torch.cat([over[:-1], over.new_zeros(1)])
-        dtype = levels.dtype
-        return grad_x, -pull.sum().to(dtype), grad_widths.to(dtype), grad_levels.to(dtype)
+        wanted = ctx.needs_input_grad[0]
+        grad_x, *others = step_gradients(
+            x, edges, thresholds, widths, levels, grads[0], of_input=wanted
+        )
+        return grad_x if wanted else None, *others
+
+
+def step_gradients(
+    x: Tensor,
+    edges: Tensor,
+    thresholds: Tensor,
+    widths: Tensor,
+    levels: Tensor,
+    grad: Tensor,
+    of_input: bool = True,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """All gradients of :class:`GeneralizedSTE`.
+
+    Args:
+        x: Any shape.
+        edges: (N + 1,) sorted.
+        thresholds: (N,), each within its interval.
+        widths: (N,) positive.
+        levels: (N + 1,).
+        grad: Of the output, in the shape of ``x``.
+        of_input: Whether the first gradient is wanted; if not, it may be any tensor.
+
+    Returns:
+        The gradients of x, start (), widths (N,) and levels (N + 1,).
+    """
+    if (x.is_cuda and torch.compiler.is_compiling()) or gpu_kernels.usable(x):
+        # A compiler sees one operator there; forward it sees all, for its pass before this one.
+        by_gpu = _opaque_step_gradients if torch.compiler.is_compiling() else _by_gpu
+        grad_x, row = by_gpu(x, edges, thresholds, widths, levels, grad, of_input)
+        of_widths, of_levels = row[1:].split([len(widths), len(levels)])
+        return grad_x, row[0], of_widths, of_levels
+    outside, rises = levels.new_zeros(1), levels.diff()
+    slopes = torch.cat([outside, rises / widths, outside])
+    grad_x, sums = interval_sums(x, grad, edges, thresholds, slopes)
+    above, moments, over = sums.view(3, -1)
+    in_interval = above[:-1] - above[1:]
+    moment = moments[:-1] - moments[1:] - edges[:-1] * in_interval
+    pull = rises * in_interval / widths  # −∂L/∂start of each interval
+    # Widening an interval shifts every interval after it, as moving the start does.
+    later = pull.sum() - pull.cumsum(0)
+    grad_widths = -(rises / widths) * (moment / widths) - later
+    # ``over`` ends with the sum of all; a level's values lie over one threshold, not the next.
+    beyond = torch.cat([over[-1:], over[:-1]])
+    grad_levels = beyond - torch.cat([over[:-1], over.new_zeros(1)])
+    dtype = levels.dtype
+    return grad_x, -pull.sum().to(dtype), grad_widths.to(dtype), grad_levels.to(dtype)
+
+
+def _by_gpu(
+    x: Tensor,
+    edges: Tensor,
+    thresholds: Tensor,
+    widths: Tensor,
+    levels: Tensor,
+    grad: Tensor,
+    of_input: bool,
+) -> tuple[Tensor, Tensor]:
+    """The gradient of x, or (0,), and those of start, widths and levels in one row (2 N + 2,)."""
+    tables = edges, thresholds, widths, levels
+    if not gpu_kernels.usable(x):
+        grad_x, *others = step_gradients(x, *tables, grad, of_input)
+        return grad_x if of_input else x.new_empty(0), torch.cat([y.view(-1) for y in others])
+    last = is_channels_last(x)
+    if last:
+        x, grad = x.permute(0, 2, 3, 1), grad.permute(0, 2, 3, 1)
+    of_gpu = gpu_kernels.module(x).step_gradients
+    grad_x, row = of_gpu(x.contiguous(), grad.contiguous(), *tables, of_input)
+    return grad_x.permute(0, 3, 1, 2) if last and of_input else grad_x, row
+
+
+@torch.library.custom_op("adq_train::step_gradients", mutates_args=())
+def _opaque_step_gradients(
+    x: Tensor,
+    edges: Tensor,
+    thresholds: Tensor,
+    widths: Tensor,
+    levels: Tensor,
+    grad: Tensor,
+    of_input: bool,
+) -> tuple[Tensor, Tensor]:
+    return _by_gpu(x, edges, thresholds, widths, levels, grad, of_input)
+
+
+@_opaque_step_gradients.register_fake
+def _(
+    x: Tensor,
+    edges: Tensor,
+    thresholds: Tensor,
+    widths: Tensor,
+    levels: Tensor,
+    grad: Tensor,
+    of_input: bool,
+) -> tuple[Tensor, Tensor]:
+    like = x if is_channels_last(x) else x.contiguous()
+    grad_x = torch.empty_like(like) if of_input else x.new_empty(0)
+    return grad_x, levels.new_empty(2 * len(levels))
 
 
 def interval_edges(start: Tensor, widths: Tensor) -> Tensor:

@@ -75,6 +75,13 @@ def usable(x: Tensor) -> bool:
     )
 
 
+def module(x: Tensor) -> ModuleType:
+    """The kernels for a tensor that :func:`usable` takes."""
+    found = loaded(x.device).module
+    assert found is not None, "ask usable() first"
+    return found
+
+
 def _try(module: ModuleType, bits: int, device: torch.device) -> None:
     """Compares the kernels of a bit-width with what they shall give.
 

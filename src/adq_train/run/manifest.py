@@ -172,9 +172,9 @@ def environment(device: str = "cpu") -> dict[str, Any]:
     import torch
     import torchvision
 
-    from adq_train.quantization import kernels
+    from adq_train.quantization import gpu_kernels, kernels
 
-    on_cpu = torch.device(device).type == "cpu"
+    where = torch.device(device)
     return {
         "git": git_state(),
         "versions": {
@@ -188,7 +188,7 @@ def environment(device: str = "cpu") -> dict[str, Any]:
         "processor": processor(),
         "hardware": hardware(device),
         "cpu_threads": torch.get_num_threads(),
-        "kernels": kernels.in_use() if on_cpu else {"kernels": "plain PyTorch"},
+        "kernels": gpu_kernels.in_use(where) if where.type == "cuda" else kernels.in_use(),
     }
 
 
