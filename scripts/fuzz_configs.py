@@ -56,7 +56,7 @@ GROUPS = {
         "mse",
         "perturbation",
     ),
-    "allocator": ("fixed", "from_file", "greedy", "ilp", "uniform"),
+    "allocator": ("fixed", "from_file", "greedy", "ilp", "random", "uniform"),
     "optimizer": ("adamw", "sgd"),
     "quantizer_optimizer": ("adam", "sgd"),
     "scheduler": ("cosine", "linear", "step"),

@@ -9,11 +9,15 @@
 #   scripts/reproduce.sh ablation   resnet18_imagenet           0,1,2 data.root=/data/imagenet
 #   scripts/reproduce.sh comparison quickstart                  0,1,2
 #   scripts/reproduce.sh taught     resnet8_narrow_fashion_mnist 0,1,2 distillation.model.depth=8
+#   scripts/reproduce.sh allocation quickstart                  0,1,2
 #   … and so on: the first word is the table, the second any experiment of configs/experiment.
 #
 # taught adds to the comparison the rows that learn from another float network: ADQ with mixed bits,
 # and ADQ, LSQ, N2UQ and PACT at 3 and 4 bits. Its settings say which network
 # (configs/distillation/teacher.yaml). Its report has both.
+#
+# allocation asks what choosing bits is worth after QAT: the optimum by each metric, greedy, uniform and
+# five random allocations, all of as many bits as W3A3 has at most, for weights and for inputs.
 #
 # Further words are settings of every run (trainer.epochs=5, trainer.device=cuda:1 …).
 # Stopped? The same command goes on with what is not done. After a failed run the others still
@@ -23,10 +27,10 @@
 # one of resnet8_fashion_mnist 71 s; the float models before them 80 and 165 s a seed. So the comparison of
 # the narrow network with five seeds, 125 runs, takes 84 minutes of one core. The others have not been timed.
 #
-# Runs for each seed: an ablation has 10, a comparison 25 and taught 10 more.
+# Runs for each seed: an ablation has 12, a comparison 25 and taught 10 more, an allocation 12.
 set -euo pipefail
 
-usage() { sed -n '2,27s/^# \{0,1\}//p' "$0" >&2; exit 2; }
+usage() { sed -n '2,31s/^# \{0,1\}//p' "$0" >&2; exit 2; }
 [ $# -ge 2 ] || usage
 table=$1 experiment=$2 seeds=${3:-0,1,2}
 shift $(($# < 3 ? $# : 3))
@@ -53,6 +57,12 @@ case $table in
     folders=(comparison distillation)
     sweep distillation=teacher comparison=adq,lsq,n2uq,pact budget.average_weight_bits=3,4
     sweep distillation=teacher comparison=adq_mixed_apart budget.average_activation_bits=3,4 ;;
+  allocation)
+    folders=(sensitivity allocator)
+    size=(budget.average_weight_bits=3 budget.average_activation_bits=3)
+    sweep "sensitivity=$(names sensitivity -v -e from_file -e learned)" allocator=ilp "${size[@]}"
+    sweep allocator=greedy,uniform "${size[@]}"
+    sweep allocator=random allocator.seed=0,1,2,3,4 "${size[@]}" ;;
   *) usage ;;
 esac
 

@@ -80,6 +80,22 @@ def test_a_taught_table_adds_its_rows_to_those_of_the_comparison(reproduce):
     ]
 
 
+def test_allocations_of_one_size(reproduce):
+    code, (*sweeps, report) = reproduce("allocation", "quickstart", "0")
+    assert code == 0
+    size = ["budget.average_weight_bits=3", "budget.average_activation_bits=3"]
+    metrics = choices("sensitivity") - {"from_file", "learned"}
+    assert set(sweeps[0][2].removeprefix("sensitivity=").split(",")) == metrics
+    assert [x[3:] for x in sweeps] == [
+        ["allocator=ilp", *size, "experiment=quickstart", "seed=0"],
+        [*size, "experiment=quickstart", "seed=0"],
+        ["allocator.seed=0,1,2,3,4", *size, "experiment=quickstart", "seed=0"],
+    ]
+    assert all(problems_of(x[2:], sweep=True) == [] for x in sweeps)
+    folders = [f"outputs/quickstart/{x}=*" for x in ("sensitivity", "allocator")]
+    assert report == ["adq-report", *folders, "output=outputs/reports/allocation-quickstart"]
+
+
 def test_a_failure_is_reported_and_returned(reproduce):
     code, calls = reproduce("comparison", "quickstart", train_fails=True)
     assert code == 1
