@@ -145,17 +145,34 @@ ERRORS = {
         "weight_quantizer.dekay: there is no such setting (did you mean 'weight_quantizer.decay'?)",
     ),
     "no choice": (["ablation=null"], "ablation=None: there is no such choice"),
-    "no override at all": (["trainer.epochs"], "'trainer.epochs' is not of the form key=value"),
+    "no override at all": (
+        ["trainer.epochs"],
+        "'trainer.epochs' is not of the form key=value; write trainer.epochs=VALUE",
+    ),
+    "a choice alone": (
+        ["quickstart"],
+        "'quickstart' is not of the form key=value; write experiment=",
+    ),
+    "spaces around =": (["trainer.epochs", "=", "3"], "'=': write setting=value, without spaces"),
+    "an open bracket": (
+        ["bits.pinned={fc:4"],
+        "bits.pinned: cannot read '{fc:4'; a bracket { is not",
+    ),
+    "no list": (["bits.candidates=3"], "bits.candidates: must be a list, such as [2,3], got 3"),
+    "a flag": (
+        ["--epochs=3"],
+        "--epochs=3: there is no such flag; a setting is written epochs=VALUE",
+    ),
     "an added key": (["+foo=1"], "foo: there is no such setting"),
     "an added key in a section": (["+budget.bits=1"], "budget.bits: there is no such setting"),
     "an added knob": (["+optimizer.lrr=1"], "optimizer.lrr: optimizer has no such setting"),
     "a wrong type in a section": (
         ["trainer.epochs=many"],
-        "trainer.epochs: Value 'many' of type 'str' could not be converted to Integer",
+        "trainer.epochs: must be a whole number, got 'many'",
     ),
     "a wrong type of a knob": (
         ["weight_quantizer.decay=high"],
-        "weight_quantizer.decay: must be float, got 'high'",
+        "weight_quantizer.decay: must be a number, got 'high'",
     ),
     "a value out of range": (["trainer.epochs=-1"], "trainer.epochs: must be at least 0, got -1"),
     "a knob out of range": (

@@ -157,7 +157,7 @@ def test_a_postscript_file_starts_no_program(tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
     monkeypatch.setattr("PIL.EpsImagePlugin.gs_binary", None, raising=False)
     eps = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\nshowpage\n"
-    with pytest.raises(UnreadableError, match="cannot identify image file"):
+    with pytest.raises(UnreadableError, match="its format is not one that is read"):
         read(tmp_path, eps)
     assert not marker.exists()
     Image.init()

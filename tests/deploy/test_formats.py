@@ -44,7 +44,7 @@ def test_a_file_is_known_by_its_longest_ending(monkeypatch):
 
 def test_a_missing_package_names_the_extra():
     kind = Format("x", ".x", "x", "x", "x", extra="fpga", packages=("no_such_package",))
-    with pytest.raises(UserError, match=r"package no_such_package .*adq-train\[fpga\]"):
+    with pytest.raises(UserError, match=r"package no_such_package; .*adq-train\[fpga\]"):
         kind.writer()
 
 

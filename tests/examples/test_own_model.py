@@ -124,7 +124,7 @@ def test_outputs_that_are_not_one_for_each_class(train, tmp_path, monkeypatch):
 
 def test_choices_of_ones_own_need_a_folder(cli):
     outcome = cli("model=own_net")
-    assert "or give --config-dir=<folder> with a model/<choice>.yaml" in outcome.err
+    assert "or give --config-dir=<folder> with model/<choice>.yaml in it" in outcome.err
 
 
 def test_the_readme_gives_the_commands_that_are_tested():

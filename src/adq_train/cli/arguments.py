@@ -64,7 +64,8 @@ def parse(kind: type[T], arguments: Sequence[str]) -> T:
         elif path_like and (several or not paths):
             paths.append(argument)
         elif not equals:
-            problems.append(f"{argument!r} is neither the path nor of the form key=value")
+            how = f"; write {argument}=VALUE" if argument in known else ""
+            problems.append(f"{argument!r} is neither the path nor of the form key=value{how}")
         elif dot and equals and f"{group}_changes" in known:
             values.setdefault(f"{group}_changes", {})[inner] = text
         elif key not in known or key == path_name or key.endswith("_changes"):

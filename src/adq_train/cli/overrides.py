@@ -56,6 +56,8 @@ def examine(
     """
     if search_path and not Path(search_path).is_dir():
         return CommandLine((f"--config-dir: there is no folder {search_path}",))
+    if spaced := [text for text in overrides if text.startswith("=")]:
+        return CommandLine((f"{spaced[0]!r}: write setting=value, without spaces around =",))
     problems: list[str] = []
     with composing(search_path) as compose:
         loader = GlobalHydra.instance().config_loader()
@@ -63,8 +65,8 @@ def examine(
         for text in overrides:
             try:
                 parsed.append(parse(text))
-            except HydraException as error:
-                problems.append(_unreadable(text, str(error).splitlines()[0]))
+            except HydraException:
+                problems.append(_unreadable(text, loader))
         problems += [_no_launcher(x.value()) for x in parsed if _is_other_launcher(x)]
         parsed = [x for x in parsed if not _is_other_launcher(x)]
         groups = [""] + [g for g in loader.list_groups("") if not g.startswith("hydra")]
@@ -98,9 +100,10 @@ def examine(
         with open_dict(cfg):
             del cfg["hydra"]
         known = [*_keys(cfg), *groups[1:]]
+        ambiguous = [x for x in parsed if x.is_sweep_override() and not sweep]
         for override in values:
-            problems += _value_problems(cfg, override, known)
-        problems += [_ambiguous(x) for x in parsed if x.is_sweep_override() and not sweep]
+            problems += _value_problems(cfg, override, known, judged=override not in ambiguous)
+        problems += map(_ambiguous, ambiguous)
         if not problems and any(_is_rare(override) for override in parsed):
             problems += _as_a_whole(compose, parsed)
     return CommandLine(tuple(dict.fromkeys(problems)), sweep, params)
@@ -165,7 +168,9 @@ def _sorted(
             values.append(override)
             continue
         wrong = [str(v) for v in _choices(override) if str(v) not in options]
-        own = "" if search_path else f", or give --config-dir=<folder> with a {key}/<choice>.yaml"
+        own = (
+            "" if search_path else f", or give --config-dir=<folder> with {key}/<choice>.yaml in it"
+        )
         problems += [
             f"{key}={value}: there is no such choice{did_you_mean(value, options)}; "
             f"choose from {', '.join(sorted(options))}{own}"
@@ -194,11 +199,22 @@ def trust_typed(overrides: Sequence[str]) -> list[str]:
     return names
 
 
-def _unreadable(text: str, reason: str) -> str:
-    """What is wrong with an override that Hydra's grammar refuses, and how to write it."""
+def _unreadable(text: str, loader: Any) -> str:
+    """What is wrong with an override that Hydra's grammar refuses, and how to write it.
+
+    Args:
+        text: The override.
+        loader: Knows the groups and their choices.
+    """
     key, equals, value = text.partition("=")
-    how = f"; one value is written {how_to_write(key, value)}" if equals and value else ""
-    return f"{text!r} is not of the form key=value ({reason}){how}"
+    if not equals:
+        groups = [x for x in loader.list_groups("") if text in loader.get_group_options(x)]
+        meant = " or ".join(f"{x}={text}" for x in groups) or f"{text}=VALUE"
+        return f"{text!r} is not of the form key=value; write {meant}"
+    open_ones = [a for a, b in ("[]", "{}", "()") if value.count(a) != value.count(b)]
+    reason = f"; a bracket {open_ones[0]} is not closed" if open_ones else ""
+    how = f"; one text is written {how_to_write(key, value)}" if value and not open_ones else ""
+    return f"{key}: cannot read {value!r}{reason}{how}"
 
 
 def _ambiguous(override: Override) -> str:
@@ -242,17 +258,39 @@ def _keys(node: DictConfig, path: str = "") -> Iterator[str]:
             yield from _keys(child, name)
 
 
-def _value_problems(cfg: DictConfig, override: Override, known: Sequence[str]) -> Iterator[str]:
-    """What is wrong with an override of a single value."""
+KINDS = {"Integer": "a whole number", "Float": "a number", "Boolean": "true or false"}
+
+
+def _plainly(reason: str, value: Any) -> str:
+    """What OmegaConf says of a value of another type, in the words of all other messages."""
+    if found := re.search(r"could not be converted to (\w+)|is not a valid (\w+)", reason):
+        kind = (found[1] or found[2]).capitalize()
+        return f"must be {KINDS.get(kind, kind)}, got {value!r}"
+    if "is not a ListConfig" in reason:
+        return f"must be a list, such as [2,3], got {value!r}"
+    return reason
+
+
+def _value_problems(
+    cfg: DictConfig, override: Override, known: Sequence[str], judged: bool = True
+) -> Iterator[str]:
+    """What is wrong with an override of a single value.
+
+    Args:
+        cfg: What it changes.
+        override: One setting.
+        known: The names of all settings.
+        judged: Whether its value is looked at, too.
+    """
     key = override.key_or_group
     if not override.is_add() and key not in known:
         yield f"{key}: there is no such setting{did_you_mean(key, known)}"
         return
-    if _is_rare(override):
+    if _is_rare(override) or not judged:
         return  # Hydra and the signature check of the group look at these
     for value in _choices(override):
         trial = cfg.copy()
         try:
             OmegaConf.update(trial, key, value)
         except OmegaConfBaseException as error:
-            yield f"{key}: {str(error).splitlines()[0]}"
+            yield f"{key}: {_plainly(str(error).splitlines()[0], value)}"

@@ -121,7 +121,10 @@ def read_table(file: Path) -> SensitivityTable:
     try:
         table = SensitivityTable.from_json(file.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{file} cannot be read ({error})") from error
+        reason = getattr(error, "strerror", None) or "it is no text"
+        raise UserError(
+            f"{file} cannot be read ({reason}); give a run's folder, or its sensitivity.json"
+        ) from error
     except UserError as error:
         raise UserError(f"{file} is {error}") from error
     if not table.layers:

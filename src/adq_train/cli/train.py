@@ -11,7 +11,7 @@ import os
 import re
 import sys
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 import hydra
 from hydra._internal.utils import get_args_parser
@@ -42,7 +42,7 @@ def main() -> None:
         print(printable(settings_text(*sys.argv[2:3])))
         return
     argv = [as_meant(text) for text in sys.argv[1:]]
-    args = get_args_parser().parse_args(argv)
+    args = read_flags(argv)
     register()
     if args.help or args.hydra_help or args.shell_completion:
         answer(argv)
@@ -71,6 +71,28 @@ def main() -> None:
     if len(outcomes) > 1 and speaks():
         print(printable(table_of(outcomes)), file=sys.stderr)
     leave(exit_code(outcomes))
+
+
+def read_flags(argv: Sequence[str]) -> argparse.Namespace:
+    """Hydra's flags and the overrides.
+
+    Raises:
+        ConfigError: A flag that there is not.
+    """
+    parser = get_args_parser()
+
+    def refuse(message: str) -> NoReturn:
+        unknown = [x for x in message.split() if x.startswith("--")]
+        if "unrecognized" in message and unknown:
+            name = unknown[0].lstrip("-").partition("=")[0].replace("-", "_")
+            message = (
+                f"{unknown[0]}: there is no such flag; a setting is written {name}=VALUE, without "
+                "dashes"
+            )
+        raise ConfigError([f"{message}; adq-train --help shows examples"])
+
+    parser.error = refuse  # type: ignore[method-assign]
+    return parser.parse_args(argv)
 
 
 def as_meant(text: str) -> str:

@@ -112,9 +112,10 @@ def download(root: Path, version: Version) -> None:
     try:
         version.python(str(root), download=True)
     except Exception as error:  # whatever the network, the mirror or the disk came up with
+        reason = getattr(error, "reason", error)  # urllib wraps it
         raise UserError(
-            f"data.root: {version.python.url} could not be downloaded into {root} ({error}); fetch "
-            "it elsewhere, unpack it and set data.root to the folder that holds it"
+            f"data.root: {version.python.url} could not be downloaded into {root} ({reason}); "
+            "fetch it elsewhere, unpack it and set data.root to the folder that holds it"
         ) from error
 
 

@@ -77,8 +77,9 @@ def download(root: Path) -> None:
     try:
         FashionMNIST(str(root), download=True)
     except Exception as error:  # whatever the network, the mirror or the disk came up with
+        reason = getattr(error, "reason", error)  # urllib wraps it
         raise UserError(
-            f"data.root: Fashion-MNIST could not be downloaded into {root} ({error}); install "
+            f"data.root: Fashion-MNIST could not be downloaded into {root} ({reason}); install "
             "Debian's package dataset-fashion-mnist, or set data.root to a folder with its four "
             "IDX files"
         ) from error

@@ -7,7 +7,7 @@ import stat
 from pathlib import Path
 
 import numpy as np
-from PIL import ExifTags, Image
+from PIL import ExifTags, Image, UnidentifiedImageError
 
 # By their names; what is inside is found out by Pillow, which tries no other format: some of those
 # start programs (EPS: Ghostscript).
@@ -98,6 +98,8 @@ def read_picture(path: str, mode: str, resize: int | None = None) -> Image.Image
                 white = Image.new("RGBA", image.size, "white")
                 image = Image.alpha_composite(white, image)
             return _upright(image.convert(mode), file)
+    except UnidentifiedImageError as error:
+        raise UnreadableError("its format is not one that is read, or it is damaged") from error
     except Exception as error:  # each of Pillow's formats has errors of its own
         raise UnreadableError(" ".join(f"{error}".split()) or type(error).__name__) from error
 

@@ -203,6 +203,8 @@ def require(package: str, extra: str = "export") -> Any:
     try:
         return importlib.import_module(package)
     except ImportError as error:
+        missing = isinstance(error, ModuleNotFoundError) and error.name == package
+        reason = "" if missing else f" ({error})"
         raise MissingPackageError(
-            f"this format needs the package {package} ({error}); pip install 'adq-train[{extra}]'"
+            f"this format needs the package {package}{reason}; pip install 'adq-train[{extra}]'"
         ) from error

@@ -209,7 +209,10 @@ def _metadata(data: bytes, path: Path) -> dict[str, str]:
         metadata: Any = strict_json(data[8 : 8 + length]).get("__metadata__") or {}
         kind, version = metadata.get("format"), str(metadata.get("format_version", ""))
     except (ValueError, AttributeError, RecursionError) as error:
-        raise UserError(f"{path} is damaged, or not a safetensors file ({error})") from error
+        raise UserError(
+            f"{path} is damaged, or not a safetensors file; give a run's folder, or a file that "
+            "adq-export wrote"
+        ) from error
     if kind != FORMAT:
         raise UserError(f"{path} is not a packed model of adq-train; make one with adq-export")
     if not (version.isdecimal() and len(version) < 10 and int(version) > 0):

@@ -35,6 +35,9 @@ OPTIMIZER_RANGES = {
 TRUSTED_PREFIXES = ("adq_train.", "torch.optim.", "torchvision.models.")
 
 
+KINDS = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}
+
+
 def trusted_prefixes(packages: Iterable[str] = ()) -> tuple[str, ...]:
     """What the name of a target may start with, with packages that a user trusts besides."""
     return (*TRUSTED_PREFIXES, *(f"{name}." for name in packages))
@@ -224,7 +227,8 @@ def _argument_problems(
             what = target.__name__ if given else path
             yield f"{path}.{name}: {what} has no such setting{hint}{remedy}"
         elif name in hints and not fits(value, hints[name]):
-            wanted = getattr(hints[name], "__name__", None) or str(hints[name])
+            kind = hints[name]
+            wanted = KINDS.get(kind) or getattr(kind, "__name__", None) or str(kind)
             yield f"{path}.{name}: must be {wanted}, got {value!r}"
         elif issubclass(target, Optimizer) and name in OPTIMIZER_RANGES:
             for _, number in leaves(value):

@@ -181,6 +181,8 @@ def _device(name: str, problems: list[str]) -> torch.device:
             raise ValueError("it has no float64, in which figures are summed up")
     except (RuntimeError, AssertionError, ValueError) as error:
         reason = str(error).splitlines()[0]
+        if name.startswith("cuda") and not torch.cuda.is_available():
+            reason = "PyTorch finds no GPU on this machine"
         problems.append(f"trainer.device: {name!r} cannot be used here ({reason}); try auto or cpu")
         return torch.device("cpu")
     return device
