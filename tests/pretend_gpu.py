@@ -7,12 +7,13 @@ deterministic mode an operation that has no such form on a GPU, is an error.
 """
 
 import contextlib
-import traceback
+import sys
 from collections import Counter
 from unittest import mock
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import clip_grad
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map
 
@@ -82,9 +83,12 @@ def on_cpu(x):
 
 def place():
     """The line of adq_train that asks for this operation."""
-    for frame in reversed(traceback.extract_stack()):
-        if "/adq_train/" in frame.filename:
-            return f"{frame.filename.split('/adq_train/')[1]}:{frame.lineno}"
+    frame = sys._getframe()
+    while frame:
+        name = frame.f_code.co_filename
+        if "/adq_train/" in name:
+            return f"{name.split('/adq_train/')[1]}:{frame.f_lineno}"
+        frame = frame.f_back
     return "torch"
 
 
@@ -138,7 +142,8 @@ class Gpu(TorchDispatchMode):
                 assert not weighted, f"{func} with weights is not deterministic, at {place()}"
                 assert name not in NOT_DETERMINISTIC, f"{func} is not deterministic, at {place()}"
 
-        if to_gpu and not func.is_view and name not in NO_LAUNCH:
+        same = name == "_to_copy" and here and kwargs.get("dtype") in (None, args[0].dtype)
+        if to_gpu and not func.is_view and name not in NO_LAUNCH and not same:
             self.launch(name)
 
         def inner(x):
@@ -195,6 +200,8 @@ def gpu(triton=False):
             gpu_kernels, "usable", lambda x: isinstance(x, PretendTensor) if triton else usable(x)
         ),
         mock.patch.object(gpu_kernels, "module", return_value=kernels),
+        # Asks for CUDA tensors of no other type, which these would be.
+        mock.patch.object(clip_grad, "_has_foreach_support", return_value=True),
         mock.patch.object(torch.cuda, "_lazy_init"),
         mock.patch.object(torch.cuda, "current_stream", Stream),
         mock.patch.object(Gpu, "current", found),

@@ -6,6 +6,8 @@ whose tests are skipped, and say so, where there is none.
 """
 
 import copy
+from collections import Counter
+from functools import partial
 
 import pytest
 import torch
@@ -29,6 +31,7 @@ from adq_train.quantization.pact import PactActivationQuantizer
 from adq_train.quantization.prepare import Upkeep
 from adq_train.training.distillation import Teacher
 from adq_train.training.health import FiniteWatch
+from adq_train.training.optimizers import make_optimizers
 
 WEIGHTS = [ApotWeightQuantizer, DorefaWeightQuantizer, LsqWeightQuantizer, N2uqWeightQuantizer]
 INPUTS = [
@@ -167,6 +170,35 @@ def test_a_training_step_never_waits(name, make, deterministic):
         # The flags of two steps are on their way; those before them have arrived long ago.
         assert device.events == (0 if ceiling else 2)
     assert found == pytest.approx(losses(make(), IMAGES, TARGETS, **options), rel=1e-3)
+
+
+def launches(model, triton):
+    """Of a step with fused optimizers, once their state is there."""
+    with gpu(triton) as device:
+        model = moved(model)
+        fused = [
+            partial(torch.optim.SGD, momentum=0.9, fused=True),
+            partial(torch.optim.Adam, lr=0.01, fused=True),
+        ]
+        optimizer = make_optimizers(model, 0.01, 1e-4, *fused)
+        trainer = trainer_of(model, FiniteWatch(), optimizer=optimizer)
+        for _ in range(2):
+            device.launches.clear()
+            trainer.step(moved(IMAGES), moved(TARGETS))
+        assert not device.waits
+        return device.launches
+
+
+def test_launches_of_a_step_have_a_ceiling():
+    """A layer's quantizers, their gradients and its order statistics; following, for all layers."""
+    layers = 2
+    few = sum(launches(network(quantize=False), triton=True).values())
+    found = launches(network(), triton=True)
+    assert sum(found.values()) - few <= 37 * layers + 50, found
+    names = Counter(name for name, _ in found.elements())
+    assert names["staircase"] == 2 * layers  # weight and input
+    assert names["sums"] == names["gradients of parameters"] == layers
+    assert sum(launches(network(), triton=False).values()) > 2 * sum(found.values())
 
 
 def test_a_step_with_a_teacher_never_waits(deterministic):

@@ -1,3 +1,4 @@
+import copy
 from itertools import product
 
 import numpy as np
@@ -455,6 +456,39 @@ def test_levels_keep_their_ratio_to_the_quantiles(initialization):
             quantizer.adapt(weight)
         expected = np.sort(ratio * quantiles_of_sides(weight.numpy(), *sides))
         np.testing.assert_allclose(quantizer.levels(), expected, rtol=1e-4, atol=1e-6)
+
+
+def test_followed_together_is_followed_one_by_one():
+    """Also layers without a negative weight, of few weights, and of all other kinds."""
+    torch.manual_seed(0)
+    kinds = [
+        {"level_set": x, "granularity": g, "adaptation": a}
+        for x in LEVEL_SETS for g in GRANULARITIES for a in ADAPTATIONS
+    ]  # fmt: skip
+    shapes = [(6, 9), (40, 80), (3, 3)]
+    alone, weights = [], []
+    for kind in kinds:
+        for shape in shapes:
+            quantizer = AdqWeightQuantizer(3, decay=0.5, **kind)
+            quantizer.calibrate(torch.randn(shape))
+            alone.append(quantizer)
+            weights.append(torch.randn(shape) if shape != (6, 9) else torch.rand(shape))
+    together = copy.deepcopy(alone)
+    for _ in range(2):
+        before = [quantizer.codebook for quantizer in together]
+        kept = [codebook.clone() for codebook in before]
+        AdqWeightQuantizer.adapt_all(together, weights)
+        assert all(map(torch.equal, before, kept))  # who holds the old ones keeps them
+        for quantizer, weight in zip(alone, weights, strict=True):
+            quantizer.adapt(weight)
+    for first, second in zip(alone, together, strict=True):
+        assert same_state(first, second), first
+        assert second.codebook.untyped_storage().nbytes() == second.codebook.nbytes
+
+
+def same_state(first, second):
+    pairs = zip(first.state_dict().items(), second.state_dict().items(), strict=True)
+    return all(a == b and torch.equal(x, y) for (a, x), (b, y) in pairs)
 
 
 def test_one_quantile_step_is_the_formula():

@@ -13,7 +13,7 @@ from training_helpers import IMAGES, Drawn, dense, network, same, take, trainer_
 from adq_train.errors import UserError
 from adq_train.training.checkpoint_folder import CheckpointFolder
 from adq_train.training.checkpointing import Checkpoints
-from adq_train.training.health import FiniteWatch, PendingFlags, all_finite, clear_unless, origin
+from adq_train.training.health import FiniteWatch, PendingFlags, all_finite, origin
 
 
 def parameters(*gradients):
@@ -38,15 +38,6 @@ def parameters(*gradients):
 )
 def test_a_step_is_finite(loss, gradients, expected):
     assert bool(all_finite(torch.tensor(loss), parameters(*gradients))) is expected
-
-
-@pytest.mark.parametrize("finite", [True, False])
-def test_gradients_are_cleared(finite):
-    found = parameters([1.0, math.nan], None)
-    clear_unless(torch.tensor(finite), found)
-    assert found[0].grad[0].item() == float(finite)
-    assert bool(found[0].grad.isnan().any()) is finite
-    assert found[1].grad is None
 
 
 class Spoiled(torch.autograd.Function):

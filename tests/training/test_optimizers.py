@@ -116,3 +116,24 @@ def test_without_a_schedule_rates_stay():
     optimizers = both(network())
     optimizers.at(0.9)
     assert [group["lr"] for group in optimizers.param_groups] == [0.2, 0.2, 0.01]
+
+
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("kind", [torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW])
+def test_a_step_that_is_not_finite_leaves_weights_as_they_are(kind, fused):
+    first, second = (torch.nn.Parameter(torch.ones(2)) for _ in range(2))
+    unused = torch.nn.Parameter(torch.ones(2))
+    optimizer = Optimizers(kind([first, unused], lr=0.1, fused=fused), sgd([second]))
+    for finite in (True, False, True):
+        first.grad, second.grad = torch.ones(2), torch.ones(2)
+        if not finite:
+            first.grad[0] = torch.nan
+        before = [p.detach().clone() for p in (first, second)]
+        optimizer.skip_unless(torch.tensor(finite))
+        optimizer.step()
+        assert not torch.equal(first, before[0]) or not finite
+        assert first.isfinite().all()
+        if not finite and fused:
+            assert torch.equal(first, before[0])
+        assert bool((second != before[1]).all()) or not finite
+    assert torch.equal(unused, torch.ones(2))

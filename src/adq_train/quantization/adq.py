@@ -7,10 +7,12 @@ exponential moving average (EMA). The rest is this project's choice and configur
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from adq_train.quantization.base import WeightQuantizer, check_choice, check_finite, is_pruned
 from adq_train.quantization.functional import (
@@ -60,22 +62,24 @@ def _fit_sides(weights: Tensor, bit_width: int, level_set: str) -> tuple[Tensor,
     return negative, positive, low, high
 
 
-def _side_quantiles(weights: Tensor, bit_width: int, level_set: str) -> Tensor:
-    """The levels of :func:`quantile_codebook` but for the zero, (L,) sorted.
+def _side_quantiles(weights: Sequence[Tensor], bit_width: int, level_set: str) -> Tensor:
+    """The levels of :func:`quantile_codebook` but for the zero, (layers, L) sorted.
 
     No number is read from the device: how many levels the negative side has, too, is a tensor.
     """
     low, high = side_sizes(bit_width, level_set)
-    negative, positive = (weights < 0).sum(), (weights > 0).sum()
+    negative = torch.stack([(w < 0).sum() for w in weights])[:, None]
+    positive = torch.stack([(w > 0).sum() for w in weights])[:, None]
+    sizes = torch.tensor([[len(w)] for w in weights]).to(negative.device, non_blocking=True)
     own = torch.where(positive == 0, low + high, low)
     own = torch.where(negative == 0, 0, own)
-    slots = torch.arange(low + high, device=weights.device)
+    slots = torch.arange(low + high, device=own.device)
     below = slots < own
     # Ranks among all weights, where the positive ones stand last; without any, those of zeros.
     place = (slots - torch.where(below, 0, own)).double() + 0.5
     share = place / torch.where(below, own, low + high - own)
     count = torch.where(below, negative, positive)
-    first = torch.where(below, 0, len(weights) - positive)
+    first = torch.where(below, 0, sizes - positive)
     return at_ranks(weights, first + share * (count - 1).clamp_min(0))
 
 
@@ -92,13 +96,36 @@ def quantile_codebook(weights: Tensor, bit_width: int, level_set: str) -> Tensor
     Returns:
         (K,) sorted levels; levels coincide where there are fewer distinct weights than levels.
     """
-    return _with_zero(_side_quantiles(weights, bit_width, level_set), level_set)
+    return _with_zero(_side_quantiles([weights], bit_width, level_set), level_set)[0]
 
 
 def _with_zero(levels: Tensor, level_set: str) -> Tensor:
-    """The levels, and a zero if the level set has one, sorted."""
-    zero = levels.new_zeros(0 if level_set == "no_zero" else 1)
-    return torch.cat([zero, levels]).sort().values
+    """The levels (layers, L), and a zero if the level set has one, sorted."""
+    if level_set == "no_zero":
+        return levels.sort().values
+    return F.pad(levels, (1, 0)).sort().values
+
+
+def _zero_level(codebooks: Tensor, level_set: str) -> Tensor:
+    """Which level is the zero, (…, K) bool: the first among equals that is not negative."""
+    slots = torch.arange(codebooks.shape[-1], device=codebooks.device)
+    below = (codebooks < 0).sum(-1, keepdim=True)
+    return (slots == below) & (level_set != "no_zero")
+
+
+def _apart(rows: Tensor) -> list[Tensor]:
+    """Each row in memory of its own, by one copy."""
+    apart = [torch.empty_like(row) for row in rows.unbind()]
+    torch._foreach_copy_(apart, list(rows.unbind()))
+    return apart
+
+
+def _free_levels(codebooks: Tensor, pinned: Tensor, level_set: str) -> Tensor:
+    """Codebooks (layers, K) without their zeros."""
+    if level_set == "no_zero":
+        return codebooks
+    slots = torch.arange(codebooks.shape[1] - 1, device=codebooks.device)
+    return codebooks.gather(1, slots + (slots >= pinned.byte().argmax(1, keepdim=True)))
 
 
 def uniform_codebook(weights: Tensor, bit_width: int, level_set: str) -> Tensor:
@@ -277,19 +304,20 @@ class AdqWeightQuantizer(WeightQuantizer):
             self.level_set = "full"
         self.scale = self._channel_scale(values)
         weights = self._scaled(values)
-        quantiles = _side_quantiles(weights, self.bit_width, self.level_set)
+        quantiles = _side_quantiles([weights], self.bit_width, self.level_set)
         if self.initialization == "uniform":
             codebook = uniform_codebook(weights, self.bit_width, self.level_set)
         elif self.initialization == "random":
             codebook = random_codebook(weights, self.bit_width, self.level_set, seed)
         else:
-            codebook = _with_zero(quantiles, self.level_set)
-        pinned = self._zero_level(codebook)
+            codebook = _with_zero(quantiles, self.level_set)[0]
+        pinned = _zero_level(codebook, self.level_set)
         if self.initialization == "kmeans":
             codebook = lloyd_max(weights, codebook, pinned)
         self.codebook, self.pinned = codebook, pinned
         # Of zeros alone there are no others to keep a distance from.
-        self.ratio = torch.where(quantiles == 0, 1.0, self._free_levels() / quantiles)
+        free = _free_levels(codebook[None], pinned[None], self.level_set)
+        self.ratio = torch.where(quantiles == 0, 1.0, free / quantiles)[0]
         self.counts = cell_statistics(weights, assign(weights, codebook), len(codebook))[0]
         # S = N c, not the true sums: adaptation then starts from the initial codebook.
         self.sums = self.counts * codebook
@@ -320,17 +348,10 @@ class AdqWeightQuantizer(WeightQuantizer):
         """One EMA update of the codebook towards the weights as they are now."""
         if self.adaptation == "none":
             return
-        self.scale = self._channel_scale(weight)
-        weights = self._scaled(weight)
         if self.adaptation == "quantile":
-            # Apart from the zero, which stands elsewhere once all weights have one sign.
-            target = _side_quantiles(weights, self.bit_width, self.level_set)
-            # Ratios far apart may turn two targets round, but levels are in order.
-            target = (self.ratio * target).sort().values
-            free = torch.lerp(target, self._free_levels(), self.decay)
-            self.codebook = _with_zero(free, self.level_set)
-            self.pinned = self._zero_level(self.codebook)
+            self.adapt_all([self], [weight])
             return
+        weights = self._followed(weight)
         indices = assign(weights, self.codebook)
         counts, sums = cell_statistics(weights, indices, len(self.codebook))
         counts = torch.lerp(counts, self.counts, self.decay)
@@ -344,6 +365,41 @@ class AdqWeightQuantizer(WeightQuantizer):
         order = codebook.argsort(stable=True)
         self.codebook, self.counts = codebook[order], counts[order]
         self.sums, self.pinned = sums[order], self.pinned[order]
+
+    @classmethod
+    @torch.no_grad()
+    def adapt_all(cls, quantizers: Sequence[WeightQuantizer], weights: Sequence[Tensor]) -> None:
+        """One update of each; quantizers that follow quantiles alike share their small operations.
+
+        On a GPU each operation of a few numbers costs a launch.
+        """
+        alike: dict[tuple[Any, ...], list[tuple[AdqWeightQuantizer, Tensor]]] = {}
+        for quantizer, weight in zip(quantizers, weights, strict=True):
+            assert isinstance(quantizer, AdqWeightQuantizer)
+            if quantizer.adaptation != "quantile":
+                quantizer.adapt(weight)
+                continue
+            key = quantizer.bit_width, quantizer.level_set, quantizer.decay, weight.device
+            alike.setdefault(key, []).append((quantizer, quantizer._followed(weight)))
+        for (bit_width, level_set, decay, _), members in alike.items():
+            some = [quantizer for quantizer, _ in members]
+            # Apart from the zero, which stands elsewhere once all weights have one sign.
+            target = _side_quantiles([weight for _, weight in members], bit_width, level_set)
+            # Ratios far apart may turn two targets round, but levels are in order.
+            target = (torch.stack([q.ratio for q in some]) * target).sort().values
+            codebooks = torch.stack([q.codebook for q in some])
+            free = _free_levels(codebooks, torch.stack([q.pinned for q in some]), level_set)
+            codebooks = _with_zero(torch.lerp(target, free, decay), level_set)
+            rows = _apart(codebooks), _apart(_zero_level(codebooks, level_set))
+            for quantizer, levels, zero in zip(some, *rows, strict=True):
+                quantizer.codebook, quantizer.pinned = levels, zero
+
+    def _followed(self, weight: Tensor) -> Tensor:
+        """The weights that the codebook follows, (n,), once the scale has followed them."""
+        if self.granularity == "layer":
+            return at_least_float32(weight.detach()).flatten()
+        self.scale = self._channel_scale(weight)
+        return self._scaled(weight)
 
     def _load_from_state_dict(self, state: dict[str, Any], prefix: str, *rest: Any) -> None:
         ratio = state.get(f"{prefix}ratio")
@@ -360,18 +416,6 @@ class AdqWeightQuantizer(WeightQuantizer):
             return torch.ones(1, device=weight.device)
         scale = weight.detach().float().abs().mean(dim=tuple(range(1, weight.dim())), keepdim=True)
         return torch.where(scale > 0, scale, 1.0)
-
-    def _free_levels(self) -> Tensor:
-        """The codebook without its zero."""
-        if self.level_set == "no_zero":
-            return self.codebook
-        slots = torch.arange(len(self.codebook) - 1, device=self.codebook.device)
-        return self.codebook[slots + (slots >= self.pinned.byte().argmax())]
-
-    def _zero_level(self, codebook: Tensor) -> Tensor:
-        """Which level is the zero, (K,) bool: the first among equals that is not negative."""
-        slots = torch.arange(len(codebook), device=codebook.device)
-        return (slots == (codebook < 0).sum()) & (self.level_set != "no_zero")
 
     def _scaled(self, weight: Tensor) -> Tensor:
         return (weight.detach().float() / self.scale).flatten()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -75,6 +75,18 @@ class WeightQuantizer(Quantizer):
     @torch.no_grad()
     def adapt(self, weight: Tensor) -> None:
         """Called after each optimizer step; learned quantizers do nothing."""
+
+    @classmethod
+    @torch.no_grad()
+    def adapt_all(cls, quantizers: Sequence[WeightQuantizer], weights: Sequence[Tensor]) -> None:
+        """What :meth:`adapt` does to each of some quantizers of this class.
+
+        Args:
+            quantizers: Each once.
+            weights: Those that they quantize.
+        """
+        for quantizer, weight in zip(quantizers, weights, strict=True):
+            quantizer.adapt(weight)
 
 
 class EvenWeightQuantizer(WeightQuantizer):

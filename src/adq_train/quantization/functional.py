@@ -6,6 +6,7 @@ below it, so assignment is a search over K - 1 midpoints and never a K × numel 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -187,20 +188,23 @@ def order_statistics(values: Tensor, ranks: Tensor) -> Tensor:
     return values.sort().values[ranks]
 
 
-def at_ranks(values: Tensor, positions: Tensor) -> Tensor:
+def at_ranks(values: Sequence[Tensor], positions: Tensor) -> Tensor:
     """The values at fractional ranks, interpolated linearly between their neighbours.
 
     Args:
-        values: (n,), n ≥ 1.
-        positions: (m,) float64, ranks from 0; those outside ``0 … n - 1`` give the extremes.
+        values: Several sets (n,), n ≥ 1, of one dtype.
+        positions: (sets, m) float64, ranks from 0; those outside ``0 … n - 1`` give the extremes.
 
     Returns:
-        (m,) values of the dtype of ``values``.
+        (sets, m) values of the dtype of ``values``.
     """
-    below = positions.floor().long().clamp(0, len(values) - 1)
-    above = (below + 1).clamp_max(len(values) - 1)
-    low, high = order_statistics(values, torch.cat([below, above])).chunk(2)
-    return torch.lerp(low, high, (positions - below).to(values.dtype))
+    last = torch.tensor([[len(x) - 1] for x in values]).to(positions.device, non_blocking=True)
+    below = torch.minimum(positions.floor().long().clamp_min(0), last)
+    above = torch.minimum(below + 1, last)
+    ranks = torch.cat([below, above], 1)
+    found = [order_statistics(x, rank) for x, rank in zip(values, ranks, strict=True)]
+    low, high = torch.stack(found).chunk(2, 1)
+    return torch.lerp(low, high, (positions - below).to(low.dtype))
 
 
 def quantiles(values: Tensor, fractions: Tensor) -> Tensor:
@@ -214,7 +218,7 @@ def quantiles(values: Tensor, fractions: Tensor) -> Tensor:
         (m,) values of the dtype of ``values``.
     """
     # float64: a float32 position is off by whole elements beyond 2^24 values.
-    return at_ranks(values, fractions.double() * (len(values) - 1))
+    return at_ranks([values], fractions.double()[None] * (len(values) - 1))[0]
 
 
 def cell_statistics(values: Tensor, indices: Tensor, num_levels: int) -> tuple[Tensor, Tensor]:

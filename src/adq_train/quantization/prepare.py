@@ -229,7 +229,9 @@ class Upkeep:
     """
 
     def __init__(self, model: nn.Module) -> None:
-        self._weights = list(weight_quantizers(model).items())
+        self._weights: dict[type[WeightQuantizer], dict[WeightQuantizer, QuantLayer]] = {}
+        for quantizer, layer in weight_quantizers(model).items():
+            self._weights.setdefault(type(quantizer), {})[quantizer] = layer
         self._inputs = [layer.input_quantizer for layer in quantized_layers(model).values()]
 
     def before_step(self) -> None:
@@ -240,8 +242,8 @@ class Upkeep:
     @torch.no_grad()
     def after_step(self) -> None:
         """Lets codebooks follow the weights."""
-        for quantizer, layer in self._weights:
-            quantizer.adapt(used_weight(layer))
+        for kind, layers in self._weights.items():
+            kind.adapt_all(list(layers), [used_weight(layer) for layer in layers.values()])
 
 
 def weight_quantizers(model: nn.Module) -> dict[WeightQuantizer, QuantLayer]:

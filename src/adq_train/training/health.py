@@ -48,13 +48,6 @@ def all_finite(
     return torch.isfinite(loss) & torch.isfinite(largest)
 
 
-def clear_unless(finite: Tensor, parameters: Iterable[nn.Parameter]) -> None:
-    """Sets all gradients to zero where ``finite`` () is false, without reading it."""
-    for parameter in parameters:
-        if parameter.grad is not None:
-            parameter.grad.masked_fill_(~finite, 0)
-
-
 def origin(model: nn.Module, images: Any, run: Callable[[], object]) -> str:
     """Where values that are not finite begin, found by running a batch once more.
 
@@ -156,8 +149,8 @@ class PendingFlags:
 class FiniteWatch(Hook):
     """Stops a training where loss, gradients or batch norm's statistics are not finite.
 
-    On a GPU this is noticed two steps later, since reading a value at once would stall it;
-    gradients are cleared until then, and no checkpoint is written.
+    On a GPU this is noticed two steps later, since reading a value at once would stall it; steps
+    leave the weights as they are until then, and no checkpoint is written.
 
     Args:
         stage: Shown in its messages.
@@ -192,7 +185,7 @@ class FiniteWatch(Hook):
         if self._pending is None:
             self._pending = PendingFlags(STEPS_AHEAD if trainer.device.type == "cuda" else 0)
         if self._pending.steps_ahead:
-            clear_unless(finite, trainer.model.parameters())
+            trainer.optimizer.skip_unless(finite)
         self._pending.add(trainer.steps, finite, *batch)
         self._require_finite(trainer, self._pending.steps_ahead)
         return True

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from adq_train.quantization.base import Quantizer
@@ -44,6 +44,20 @@ class Optimizers:
         """Clears all gradients."""
         for part in self.parts:
             part.zero_grad(set_to_none)
+
+    def skip_unless(self, finite: Tensor) -> None:
+        """Makes the next step one that leaves weights as they are where ``finite`` () is false.
+
+        The flag is not read. Fused optimizers look at it themselves; for others gradients become
+        zero.
+        """
+        for part in self.parts:
+            if all(group.get("fused") for group in part.param_groups):
+                part.found_inf = (~finite).float()  # type: ignore[attr-defined]
+                continue
+            for parameter in (p for group in part.param_groups for p in group["params"]):
+                if parameter.grad is not None:
+                    parameter.grad.masked_fill_(~finite, 0)
 
     def step(self) -> None:
         """One step of each part."""
