@@ -25,7 +25,10 @@ def test_a_section_with_ranges_choices_and_effects():
     assert "one of none, quantizers, model; changes speed and rounding" in " ".join(text.split())
     assert "budget." not in text
     assert "\n  bits.candidates=[2,3,4]\n" in settings_text("bits")
-    assert "\n  debug=false\n" in settings_text("general")
+    general = settings_text("general")
+    assert "\n  debug=false\n" in general
+    assert "\n  logger=[tensorboard]\n" in general
+    assert "at most 2147483647" in " ".join(general.split())
 
 
 def test_a_section_that_is_not_there():

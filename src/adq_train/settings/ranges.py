@@ -30,7 +30,7 @@ class Range:
 
     def __str__(self) -> str:
         parts = [
-            f"{word} {bound:g}"
+            f"{word} {bound if isinstance(bound, int) else format(bound, 'g')}"
             for word, bound in (
                 ("at least", self.minimum),
                 ("more than", self.above),

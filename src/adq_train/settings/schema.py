@@ -144,7 +144,7 @@ class BitsConfig:
     """Which bit-widths a layer may get."""
 
     candidates: list[int] = setting(
-        [2, 3, 4], "Candidates of the allocation.", RESULT, minimum=2, maximum=8
+        [2, 3, 4], "Bit-widths that are measured and chosen from.", RESULT, minimum=2, maximum=8
     )
     # Any, not a typed map, here and below: Hydra takes no new keys for that without a plus.
     candidates_per_layer: Any = setting(
@@ -223,7 +223,9 @@ class TrainerConfig:
     batch_size: int = setting(
         128, "Images of a step, over all processes together.", FLOAT_MODEL, minimum=1
     )
-    eval_batch_size: int = setting(500, "Images of a batch elsewhere.", FLOAT_MODEL, minimum=1)
+    eval_batch_size: int = setting(
+        500, "Images of a batch without training.", FLOAT_MODEL, minimum=1
+    )
     device: str = setting(
         "auto", "auto: CUDA where there is one, else the CPU; or cpu, cuda, cuda:1.", NOTHING
     )
@@ -237,8 +239,8 @@ class TrainerConfig:
     )
     class_weights: str = setting(
         "none",
-        "balanced: images of a class weigh the less in the loss the more there are of it, "
-        "N / (K N_c) with N_c of N training images in one of K classes.",
+        "balanced: rare classes count more in the loss, by N / (K N_c) with N_c of N training "
+        "images in one of K classes.",
         FLOAT_MODEL,
         choices=("none", "balanced"),
         in_loss=True,
@@ -251,8 +253,8 @@ class TrainerConfig:
     )
     accumulate_batches: int = setting(
         1,
-        "Batches whose gradients are added up before an optimizer step; the learning rate's "
-        "schedule and everything else see one batch of batch_size times so many images.",
+        "Batches whose gradients are added up before an optimizer step, as if they were one batch "
+        "of so many times batch_size images.",
         FLOAT_MODEL,
         minimum=1,
     )
@@ -363,7 +365,7 @@ class Config:
 
     seed: int = setting(
         0,
-        "Of everything that is drawn at random.",
+        "Seed of everything that is drawn at random.",
         FLOAT_MODEL,
         minimum=0,
         maximum=2**31 - 1,
@@ -383,8 +385,8 @@ class Config:
     )
     init_from_sha256: str | None = setting(
         None,
-        "SHA-256 of that checkpoint; the run notes it, and with it the place is not part of the "
-        "run.",
+        "SHA-256 of the checkpoint of init_from. A run notes it by itself, and may then find the "
+        "file in another place.",
         RESULT,
     )
     logger: list[str] = setting(
@@ -396,7 +398,7 @@ class Config:
     )
     dry_run: bool = setting(
         False,
-        "Compose, validate, build everything, take two steps of each stage, leave no trace.",
+        "Try everything with two steps of each stage, and keep nothing.",
         NOTHING,
     )
     strict: bool = setting(
