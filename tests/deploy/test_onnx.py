@@ -89,7 +89,7 @@ def test_the_network_is_the_packed_one_before_export(exported):
 
 def test_a_missing_package_says_how_to_get_it(small, monkeypatch):
     monkeypatch.setitem(sys.modules, "onnxscript", None)
-    with pytest.raises(UserError, match=r"needs the package onnxscript .*adq-train\[export\]"):
+    with pytest.raises(UserError, match=r"needs the package onnxscript; .*adq-train\[export\]"):
         onnx_bytes(small[1])
 
 

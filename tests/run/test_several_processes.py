@@ -55,7 +55,7 @@ def test_a_run_and_its_resume(tmp_path):
     processes = 2
     whole = run(tmp_path / "whole", processes)
     assert [code for code, *_ in whole] == [0] * processes, whole[0][2]
-    assert "Top-1 accuracy on the test set" in whole[0][1]
+    assert "Top-1 accuracy on 64 test images" in whole[0][1]
     assert [(out, err) for _, out, err in whole[1:]] == [("", "")] * (processes - 1)
     folder = tmp_path / "whole" / "run"
     result = json.loads((folder / "result.json").read_text())
