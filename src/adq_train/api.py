@@ -20,7 +20,7 @@ from adq_train.lifecycle import carrying
 from adq_train.options import Sensitivity
 from adq_train.quantization.adq import AdqWeightQuantizer
 from adq_train.quantization.base import MakeActivationQuantizer, MakeWeightQuantizer
-from adq_train.quantization.copies import own_copy
+from adq_train.quantization.copies import below, own_copy
 from adq_train.quantization.describe import describe_layers
 from adq_train.quantization.full_precision import Strictness
 from adq_train.quantization.prepare import Upkeep, quantized_layers
@@ -29,7 +29,7 @@ from adq_train.sensitivity.base import Conditions
 from adq_train.sensitivity.noise import settle
 from adq_train.sensitivity.outputs import caveat, float_outputs
 from adq_train.settings.schema import BitsConfig
-from adq_train.task import Forward, Loss, Output, Task, below, prepare_task
+from adq_train.task import Forward, Loss, Output, Task, prepare_task
 from adq_train.training.calibration import calibrated
 
 log = logging.getLogger(__name__)
@@ -102,8 +102,9 @@ def quantize(
         strict: Refuse a model of which a matrix of weights would stay in full precision.
         full_precision: Names or shell patterns of layers and parameters that may stay so.
         seed: For the sample of inputs, and for random initialisations.
-        target: What will run the network: ``float`` arithmetic, or ``int8``, for which weight
-            levels lie on int8 grids, and what passes between layers gets eight bits.
+        target: What will run the network: ``float`` arithmetic; ``attention``: the same, with eight
+            bits for what attention multiplies; or ``int8``, for which weight levels lie on int8
+            grids, and what passes between layers gets eight bits.
 
     Raises:
         UserError: A model whose layers cannot be replaced, or that is quantized; a batch, a

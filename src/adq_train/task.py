@@ -8,10 +8,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 
 from adq_train.errors import UserError
 from adq_train.nested import Path, followed, length, tensors
+from adq_train.quantization.copies import below
 from adq_train.quantization.describe import require_replaceable
 from adq_train.quantization.layer_weights import evaluating
 
@@ -285,12 +286,3 @@ def _install(model: nn.Module, run: Callable[[nn.Module, Any], Tensor]) -> None:
     methods = {"__call__": call, RUN: whole, "__module__": __name__}
     made = below(type(model), methods)
     model.__class__ = made
-
-
-def below(kind: type[nn.Module], methods: Mapping[str, Any]) -> type[nn.Module]:
-    """A class below that of a network, with other methods."""
-    base, methods = kind, dict(methods)
-    if issubclass(kind, fx.GraphModule):
-        # Each has a class of its own, for its forward(); its copies would call that without end.
-        base, methods = kind.__mro__[1], {"forward": kind.forward, **methods}
-    return type(kind.__name__, (base,), methods)

@@ -81,7 +81,7 @@ def test_a_run_for_integers_goes_on_from_one_for_float(more, cli):
     """Weights are taken and edges calibrated; between two such runs, edges are taken as well."""
     outcome = more("trainer.epochs=1", "target=int8", "run_dir=whole")
     assert outcome.code == 0, outcome.err
-    assert "target: int8, weight levels on int8 grids and 7 edges at 8 bits" in outcome.err
+    assert "target: int8, 7 values at 8 bits besides inputs" in outcome.err
     for name in ("status.json", "result.json"):
         Path("whole", name).unlink()
     shutil.copytree("whole", "resumed")

@@ -45,6 +45,15 @@ def test_so_many_images_make_one_batch():
     assert torch.equal(together[1].running_var, expected)
 
 
+def test_a_share_is_one_of_the_training_images():
+    """Of the 15 that there are, in whole batches of 6, 6 and 3."""
+    models = [dense(), dense(), dense()]
+    for model, amount in zip(models, ("0.5x", 12, 6), strict=True):
+        trainer_of(model, ReestimateBatchNorm(amount), epochs=1).train_epoch()
+    assert same(models[0], models[1])
+    assert not torch.equal(models[0][1].running_mean, models[2][1].running_mean)
+
+
 def test_none_leaves_the_statistics_of_training():
     models = [dense(), dense()]
     for model, hooks in zip(models, ([], [ReestimateBatchNorm(0)]), strict=True):

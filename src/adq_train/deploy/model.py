@@ -16,9 +16,11 @@ from adq_train.deploy.packed_layers import PackedLayer, PackedSubclass, Rescale,
 from adq_train.errors import UserError
 from adq_train.quantization.attention import with_new_names
 from adq_train.quantization.copies import own_copy
-from adq_train.quantization.edges import EDGES, connect, edge_quantizers
+from adq_train.quantization.edges import EDGES, edge_quantizers
 from adq_train.quantization.layers import subclass_of
 from adq_train.quantization.prepare import keep_weights, quantized_layers, swap
+from adq_train.quantization.products import has_products
+from adq_train.quantization.target import AttentionTarget, Int8Target, target_of
 from adq_train.settings.targets import TRUSTED_PREFIXES
 
 QUANTIZED = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose2d, nn.Embedding)
@@ -37,7 +39,9 @@ class TableModel:
         layers: The quantized layers by name.
         floats: What stays float, by its name in the float network: norms, biases, other layers.
         folded: Batch norms that went into a convolution: norm → convolution.
-        edges: What quantizes values between layers, in the order of the graph (``target=int8``).
+        edges: What quantizes values besides inputs of layers: between them, in the order of the
+            graph (``target=int8``), or those that attention multiplies.
+        target: Where there are edges, which of the two.
         run: Where it comes from: command, seed, commit, versions, data fingerprint, bits.
     """
 
@@ -49,6 +53,7 @@ class TableModel:
     folded: dict[str, str] = field(default_factory=dict)
     edges: tuple[Edge, ...] = ()
     run: dict[str, Any] = field(default_factory=dict)
+    target: str = Int8Target.name
 
 
 def tables_of_network(network: nn.Module) -> TableModel:
@@ -71,6 +76,7 @@ def tables_of_network(network: nn.Module) -> TableModel:
         edges=tuple(
             Edge(float(x.width().detach()), x.low, x.high) for x in edge_quantizers(network)
         ),
+        target=AttentionTarget.name if has_products(network) else Int8Target.name,
     )
 
 
@@ -173,5 +179,5 @@ def assemble(
     swap(network, packed)
     if model.edges:
         steps = (Rescale(x.step, x.low, x.high) for x in model.edges)
-        connect(network, steps, (PackedLayer, PackedSubclass))
+        target_of(model.target).connect(network, steps, (PackedLayer, PackedSubclass))
     return network.eval()

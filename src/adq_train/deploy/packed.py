@@ -22,10 +22,12 @@ from adq_train.deploy.bits import pack, unpack
 from adq_train.deploy.layer_tables import Edge, LayerTables, Staircase, WeightTable
 from adq_train.deploy.model import TableModel, assemble
 from adq_train.errors import UserError
+from adq_train.quantization.target import TARGETS, Int8Target
 from adq_train.settings.targets import TRUSTED_PREFIXES, trusted_prefixes
 
 FORMAT = "adq-train packed model"
 VERSION = 2  # 1 where there are no edges
+INT8 = Int8Target.name
 DIGEST = b'"sha256":"'
 NO_DIGEST = "0" * 64
 # No index of a real network comes near; a damaged or hostile one must not fill the memory.
@@ -290,6 +292,7 @@ def _index(model: TableModel) -> bytes:
         "floats": [[name, list(tensor.shape)] for name, tensor in model.floats.items()],
         "folded": model.folded,
         **({"edges": [[x.low, x.high] for x in model.edges]} if model.edges else {}),
+        **({"target": model.target} if model.edges and model.target != INT8 else {}),
     }
     return _json(content).encode()
 
@@ -348,6 +351,9 @@ def _parsed(
         stairs = Staircase(int(row["input_bits"]), thresholds, levels)
         layers[str(row["name"])] = LayerTables(weight, stairs)
     edges = tuple(_edge(float(tables.take(1)), *ends) for ends in index.get("edges", []))
+    target = str(index.get("target", INT8))
+    if target not in TARGETS:
+        raise ValueError(f"edges of {target!r}")
     kept = {
         str(name): floats.take(math.prod(_shape(shape))).float().view(_shape(shape))
         for name, shape in index["floats"]
@@ -361,7 +367,7 @@ def _parsed(
         reader.finish()
     folded = {str(norm): str(convolution) for norm, convolution in index["folded"].items()}
     if index["input"] is None and not node:
-        return TableModel(node, index["data"], None, layers, kept, folded, edges, run)
+        return TableModel(node, index["data"], None, layers, kept, folded, edges, run, target)
     expects = InputFormat.from_dict(index["input"])
     if math.prod(expects.image_shape) > LARGEST_IMAGE:
         raise ValueError(
@@ -372,7 +378,7 @@ def _parsed(
         raise ValueError(
             f"images resized to {resize} a side, too many for {LARGEST_IMAGE:,} values"
         )
-    return TableModel(node, index["data"], expects, layers, kept, folded, edges, run)
+    return TableModel(node, index["data"], expects, layers, kept, folded, edges, run, target)
 
 
 def _edge(step: float, low: int, high: int) -> Edge:

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from torch.nn.utils.parametrize import is_parametrized
 
 SEPARATE = ("q_proj", "k_proj", "v_proj")
+PRODUCTS = "adq_products"  # the attribute of an attention between whose quantizers it multiplies
 
 
 class InProjection(nn.Linear):
@@ -28,7 +29,7 @@ class Attention(nn.MultiheadAttention):
 
     The layers are ``in_proj`` (or ``q_proj``, ``k_proj`` and ``v_proj``, where their sizes differ)
     and ``out_proj``. The products within, of queries with keys and of weights with values, stay in
-    floating point.
+    floating point, unless :func:`~.products.connect_products` has put quantizers on them.
     """
 
     in_proj: InProjection
@@ -66,13 +67,13 @@ class Attention(nn.MultiheadAttention):
         mask = self._mask(q, k, key_padding_mask, attn_mask)
         dropout = self.dropout if self.training else 0.0
         weights = None
-        if need_weights:
+        if products := vars(self).get(PRODUCTS):
+            context, weights = products.attend(q, k, v, mask, dropout)
+        elif need_weights:
             scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)
             weights = (scores if mask is None else scores + mask).softmax(-1)
             weights = F.dropout(weights, dropout) if dropout else weights
             context = weights @ v
-            weights = weights.mean(1) if average_attn_weights else weights
-            weights = weights if batched else weights[0]
         else:
             context = F.scaled_dot_product_attention(q, k, v, mask, dropout)
         context = context.transpose(1, 2).flatten(2)  # (N, L, E)
@@ -80,7 +81,10 @@ class Attention(nn.MultiheadAttention):
             context = context[0]
         elif not self.batch_first:
             context = context.transpose(0, 1)
-        return self.out_proj(context), weights
+        if weights is None or not need_weights:
+            return self.out_proj(context), None
+        weights = weights.mean(1) if average_attn_weights else weights
+        return self.out_proj(context), weights if batched else weights[0]
 
     def _projected(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, ...]:
         """Queries, keys and values, each in one call where they are made of the same tensor."""

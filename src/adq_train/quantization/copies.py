@@ -5,8 +5,10 @@ from __future__ import annotations
 import copy
 import logging
 import sys
+from collections.abc import Mapping
+from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 from adq_train.errors import UserError
@@ -83,3 +85,12 @@ def unfuse(model: nn.Module) -> None:
             module.activation_relu_or_gelu = 0  # read by the choice of the fused path alone
         elif isinstance(module, nn.TransformerEncoder):
             module.use_nested_tensor = False
+
+
+def below(kind: type[nn.Module], methods: Mapping[str, Any]) -> type[nn.Module]:
+    """A class below that of a network, with other methods."""
+    base, methods = kind, dict(methods)
+    if issubclass(kind, fx.GraphModule):
+        # Each has a class of its own, for its forward(); its copies would call that without end.
+        base, methods = kind.__mro__[1], {"forward": kind.forward, **methods}
+    return type(kind.__name__, (base,), methods)

@@ -10,6 +10,7 @@ from torch import Tensor, fx, nn
 
 from adq_train.errors import UserError
 from adq_train.quantization.base import check_finite
+from adq_train.quantization.copies import below
 from adq_train.quantization.functional import best_clip
 from adq_train.quantization.graph import Graph, place
 from adq_train.quantization.layer_weights import evaluating
@@ -147,8 +148,7 @@ def _follow(network: nn.Module, graph: fx.Graph) -> None:
     # A class of its own with this forward(), as nn.utils.parametrize makes one: so copies keep it,
     # and everything else of the network stays what it was.
     forward = type(fx.GraphModule(network, graph)).forward
-    kind = type(network)
-    network.__class__ = type(kind.__name__, (kind,), {"forward": forward})
+    network.__class__ = below(type(network), {"forward": forward})
 
 
 def edge_quantizers(network: nn.Module) -> list[Any]:
@@ -158,16 +158,19 @@ def edge_quantizers(network: nn.Module) -> list[Any]:
 
 
 @torch.no_grad()
-def calibrate_edges(network: nn.Module, batches: Sequence[Tensor], seed: int) -> None:
+def calibrate_edges(
+    network: nn.Module, batches: Sequence[Tensor], seed: int, places: Sequence[str] = ()
+) -> None:
     """Initialises the steps of a network's edges from what passes there.
 
     Args:
         network: From :func:`connect`, its layers calibrated.
         batches: Images (N, …).
         seed: Which values are drawn.
+        places: What messages call the quantizers.
 
     Raises:
-        UserError: A value is NaN or infinite.
+        UserError: A value is NaN or infinite, or none passes at one of them.
     """
     quantizers = {f"{EDGES}.{i}": x for i, x in enumerate(edge_quantizers(network))}
     samples: dict[str, list[Tensor]] = {name: [] for name in quantizers}
@@ -179,8 +182,13 @@ def calibrate_edges(network: nn.Module, batches: Sequence[Tensor], seed: int) ->
     with evaluating(network), intercepted(quantizers, record):
         for images in batches:
             network(images)
-    for name, quantizer in quantizers.items():
+    for (name, quantizer), where in zip(quantizers.items(), places or quantizers, strict=True):
+        if not samples[name]:
+            raise UserError(
+                f"target: {where} never came to a quantizer; use target=float, or let the module "
+                "call scaled_dot_product_attention"
+            )
         try:
             quantizer.calibrate(torch.cat(samples[name]))
         except ValueError as error:
-            raise UserError(f"{name}: {error}; check the float model") from error
+            raise UserError(f"{where}: {error}; check the float model") from error

@@ -1,18 +1,20 @@
-"""What will run the network: float arithmetic, or integers of eight bits throughout."""
+"""What will run the network: float arithmetic, or integers of eight bits, in part or throughout."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from typing import ClassVar
 
-from torch import nn
+from torch import Tensor, nn
 
 from adq_train.errors import UserError
 from adq_train.quantization.base import ActivationQuantizer, Makers
-from adq_train.quantization.edges import connect, edges
+from adq_train.quantization.edges import calibrate_edges, connect, edges
 from adq_train.quantization.graph import Graph
 from adq_train.quantization.int8_grid import int8_maker
 from adq_train.quantization.lsq import LsqActivationQuantizer
 from adq_train.quantization.n2uq import N2uqActivationQuantizer
+from adq_train.quantization.products import connect_products, operand_names, require_attentions
 
 
 class Target:
@@ -45,12 +47,69 @@ class Target:
         """
         return 0
 
-    def connect(self, network: nn.Module) -> None:
+    def connect(
+        self,
+        network: nn.Module,
+        quantizers: Iterable[nn.Module] | None = None,
+        layers: tuple[type[nn.Module], ...] = (),
+    ) -> None:
         """Adds to a network with quantized layers, in place, what else is quantized.
+
+        Args:
+            network: On any device.
+            quantizers: As many as :meth:`num_edges`; None: new ones, not calibrated.
+            layers: Classes that stand for quantized layers.
 
         Raises:
             UserError: As :meth:`num_edges`.
         """
+
+    def calibrate(self, network: nn.Module, batches: Sequence[Tensor], seed: int) -> None:
+        """Initialises what :meth:`connect` has added, from batches (N, …).
+
+        Raises:
+            UserError: A value is NaN or infinite, or none comes to a quantizer.
+        """
+
+
+class AttentionTarget(Target):
+    """Float arithmetic, and eight bits for what attention multiplies.
+
+    Queries, keys, attention weights and values have a quantizer of eight bits each, with a learned
+    step for all heads.
+    """
+
+    name = "attention"
+
+    def num_edges(self, network: nn.Module) -> int:
+        """Four for each attention.
+
+        Raises:
+            UserError: There is none.
+        """
+        require_attentions(network)
+        return len(operand_names(network))
+
+    def connect(
+        self,
+        network: nn.Module,
+        quantizers: Iterable[nn.Module] | None = None,
+        layers: tuple[type[nn.Module], ...] = (),
+    ) -> None:
+        """Puts the quantizers between the products.
+
+        Raises:
+            UserError: There is no attention.
+        """
+        connect_products(network, quantizers)
+
+    def calibrate(self, network: nn.Module, batches: Sequence[Tensor], seed: int) -> None:
+        """Initialises the steps.
+
+        Raises:
+            UserError: A value is NaN or infinite, or an attention multiplies in another way.
+        """
+        calibrate_edges(network, batches, seed, operand_names(network))
 
 
 class Int8Target(Target):
@@ -87,17 +146,30 @@ class Int8Target(Target):
         """
         return len(list(edges(Graph(network))))
 
-    def connect(self, network: nn.Module) -> None:
+    def connect(
+        self,
+        network: nn.Module,
+        quantizers: Iterable[nn.Module] | None = None,
+        layers: tuple[type[nn.Module], ...] = (),
+    ) -> None:
         """Puts quantizers of eight bits on the network's edges.
 
         Raises:
             UserError: The graph cannot be followed; the place is named.
         """
-        connect(network)
+        connect(network, quantizers, layers)
+
+    def calibrate(self, network: nn.Module, batches: Sequence[Tensor], seed: int) -> None:
+        """Initialises the steps.
+
+        Raises:
+            UserError: A value is NaN or infinite.
+        """
+        calibrate_edges(network, batches, seed)
 
 
 FLOAT = Target()
-TARGETS = {kind.name: kind for kind in (Target, Int8Target)}
+TARGETS = {kind.name: kind for kind in (Target, AttentionTarget, Int8Target)}
 
 
 def target_of(name: str) -> Target:

@@ -121,6 +121,7 @@ def show(path: Path) -> None:
     if manifest.get("model") is None:
         raise UserError(f"{path / 'manifest.json'}: model is missing; delete the file and go on")
     model = manifest["model"]
-    counts = summary.Counts(model["num_float_values"], model.get("num_edges", 0))
+    target = str((config.get("target") or {}).get("_target_"))
+    counts = summary.Counts(model["num_float_values"], model.get("num_edges", 0), target)
     begun = "init_from" in (manifest.get("files") or {})
     summary.show(summary.render(table, allocation, levels, result, counts, path, begun))

@@ -35,11 +35,13 @@ class Counts:
 
     Attributes:
         num_float_values: Parameters and statistics outside the quantized weights.
-        num_edges: Values between layers that are quantized too, each with a step (target=int8).
+        num_edges: Values besides inputs of layers that are quantized too, each with a step.
+        target: The class of the target that wants them.
     """
 
     num_float_values: int
     num_edges: int = 0
+    target: str = ""
 
 
 def kilobytes(count: float) -> str:
@@ -191,7 +193,9 @@ def size_table(
             f"{kilobytes(count)}, {FLOAT_BYTES * of / count:.1f} times smaller than float32 "
             f"({kilobytes(FLOAT_BYTES * of)})",
         )
-    if counts.num_edges:
+    if counts.num_edges and counts.target.endswith("AttentionTarget"):
+        sizes.add_row("target", f"attention: {counts.num_edges} operands of its products at 8 bits")
+    elif counts.num_edges:
         sizes.add_row("target", f"int8, with {counts.num_edges} values between layers at 8 bits")
     sizes.add_row("bit operations", f"{allocation.bops:.3g} per image")
     total = sum(result.seconds.values())

@@ -16,7 +16,7 @@ from adq_train.data.base import ImageData
 from adq_train.deploy.trained import FinishedRun, open_run, restored_network
 from adq_train.errors import UserError
 from adq_train.quantization.base import Makers
-from adq_train.quantization.edges import EDGES, calibrate_edges, edge_quantizers
+from adq_train.quantization.edges import EDGES
 from adq_train.quantization.layers import same_weight
 from adq_train.quantization.prepare import prepare
 from adq_train.quantization.target import Target
@@ -181,11 +181,11 @@ def continued(
     if anew:
         reestimate_batch_norm(quantized, images)
     target.connect(quantized)
-    if edge_quantizers(source):  # where the run that begins has none, nothing is taken
+    if start.source.target().name == target.name:
         state = quantized.state_dict()
         load_state(quantized, {k: taken[k] if k.startswith(EDGES) else x for k, x in state.items()})
     else:
-        calibrate_edges(quantized, images, config.seed)
+        target.calibrate(quantized, images, config.seed)
     return quantized
 
 

@@ -47,6 +47,7 @@ class About:
         path: Where it is a path, what that leads to.
         in_loss: Whether a training loss under another value is another figure.
         section: What is declared within it.
+        share_of: What a number may be given as a share of, ``0.1x``; empty: of nothing.
     """
 
     help: str
@@ -56,6 +57,7 @@ class About:
     path: Content | None = None
     in_loss: bool = False
     section: type | None = None
+    share_of: str = ""
 
 
 def setting(
@@ -66,6 +68,7 @@ def setting(
     choices: tuple[str, ...] = (),
     path: Content | None = None,
     in_loss: bool = False,
+    share_of: str = "",
     **bounds: float,
 ) -> Any:
     """Declares a setting; see :class:`About`. ``bounds`` are those of its :class:`Range`.
@@ -73,7 +76,7 @@ def setting(
     One that is not said to affect less is part of a float model's key, which is never wrong.
     """
     allowed = Range(**bounds) if bounds else None
-    about = About(help, affects, allowed, choices, path, in_loss)
+    about = About(help, affects, allowed, choices, path, in_loss, share_of=share_of)
     return _field(default.copy if isinstance(default, list) else default, about)
 
 
@@ -102,6 +105,7 @@ def _field(default: Any, about: About) -> Any:
 FLOAT_MODEL, RESULT, ROUNDING, NOTHING = (
     Affects.FLOAT_MODEL, Affects.RESULT, Affects.ROUNDING, Affects.NOTHING,
 )  # fmt: skip
+OF_FLOAT = "of the float model's"
 PLACE, INPUT = Content.PLACE, Content.INPUT
 
 
@@ -118,6 +122,7 @@ class BudgetConfig:
         "Mean bits of a weight over the layers whose bits are chosen; the first and the last stay "
         "outside.",
         RESULT,
+        share_of=OF_FLOAT,
         minimum=1,
         maximum=8,
     )
@@ -125,16 +130,22 @@ class BudgetConfig:
         None,
         "Mean bits of a layer's input element, over the same layers.",
         RESULT,
+        share_of=OF_FLOAT,
         minimum=1,
         maximum=8,
     )
     model_size_bytes: float | int | str | None = setting(
-        None, "Packed weights of all quantized layers, in bytes.", RESULT, above=0
+        None,
+        "Packed weights of all quantized layers, in bytes.",
+        RESULT,
+        share_of=OF_FLOAT,
+        above=0,
     )
     bops: float | int | str | None = setting(
         None,
         "Bit operations of one image: sum of MACs x weight bits x activation bits.",
         RESULT,
+        share_of=OF_FLOAT,
         above=0,
     )
 
@@ -291,11 +302,12 @@ class TrainerConfig:
         minimum=0,
         below=1,
     )
-    batch_norm_reestimation: int = setting(
+    batch_norm_reestimation: int | str = setting(
         0,
         "Training images that give batch norm's statistics anew before each evaluation, in QAT in "
-        "batches of eval_batch_size; 0: none.",
+        "batches of eval_batch_size; a number, or a share of them such as 0.1x; 0: none.",
         FLOAT_MODEL,
+        share_of="of the training images",
         minimum=0,
     )
     skip_nonfinite_steps: int = setting(

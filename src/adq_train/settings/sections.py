@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from adq_train.allocation.budget import share_of_float
 from adq_train.errors import did_you_mean
 from adq_train.settings.ranges import leaves
 from adq_train.settings.schema import SECTIONS, Config, about
+from adq_train.shares import share
 
 
 def section_problems(section: str, values: dict[str, Any]) -> Iterator[str]:
@@ -26,9 +26,9 @@ def section_problems(section: str, values: dict[str, Any]) -> Iterator[str]:
         name, value = f"{section}.{setting}".strip("."), values.get(setting)
         allowed = declared.range
         for _, number in leaves(value) if allowed else ():
-            if isinstance(number, str) and section == "budget":
+            if isinstance(number, str) and declared.share_of:
                 try:
-                    share_of_float(number)
+                    share(number, declared.share_of)
                 except ValueError as error:
                     yield f"{name}: {error}"
             elif isinstance(number, str | bool):

@@ -9,7 +9,6 @@ from torch import Tensor, nn
 from adq_train.artifacts import BitAllocation
 from adq_train.quantization.base import Makers
 from adq_train.quantization.copies import copied
-from adq_train.quantization.edges import calibrate_edges
 from adq_train.quantization.layers import same_weight
 from adq_train.quantization.prepare import collect_inputs, prepare
 from adq_train.quantization.target import FLOAT, Target
@@ -50,5 +49,5 @@ def calibrated(
     prepare(quantized, allocation, *make, inputs_of(model, allocation, images, seed), seed)
     reestimate_batch_norm(quantized, images)
     target.connect(quantized)
-    calibrate_edges(quantized, images, seed)
+    target.calibrate(quantized, images, seed)
     return quantized

@@ -38,7 +38,7 @@ def calibrate(session: Session, allocation: BitAllocation) -> nn.Module:
     watched = evaluate(model, session.data.validation, session.ranks)
     stage = "init_from" if session.start else "calibrate"
     if edges := len(edge_quantizers(model)):
-        log.info("target: int8, weight levels on int8 grids and %d edges at 8 bits", edges)
+        log.info("target: %s, %d values at 8 bits besides inputs", parts.target.name, edges)
     log.info("%s: validation top-1 %.2f %%", stage, watched.top1_percent)
     require_achieved(allocation, achieved(model, images[0][:1], session.problem.pinned))
     return model
