@@ -259,7 +259,10 @@ def test_budgets_are_numbers_or_shares_of_the_float_model():
         ("budget.bops=0.1", None),
         ("budget.bops=0.1X", "budget.bops: must be a number, or a share"),
         ("trainer.batch_norm_reestimation=0.1x", None),
-        ("trainer.batch_norm_reestimation=10x", "reestimation: must be a number, or a share of the tr"),
+        (
+            "trainer.batch_norm_reestimation=10x",
+            "reestimation: must be a number, or a share of the tr",
+        ),
         ("trainer.batch_norm_reestimation=-1", "reestimation: must be at least 0"),
         ("budget.bops=2x", "budget.bops: must be a number, or a share"),
         ("budget.average_weight_bits=0x", "budget.average_weight_bits: must be a number, or"),

@@ -1,4 +1,4 @@
-"""The end of a run: pictures, TensorBoard's last pages, and the summary."""
+"""The end of a run: pictures, the trackers' last page, and the summary."""
 
 from __future__ import annotations
 
@@ -6,16 +6,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from omegaconf import OmegaConf
-from PIL import Image
 from torch import nn
-from torch.utils.tensorboard import SummaryWriter
-from torch.utils.tensorboard.summary import hparams
 
 from adq_train.artifacts import BitAllocation, LayerInfo, RunResult, SensitivityTable
 from adq_train.errors import UserError
 from adq_train.reporting import plots, summary
+from adq_train.reporting.loggers import Outcome, started
 from adq_train.run.folder import RunFolder, read_metrics, read_values
 from adq_train.run.manifest import read_manifest
 from adq_train.storage.files import written_whole
@@ -35,8 +31,9 @@ def write(
     allocation: BitAllocation,
     result: RunResult,
     model: nn.Module,
+    trackers: Sequence[str],
 ) -> None:
-    """Draws the pictures into ``plots/`` and TensorBoard, and writes the HParams session.
+    """Draws the pictures into ``plots/``, and gives trackers what the run was and came to.
 
     Args:
         folder: The run's folder.
@@ -44,6 +41,7 @@ def write(
         allocation: Bits.
         result: Figures on the test split.
         model: The model after QAT.
+        trackers: Of :data:`~.loggers.LOGGERS`.
     """
     records = read_metrics(folder.path / "metrics.jsonl")
     figures = {
@@ -55,55 +53,21 @@ def write(
         "summary": plots.summary(table, allocation, records, result, model),
     }
     (folder.path / "plots").mkdir(exist_ok=True)
-    with SummaryWriter(str(folder.path / "tensorboard" / "result")) as writer:
-        for name, figure in figures.items():
-            path = folder.path / "plots" / f"{name}.png"
-            with written_whole(path) as temporary:
-                figure.savefig(temporary, format="png", dpi=110)
-            # Drawing takes longer than anything else here, so TensorBoard gets the same pixels.
-            with Image.open(path, formats=["PNG"]) as image:
-                writer.add_image(name, np.asarray(image), dataformats="HWC")
-        yaml = OmegaConf.to_yaml(folder.config)
-        writer.add_text("config", "```yaml\n" + yaml + "```")
-        metrics = {
-            "result/fp_top1_percent": result.fp_top1_percent,
-            "result/ptq_top1_percent": result.ptq_top1_percent,
-            "result/qat_top1_percent": result.qat_top1_percent,
-            "result/average_weight_bits": allocation.average_weight_bits,
-            "result/model_size_bytes": float(allocation.model_size_bytes),
-        }
-        # The session's summaries alone: an experiment summary of each run would contradict the
-        # others' in a sweep, and TensorBoard then shows those of the first.
-        session: Any = hparams
-        _, start, end = session(hyperparameters(folder.config), metrics)
-        assert writer.file_writer is not None
-        writer.file_writer.add_summary(start)
-        writer.file_writer.add_summary(end)
-        for name, value in metrics.items():
-            writer.add_scalar(name, value)
-
-
-def hyperparameters(config: dict[str, Any]) -> dict[str, bool | int | float | str]:
-    """The settings that tell runs of a sweep apart, for TensorBoard's HParams page."""
-
-    def short(node: dict[str, Any]) -> str:
-        return str(node["_target_"]).rsplit(".", 1)[-1]
-
-    weights, activations = config["weight_quantizer"], config["activation_quantizer"]
-    values: dict[str, Any] = {
-        "seed": config["seed"],
-        "data": short(config["data"]),
-        "model": short(config["model"]),
-        "weights": short(weights),
-        "activations": short(activations),
-        "allocator": short(config["allocator"]),
-        "candidates": str(config["bits"]["candidates"]),
-        "epochs": config["trainer"]["epochs"],
-        "lr": config["optimizer"]["lr"],
-        **{name: weights[name] for name in ("initialization", "adaptation") if name in weights},
-        **{f"budget/{k}": v for k, v in config["budget"].items() if v is not None},
+    pictures = {name: folder.path / "plots" / f"{name}.png" for name in figures}
+    for name, figure in figures.items():
+        with written_whole(pictures[name]) as temporary:
+            figure.savefig(temporary, format="png", dpi=110)
+    final = {
+        "result/fp_top1_percent": result.fp_top1_percent,
+        "result/ptq_top1_percent": result.ptq_top1_percent,
+        "result/qat_top1_percent": result.qat_top1_percent,
+        "result/average_weight_bits": allocation.average_weight_bits,
+        "result/model_size_bytes": float(allocation.model_size_bytes),
     }
-    return values
+    done = max((x["epoch"] for x in records if x["stage"] == "qat"), default=0)
+    for logger in started(trackers, folder.path, "qat", records, done):
+        logger.outcome(Outcome(folder.config, final, pictures))
+        logger.close()
 
 
 def show(path: Path) -> None:

@@ -211,7 +211,8 @@ def written(folder: Path) -> Text:
     text.append(f"written to  {folder}\npicture     {folder / 'plots' / 'summary.png'}\n")
     text.append(f"why these   {folder / 'allocation.txt'}\n\n")
     text.append("next:\n", style=TITLE)
-    text.append(f"  see how it trained  {typed('tensorboard')} --logdir {place}\n")
+    if (folder / "tensorboard").is_dir():
+        text.append(f"  see how it trained  {typed('tensorboard')} --logdir {place}\n")
     text.append(f"  try other budgets   {typed('adq-pareto')} {place}\n")
     text.append(f"  make a small file   {typed('adq-export')} {place}")
     return text

@@ -54,7 +54,8 @@ def execute(session: Session, path: Path, command: list[str]) -> RunResult:
             keep_levels(session, folder, quantized, allocation)
         result = keep_result(folder, allocation, figures)
         if session.ranks.is_main and not session.config.dry_run:
-            report.write(folder, table, allocation, result, quantized)
+            trackers = session.config.logger
+            report.write(folder, table, allocation, result, quantized, trackers)
     return result
 
 

@@ -8,12 +8,15 @@ from __future__ import annotations
 import importlib
 import json
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
 from adq_train.errors import UserError
+from adq_train.settings.ranges import leaves
+from adq_train.settings.schema import identity
 from adq_train.storage.files import write_text
 
 LOGGERS = {
@@ -37,6 +40,21 @@ IDS = "trackers.json"
 Record = Mapping[str, Any]
 
 
+@dataclass(frozen=True)
+class Outcome:
+    """What a finished run was, and what came of it.
+
+    Attributes:
+        settings: Its configuration, nested.
+        figures: By name: accuracies on the test set in percent, bits, bytes.
+        pictures: PNG files by name.
+    """
+
+    settings: Mapping[str, Any]
+    figures: Mapping[str, float]
+    pictures: Mapping[str, Path]
+
+
 class Logger:
     """A tracker of one stage; every method here does nothing.
 
@@ -56,6 +74,9 @@ class Logger:
 
     def pictures(self, model: nn.Module, epoch: int) -> None:
         """Draws weights and levels of a quantized network."""
+
+    def outcome(self, outcome: Outcome) -> None:
+        """Once, at the end of the run: what its table of runs shows."""
 
     def close(self) -> None:
         """After the last epoch of this process."""
@@ -93,6 +114,11 @@ def started(
                 logger.epoch(record)
         found.append(logger)
     return found
+
+
+def plain(outcome: Outcome) -> dict[str, Any]:
+    """The settings that make a run what it is, by dotted name."""
+    return {name: x for name, x in leaves(identity(dict(outcome.settings))) if x is not None}
 
 
 def scalars(record: Record) -> dict[str, float]:

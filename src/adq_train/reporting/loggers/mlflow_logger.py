@@ -1,4 +1,4 @@
-"""MLflow: where ``MLFLOW_TRACKING_URI`` says, or in ``mlruns`` beside the run's folder."""
+"""MLflow: where ``MLFLOW_TRACKING_URI`` says, or in ``mlflow.db`` and ``mlruns`` beside the run."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import time
 from pathlib import Path
 
 from adq_train.errors import UserError
-from adq_train.reporting.loggers import Logger, Record, kept_id, require, scalars
+from adq_train.reporting.loggers import Logger, Outcome, Record, kept_id, plain, require, scalars
 
 EXPERIMENT = "adq-train"
 
@@ -28,7 +28,12 @@ class MlflowLogger(Logger):
         try:
             self.client = MlflowClient(os.environ.get("MLFLOW_TRACKING_URI", place))
             experiment = self.client.get_experiment_by_name(name)
-            number = experiment.experiment_id if experiment else self.client.create_experiment(name)
+            if experiment:
+                number = experiment.experiment_id
+            else:
+                own = "MLFLOW_TRACKING_URI" not in os.environ
+                beside = (folder.resolve().parent / "mlruns").as_uri() if own else None
+                number = self.client.create_experiment(name, artifact_location=beside)
             if known is None:
                 run = self.client.create_run(number, run_name=folder.name)
                 known = kept_id(folder, "mlflow", run.info.run_id)
@@ -45,6 +50,17 @@ class MlflowLogger(Logger):
         metrics = [self.metric(tag, value, now, step) for tag, value in scalars(record).items()]
         for start in range(0, len(metrics), 500):
             self.client.log_batch(self.run, metrics[start : start + 500])
+
+    def outcome(self, outcome: Outcome) -> None:
+        """Parameters, final metrics and pictures."""
+        for name, value in plain(outcome).items():
+            # Its names have no brackets and its texts 6,000 characters.
+            key = name.replace("[", ".").replace("]", "")
+            self.client.log_param(self.run, key, str(value)[:6000])
+        for name, value in outcome.figures.items():
+            self.client.log_metric(self.run, name, value)
+        for path in outcome.pictures.values():
+            self.client.log_artifact(self.run, str(path))
 
     def close(self) -> None:
         """Marks the run as finished; the next stage goes on with it."""

@@ -7,7 +7,7 @@ import secrets
 from pathlib import Path
 
 from adq_train.errors import UserError
-from adq_train.reporting.loggers import Logger, Record, kept_id, require, scalars
+from adq_train.reporting.loggers import Logger, Outcome, Record, kept_id, plain, require, scalars
 
 PROJECT = "adq-train"
 
@@ -18,6 +18,7 @@ class WandbLogger(Logger):
     def __init__(self, folder: Path, stage: str, done: int, before: int) -> None:
         super().__init__(folder, stage, done, before)
         wandb = require("wandb")
+        self.image = wandb.Image
         known = kept_id(folder, "wandb")
         self.is_new = known is None
         known = known or kept_id(folder, "wandb", secrets.token_hex(4))
@@ -37,6 +38,12 @@ class WandbLogger(Logger):
     def epoch(self, record: Record) -> None:
         """The figures of an epoch."""
         self.run.log(scalars(record), step=self.step(record["epoch"]))
+
+    def outcome(self, outcome: Outcome) -> None:
+        """The run's config and summary, and its pictures."""
+        self.run.config.update(plain(outcome), allow_val_change=True)
+        self.run.summary.update(dict(outcome.figures))
+        self.run.log({name: self.image(str(x)) for name, x in outcome.pictures.items()})
 
     def close(self) -> None:
         """Sends the rest."""
