@@ -124,7 +124,7 @@ def test_every_quantizer_works_on_its_own_operand(trained):
 def test_weights_that_are_asked_for_are_those_that_are_used(trained):
     attention, x = trained.torchs, X[:2]
     _, weights = attention(x, x, x)
-    codes = weights * 2 / edge_quantizers(trained)[6].step()  # the mean of two heads
+    codes = weights * 2 / edge_quantizers(trained)[6].width()  # the mean of two heads
     torch.testing.assert_close(codes, codes.round(), atol=1e-3, rtol=0)
     assert attention(x, x, x, average_attn_weights=False)[1].shape == (2, 2, L, L)
     assert attention(x, x, x, need_weights=False)[1] is None
