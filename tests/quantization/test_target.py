@@ -130,5 +130,5 @@ def test_what_cannot_be_is_refused_before_anything_is_measured():
         adq_train.quantize(
             Residual(), [IMAGES], target="int8", make_activation_quantizer=N2uqActivationQuantizer
         )
-    with pytest.raises(UserError, match="target: must be one of float, int8, got 'int4'"):
+    with pytest.raises(UserError, match="target: must be one of float, attention, int8, got"):
         target_of("int4")
