@@ -88,7 +88,9 @@ def test_every_knob_of_a_part_is_in_its_file():
 def test_every_experiment_runs_dry_on_synthetic_data(cli, tmp_path, name):
     like = next((shape for shape in SHAPES if name.endswith(shape)), "digits")
     large = "imagenet" in name
-    more = ["model.weights=null", "bits.candidates=[2,3]"] if large else []
+    # On a CPU both take longer than all the rest.
+    slow = ["trainer.compile=none", "trainer.precision=float32"]
+    more = ["model.weights=null", "bits.candidates=[2,3]", *slow] if large else []
     outcome = cli(
         f"experiment={name}",
         "data=synthetic",

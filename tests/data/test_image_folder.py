@@ -1,3 +1,4 @@
+import contextlib
 import os
 import re
 from pathlib import Path
@@ -11,6 +12,7 @@ from torchvision.transforms import v2
 
 from adq_train.data import pictures
 from adq_train.data.base import Loading
+from adq_train.data.image_files import readers
 from adq_train.data.image_folder import Folders
 from adq_train.deploy.evaluable import read_image
 from adq_train.errors import UserError
@@ -379,3 +381,43 @@ def test_a_folder_around_the_right_one_is_no_set_of_one_class(tmp_path):
     (tmp_path / "val").mkdir()
     with pytest.raises(UserError, match="has val/ and no train/ beside it"):
         load(tmp_path, test_images="0.2x")
+
+
+def test_readers_are_the_cpus_that_a_process_may_use(root, monkeypatch):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(9), raising=False)
+    assert readers(None) == 9
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    assert (readers(None), readers(3), readers(0)) == (4, 3, 0)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "20")
+    assert readers(None) == 1
+    assert load(root, num_workers=None).train.loader.num_workers == 1
+
+
+def test_a_batch_comes_beside_the_step_under_way(root, monkeypatch):
+    """On a GPU: copied and normalised on a stream of its own, for which the step's one waits."""
+    happened = []
+
+    class Stream:
+        def wait_stream(self, other):
+            happened.append(("waits for", other))
+
+    @contextlib.contextmanager
+    def on(stream):
+        happened.append(("on", stream))
+        yield
+        happened.append("off")
+
+    now = Stream()
+    monkeypatch.setattr(torch.cuda, "stream", on)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: now)
+    monkeypatch.setattr(
+        torch.Tensor, "record_stream", lambda x, stream: happened.append(("kept for", stream))
+    )
+    batches = load(root).train
+    batch = [torch.randint(256, (2, 3, 4, 4), dtype=torch.uint8), torch.tensor([0, 1])]
+    images, targets = batches._sent(batch, "beside")
+    assert happened == [
+        ("on", "beside"), "off", ("waits for", "beside"), ("kept for", now), ("kept for", now)
+    ]  # fmt: skip
+    assert torch.equal(images, (batch[0].float() - batches.mean) / batches.std)
+    assert targets is batch[1]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import logging
 import os
@@ -150,6 +151,20 @@ class _Order:
             yield [(self.epoch, index) for index in part[self.images]]
 
 
+def readers(wanted: int | None) -> int:
+    """Processes that decode images for one process of a run.
+
+    Args:
+        wanted: So many; None: its share of the CPUs that it may use.
+    """
+    if wanted is not None:
+        return wanted
+    usable = getattr(os, "sched_getaffinity", None)
+    cpus = len(usable(0)) if usable else os.cpu_count() or 1
+    sharing = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # from torchrun
+    return min(max(1, cpus // sharing), MAX_WORKERS)
+
+
 class FolderBatches:
     """Batches of decoded images; decoding runs in worker processes, normalising on the device."""
 
@@ -164,7 +179,7 @@ class FolderBatches:
         shuffle: bool,
         unreadable: Unreadable,
     ) -> None:
-        num_workers, device = settings.num_workers, loading.device
+        num_workers, device = readers(settings.num_workers), loading.device
         self.unreadable = unreadable
         self.order = _Order(plan, loading.seed if shuffle else None)
         self.device = device
@@ -199,6 +214,10 @@ class FolderBatches:
             UserError: More images than allowed cannot be decoded; the path of one is named.
         """
         self.order.epoch, self.order.batches, self.order.images = epoch, batches, images
+        beside = None
+        if self.device.type == "cuda":
+            beside = torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call]
+            beside.wait_stream(torch.cuda.current_stream(self.device))  # has made mean and std
         for batch, unreadable in self.loader:
             for image in unreadable:
                 self.unreadable.add(image)
@@ -207,8 +226,19 @@ class FolderBatches:
                     batch = [x[:0] for x in batch]
             elif not len(batch[1]):
                 continue
+            yield self._sent(batch, beside)
+
+    def _sent(self, batch: list[Tensor], beside: torch.cuda.Stream | None) -> Batch:
+        """A batch on the device, normalised; on a stream beside the step that is under way."""
+        with contextlib.nullcontext() if beside is None else torch.cuda.stream(beside):
             pixels, targets = (t.to(self.device, non_blocking=True) for t in batch)
-            yield pixels.float().sub_(self.mean).div_(self.std), targets
+            images = (pixels - self.mean).div_(self.std)
+        if beside is not None:
+            now = torch.cuda.current_stream(self.device)
+            now.wait_stream(beside)
+            for tensor in (images, targets):  # or their memory would be free too early
+                tensor.record_stream(now)
+        return images, targets
 
 
 @dataclass(frozen=True)
@@ -237,7 +267,8 @@ class ImageFiles(HeldOut, ABC):
     Attributes:
         image_size: Height and width that the model sees.
         resize: Shorter side before the centre crop, outside training.
-        num_workers: Processes that decode images; 0 decodes in the main process.
+        num_workers: Processes that decode images; 0 decodes in the main process, None takes one
+            for each CPU that this process may use, shared with the run's others on its machine.
         test_images: How many, or which share, to set aside for testing where the set has no part
             for that; None: it must have one.
         skip_unreadable_images: So many images that cannot be decoded are left out; one more is
@@ -248,7 +279,7 @@ class ImageFiles(HeldOut, ABC):
 
     image_size: int
     resize: int
-    num_workers: int
+    num_workers: int | None
     test_images: Amount | None = None
     skip_unreadable_images: int = 0
 
@@ -257,7 +288,7 @@ class ImageFiles(HeldOut, ABC):
         if self.test_images is not None:
             check_amount("test_images", self.test_images)
         workers = max(MAX_WORKERS, 4 * (os.cpu_count() or 1))
-        if not 0 <= self.num_workers <= workers:
+        if self.num_workers is not None and not 0 <= self.num_workers <= workers:
             raise ValueError(f"num_workers must lie in 0 … {workers}, got {self.num_workers}")
         if self.skip_unreadable_images < 0:
             raise ValueError(

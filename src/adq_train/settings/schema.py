@@ -346,7 +346,9 @@ class DataSettings:
     """What the program looks at in every data set's settings."""
 
     root: str | None = setting(None, "The folder that holds the data set.", RESULT, path=PLACE)
-    num_workers: int = setting(0, "Processes that read images.", NOTHING)
+    num_workers: int | None = setting(
+        0, "Processes that read images; null: one for each CPU of a process of the run.", NOTHING
+    )
 
 
 @dataclass(frozen=True)
