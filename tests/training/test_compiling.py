@@ -7,10 +7,12 @@ from functools import partial
 import pytest
 import torch
 from torch import nn
+from torch._subclasses import FakeTensorMode
 from training_helpers import IMAGES, network, take, trainer_of
 
 from adq_train.quantization.adq import AdqWeightQuantizer
 from adq_train.quantization.base import Quantizer
+from adq_train.quantization.functional import GeneralizedSTE
 from adq_train.quantization.layers import quantized
 from adq_train.quantization.n2uq import N2uqActivationQuantizer
 from adq_train.training.compiling import compiled, compiler_problem
@@ -87,6 +89,25 @@ def test_one_graph_with_first_and_last_layers_of_8_bits(monkeypatch):
     assert counters["stats"]["unique_graphs"] == 1
     assert not counters["graph_break"]
     assert counters["aot_autograd"]["total"] == counters["aot_autograd"]["ok"] == 1
+
+
+@pytest.mark.parametrize("bits", [2, 8])
+def test_for_a_gpu_the_compiler_sees_the_forward_pass_and_one_operator_behind_it(bits):
+    """Traced with tensors that say they lie on a GPU, and hold nothing."""
+    torch.compiler.reset()
+    with FakeTensorMode():
+        x = torch.empty(2, 3, 4, 4, device="cuda", dtype=torch.bfloat16)
+        shapes = (), (2**bits - 1,), (2**bits,)
+        inputs = [x, *(torch.empty(shape, device="cuda") for shape in shapes)]
+        inputs = [t.requires_grad_() for t in inputs]
+        traced, _ = torch._dynamo.export(lambda *x: GeneralizedSTE.apply(*x))(*inputs)
+    forward, backward = (
+        {str(node.target) for node in traced.get_submodule(name).graph.nodes}
+        for name in ("fwd_body_0", "bwd_body_0")
+    )
+    assert any("bucketize" in name for name in forward)
+    assert not any("adq_train" in name for name in forward)
+    assert "adq_train.step_gradients.default" in backward
 
 
 def test_none_is_the_model():

@@ -65,9 +65,10 @@ def in_use(device: torch.device) -> dict[str, str]:
 
 
 def usable(x: Tensor) -> bool:
-    """Whether the kernels take this tensor: plain, on a GPU, of 32 or 16 bits."""
+    """Whether the kernels take this tensor: plain, on a GPU, of 32 or 16 bits, untraced."""
     return (
         x.is_cuda
+        and not torch.compiler.is_compiling()
         and type(x) in (Tensor, nn.Parameter)
         and x.dtype in DTYPES
         and x.numel() > 0
