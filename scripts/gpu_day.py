@@ -56,12 +56,13 @@ class Bench:
         self.device = torch.device(options.device)
         self.dry = options.dry
         self.batch, self.side = (2, 8) if options.dry else (options.batch_size, 224)
+        self.classes = 10 if options.dry else 1000
         self.steps, self.rounds = (1, 1) if options.dry else (20, 3)
         self.output, self.rows = Path(options.output), list[Row]()
         numbers = torch.Generator().manual_seed(0)
         images = torch.randn(self.batch, 3, self.side, self.side, generator=numbers)
         self.images = images.to(self.device)
-        self.targets = torch.randint(1000, (self.batch,), generator=numbers).to(self.device)
+        self.targets = torch.randint(self.classes, (self.batch,), generator=numbers).to(self.device)
 
     def wait(self) -> None:
         """Until the GPU has done all."""
@@ -120,7 +121,7 @@ class Same:
 def small() -> nn.Module:
     """Three layers, of which the middle one has few bits."""
     layers = [nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 4, 3), nn.ReLU()]
-    return nn.Sequential(*layers, nn.Flatten(), nn.Linear(64, 1000))
+    return nn.Sequential(*layers, nn.Flatten(), nn.Linear(64, 10))
 
 
 def network(bench: Bench, bits: int | None) -> nn.Module:
@@ -148,7 +149,7 @@ def trainer(
     return Trainer(
         model,
         make_optimizers(model, 0.01, 5e-5, sgd, adam),
-        ImageData("made up", 1000, (3, bench.side, bench.side), "made up", *parts),
+        ImageData("made up", bench.classes, (3, bench.side, bench.side), "made up", *parts),
         [FiniteWatch()],
         settings=TrainerConfig(
             precision="bf16", channels_last=True, compile="model" if compiled else "none"
