@@ -4,15 +4,25 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from adq_train.api import follow, quantize
+    from adq_train.api import Recipe, follow, quantize
     from adq_train.deploy.packed import load_packed
     from adq_train.lifecycle import export, load, save
     from adq_train.training.optimizers import parameter_groups
 
 __version__ = "0.1.0"
-__all__ = ["export", "follow", "load", "load_packed", "parameter_groups", "quantize", "save"]
+__all__ = [
+    "Recipe",
+    "export",
+    "follow",
+    "load",
+    "load_packed",
+    "parameter_groups",
+    "quantize",
+    "save",
+]
 
 _HOMES = {
+    "Recipe": "adq_train.api",
     "export": "adq_train.lifecycle",
     "follow": "adq_train.api",
     "load": "adq_train.lifecycle",

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
 import logging
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import KW_ONLY, dataclass
+from typing import ParamSpec, Protocol
 
 from torch import nn
 from torch.optim import Optimizer
@@ -19,16 +23,20 @@ from adq_train.errors import UserError
 from adq_train.lifecycle import carrying
 from adq_train.options import Sensitivity
 from adq_train.quantization.adq import AdqWeightQuantizer
-from adq_train.quantization.base import MakeActivationQuantizer, MakeWeightQuantizer
+from adq_train.quantization.base import (
+    MakeActivationQuantizer,
+    Makers,
+    MakeWeightQuantizer,
+)
 from adq_train.quantization.copies import below, own_copy
 from adq_train.quantization.describe import describe_layers
 from adq_train.quantization.full_precision import Strictness
 from adq_train.quantization.prepare import Upkeep, quantized_layers
-from adq_train.quantization.target import target_of
+from adq_train.quantization.target import Target, target_of
 from adq_train.sensitivity.base import Conditions
 from adq_train.sensitivity.noise import settle
 from adq_train.sensitivity.outputs import caveat, float_outputs
-from adq_train.settings.schema import BitsConfig
+from adq_train.settings.schema import BitsConfig, BudgetConfig
 from adq_train.task import Forward, Loss, Output, Task, prepare_task
 from adq_train.training.calibration import calibrated
 
@@ -37,42 +45,11 @@ log = logging.getLogger(__name__)
 AVERAGE_BITS = 2.81  # where no budget is given
 
 
-def quantize(
-    model: nn.Module,
-    calibration_batches: Iterable[object],
-    bit_widths: Sequence[int] = (2, 3, 4),
-    average_bits: float | None = None,
-    *,
-    forward: Forward | None = None,
-    output: Output | None = None,
-    loss: Loss | None = None,
-    budget: Mapping[str, float | str] | None = None,
-    bits: Mapping[str, int | list[int]] | None = None,
-    first_last_bits: int | None = 8,
-    pinned: Mapping[str, int] | None = None,
-    candidates: Mapping[str, Sequence[int]] | None = None,
-    tied: bool = True,
-    sensitivity: Sensitivity | None = None,
-    allocator: Allocator | None = None,
-    make_weight_quantizer: MakeWeightQuantizer = AdqWeightQuantizer,
-    make_activation_quantizer: MakeActivationQuantizer | None = None,
-    strict: bool = False,
-    full_precision: Sequence[str] = (),
-    seed: int = 0,
-    target: str = "float",
-) -> nn.Module:
-    """A quantized copy of a network of any task, with more bits where they matter.
+@dataclass(frozen=True)
+class Recipe:
+    """How a network is to be quantized: what :func:`quantize` takes besides it and the batches.
 
-    Measures the sensitivity of every convolution and linear layer, chooses the bit-widths that
-    make its sum smallest within the budget (an integer program, method.md 3), and initialises
-    codebooks, thresholds and batch norm's statistics from the batches. Print the result to see
-    each layer's bits; ``result.adq`` has the sensitivities, and the bits with sizes and averages.
-
-    Args:
-        model: A trained float network; left as it was.
-        calibration_batches: What goes in, or pairs of that and targets, on the model's device: a
-            tensor (N, …), a tuple or list of arguments, a mapping of named ones; with ``forward``
-            anything. Of one thing that goes in, a list of batches is meant: ``[inputs]``.
+    Attributes:
         bit_widths: Candidates, 2 … 8.
         average_bits: Largest mean bits per weight over the layers whose bits are chosen; 2.81 where
             neither it nor ``budget`` nor ``bits`` is given.
@@ -105,6 +82,133 @@ def quantize(
         target: What will run the network: ``float`` arithmetic; ``attention``: the same, with eight
             bits for what attention multiplies; or ``int8``, for which weight levels lie on int8
             grids, and what passes between layers gets eight bits.
+    """
+
+    bit_widths: Sequence[int] = (2, 3, 4)
+    average_bits: float | None = None
+    _: KW_ONLY
+    forward: Forward | None = None
+    output: Output | None = None
+    loss: Loss | None = None
+    budget: Mapping[str, float | str] | None = None
+    bits: Mapping[str, int | list[int]] | None = None
+    first_last_bits: int | None = 8
+    pinned: Mapping[str, int] | None = None
+    candidates: Mapping[str, Sequence[int]] | None = None
+    tied: bool = True
+    sensitivity: Sensitivity | None = None
+    allocator: Allocator | None = None
+    make_weight_quantizer: MakeWeightQuantizer = AdqWeightQuantizer
+    make_activation_quantizer: MakeActivationQuantizer | None = None
+    strict: bool = False
+    full_precision: Sequence[str] = ()
+    seed: int = 0
+    target: str = "float"
+
+    def limits(self) -> BudgetConfig:
+        """The budget.
+
+        Raises:
+            UserError: A limit is none, or is given twice.
+        """
+        average = self.average_bits
+        if average is None and self.budget is None and self.bits is None:
+            average = AVERAGE_BITS
+        return options.limits(self.budget or {}, average)
+
+    def widths(self) -> BitsConfig:
+        """The bit-widths to choose from.
+
+        Raises:
+            UserError: One is none.
+        """
+        by_layer = (self.candidates or {}).items()
+        return BitsConfig(
+            options.widths("bit_widths", self.bit_widths),
+            {name: options.widths(f"candidates.{name}", x) for name, x in by_layer},
+            self.tied,
+            self.first_last_bits,
+            dict(self.pinned or {}),
+        )
+
+    def chooser(self) -> Allocator:
+        """Who chooses the bits.
+
+        Raises:
+            UserError: Bits are given and are none, or besides an allocator.
+        """
+        if self.bits is None:
+            return self.allocator or IlpAllocator()
+        if self.allocator is not None:
+            raise UserError(
+                "bits: they leave nothing to choose to an allocator; leave one of them out"
+            )
+        try:
+            bits = {k: x if isinstance(x, int) else list(x) for k, x in self.bits.items()}
+            return FixedAllocator(bits)
+        except (ValueError, TypeError, AttributeError) as error:
+            raise UserError(f"bits: {error}") from error
+
+    def quantizers(self, platform: Target) -> Makers:
+        """The makers of quantizers of weights and of inputs, as they are asked for."""
+        return self.make_weight_quantizer, self.make_activation_quantizer or platform.inputs
+
+
+Settings = ParamSpec("Settings")
+
+
+class Quantize(Protocol[Settings]):
+    """A function of a network, batches and the settings of a recipe."""
+
+    def __call__(
+        self,
+        model: nn.Module,
+        calibration_batches: Iterable[object],
+        *given: Settings.args,
+        **named: Settings.kwargs,
+    ) -> nn.Module:
+        """A quantized copy of the network."""
+
+
+def taking(recipe: Callable[Settings, Recipe]) -> Callable[..., Quantize[Settings]]:
+    """Gives a function of a recipe the recipe's settings instead: names, types and defaults."""
+
+    def decorated(function: Callable[..., nn.Module]) -> Quantize[Settings]:
+        def quantize(
+            model: nn.Module,
+            calibration_batches: Iterable[object],
+            *given: Settings.args,
+            **named: Settings.kwargs,
+        ) -> nn.Module:
+            return function(model, calibration_batches, recipe(*given, **named))
+
+        functools.update_wrapper(quantize, function)
+        signature = inspect.signature(function)
+        own = [x for x in signature.parameters.values() if x.name != "recipe"]
+        settings = inspect.signature(recipe).parameters.values()
+        told = signature.replace(parameters=[*own, *settings])
+        quantize.__signature__ = told  # type: ignore[attr-defined]
+        return quantize
+
+    return decorated
+
+
+@taking(Recipe)
+def quantize(model: nn.Module, calibration_batches: Iterable[object], recipe: Recipe) -> nn.Module:
+    """A quantized copy of a network of any task, with more bits where they matter.
+
+    Measures the sensitivity of every convolution and linear layer, chooses the bit-widths that
+    make its sum smallest within the budget (an integer program, method.md 3), and initialises
+    codebooks, thresholds and batch norm's statistics from the batches. Print the result to see
+    each layer's bits; ``result.adq`` has the sensitivities, and the bits with sizes and averages.
+
+    Args:
+        model: A trained float network; left as it was.
+        calibration_batches: What goes in, or pairs of that and targets, on the model's device: a
+            tensor (N, …), a tuple or list of arguments, a mapping of named ones; with ``forward``
+            anything. Of one thing that goes in, a list of batches is meant: ``[inputs]``.
+        recipe: Given by its settings, ``quantize(model, batches, average_bits=3, tied=False)``; see
+            :class:`Recipe`.
 
     Raises:
         UserError: A model whose layers cannot be replaced, or that is quantized; a batch, a
@@ -112,46 +216,48 @@ def quantize(
             a sensitivity, Ω that is 0 throughout, or weights, inputs or outputs that are NaN or
             infinite. It names what is wrong and the remedy.
     """
-    if quantized_layers(model):
-        raise UserError("model: it is quantized already; give the float network")
-    if hasattr(model, "adq"):
-        raise UserError("model: its attribute adq would be replaced by the result's; rename it")
-    if average_bits is None and budget is None and bits is None:
-        average_bits = AVERAGE_BITS
-    limits = options.limits(budget or {}, average_bits)
-    widths = BitsConfig(
-        options.widths("bit_widths", bit_widths),
-        {name: options.widths(f"candidates.{name}", x) for name, x in (candidates or {}).items()},
-        tied,
-        first_last_bits,
-        dict(pinned or {}),
-    )
-    model, platform = own_copy(model), target_of(target)
+    require_float(model)
+    limits, widths = recipe.limits(), recipe.widths()
+    model, platform = own_copy(model), target_of(recipe.target)
     platform.num_edges(model)  # it refuses what it cannot take before anything is measured
-    task = prepare_task(model, calibration_batches, Task(forward, output, loss))
-    strictness = Strictness(strict, full_precision)
+    asked = Task(recipe.forward, recipe.output, recipe.loss)
+    task = prepare_task(model, calibration_batches, asked)
+    strictness = Strictness(recipe.strict, recipe.full_precision)
     layers = describe_layers(model, task.sample, count=task.count, strictness=strictness)
     problem = options.problem(layers, widths, limits)
-    chooser = _chooser(bits, allocator)
+    chooser = recipe.chooser()
     chooser.check(problem)
-    quantizers = make_weight_quantizer, make_activation_quantizer or platform.inputs
+    quantizers = recipe.quantizers(platform)
     try:
         make = platform.makers(quantizers)
     except ValueError as error:
         raise UserError(f"make_activation_quantizer: {error}") from error
     conditions = Conditions(
-        problem.candidates, task.batches, *make, seed, gives_loss=loss is not None
+        problem.candidates, task.batches, *make, recipe.seed, gives_loss=recipe.loss is not None
     )
-    if chooser.needs_table or sensitivity is not None:
-        table = _measured(model, problem, conditions, sensitivity, task.one_tensor)
+    if chooser.needs_table or recipe.sensitivity is not None:
+        table = _measured(model, problem, conditions, recipe.sensitivity, task.one_tensor)
     else:
         table = _without_values(problem)
     allocation = allocate(chooser, problem, table)
-    quantized = calibrated(model, allocation, make, [x for x, _ in task.batches], seed, platform)
+    inputs = [x for x, _ in task.batches]
+    quantized = calibrated(model, allocation, make, inputs, recipe.seed, platform)
     counted = achieved(quantized, task.sample, problem.pinned, task.count or 1)
     require_achieved(allocation, counted)
     _give_back(quantized, type(model), task.kind)
-    return carrying(quantized, table, allocation, quantizers, target)
+    return carrying(quantized, table, allocation, quantizers, recipe.target)
+
+
+def require_float(model: nn.Module) -> None:
+    """Refuses a network that is quantized, or whose own ``adq`` the result's would replace.
+
+    Raises:
+        UserError: Says which.
+    """
+    if quantized_layers(model):
+        raise UserError("model: it is quantized already; give the float network")
+    if hasattr(model, "adq"):
+        raise UserError("model: its attribute adq would be replaced by the result's; rename it")
 
 
 def _give_back(quantized: nn.Module, prepared: type[nn.Module], own: type[nn.Module]) -> None:
@@ -161,22 +267,6 @@ def _give_back(quantized: nn.Module, prepared: type[nn.Module], own: type[nn.Mod
         quantized.__class__ = own
     elif prepared is not own:
         quantized.__class__ = below(own, {"forward": made.forward})
-
-
-def _chooser(bits: Mapping[str, int | list[int]] | None, allocator: Allocator | None) -> Allocator:
-    """Who chooses the bits.
-
-    Raises:
-        UserError: Bits are given and are none, or besides an allocator.
-    """
-    if bits is None:
-        return allocator or IlpAllocator()
-    if allocator is not None:
-        raise UserError("bits: they leave nothing to choose to an allocator; leave one of them out")
-    try:
-        return FixedAllocator({k: x if isinstance(x, int) else list(x) for k, x in bits.items()})
-    except (ValueError, TypeError, AttributeError) as error:
-        raise UserError(f"bits: {error}") from error
 
 
 def _measured(

@@ -668,3 +668,21 @@ def test_options_out_of_range_are_named(options):
 
 def test_the_bit_width_is_shown():
     assert "bit_width=5" in repr(AdqWeightQuantizer(5))
+
+
+def test_a_subclass_that_adapts_otherwise_is_asked_also_where_quantizers_follow_together():
+    class Other(AdqWeightQuantizer):
+        def adapt(self, weight):
+            super().adapt(weight)
+            self.codebook = self.codebook + 1
+
+    class Below(Other):
+        pass
+
+    weight = torch.randn(8, 5, generator=torch.Generator().manual_seed(0))
+    plain, other, below = AdqWeightQuantizer(2), Other(2), Below(2)
+    for quantizer in (plain, other, below):
+        quantizer.calibrate(weight)
+        type(quantizer).adapt_all([quantizer], [0.5 * weight])
+    assert torch.equal(other.codebook, plain.codebook + 1)
+    assert torch.equal(below.codebook, other.codebook)

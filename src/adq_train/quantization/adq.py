@@ -349,7 +349,7 @@ class AdqWeightQuantizer(WeightQuantizer):
         if self.adaptation == "none":
             return
         if self.adaptation == "quantile":
-            self.adapt_all([self], [weight])
+            AdqWeightQuantizer.adapt_all([self], [weight])
             return
         weights = self._followed(weight)
         indices = assign(weights, self.codebook)

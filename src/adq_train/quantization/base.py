@@ -72,9 +72,21 @@ class WeightQuantizer(Quantizer):
         """
         return torch.ones((), device=weight.device)
 
+    def __init_subclass__(cls, **named: Any) -> None:
+        super().__init_subclass__(**named)
+        # What a class does together is what its base did to each, not what it does itself.
+        if "adapt" in vars(cls) and "adapt_all" not in vars(cls):
+            cls.adapt_all = WeightQuantizer.adapt_each  # type: ignore[method-assign]
+
     @torch.no_grad()
     def adapt(self, weight: Tensor) -> None:
         """Called after each optimizer step; learned quantizers do nothing."""
+
+    @staticmethod
+    def adapt_each(quantizers: Sequence[WeightQuantizer], weights: Sequence[Tensor]) -> None:
+        """Adapts one after the other."""
+        for quantizer, weight in zip(quantizers, weights, strict=True):
+            quantizer.adapt(weight)
 
     @classmethod
     @torch.no_grad()
@@ -85,8 +97,7 @@ class WeightQuantizer(Quantizer):
             quantizers: Each once.
             weights: Those that they quantize.
         """
-        for quantizer, weight in zip(quantizers, weights, strict=True):
-            quantizer.adapt(weight)
+        cls.adapt_each(quantizers, weights)
 
 
 class EvenWeightQuantizer(WeightQuantizer):
