@@ -4,7 +4,9 @@ import pytest
 import torch
 from torch import nn
 
-from adq_train.deploy.all_forms import FormRow, classes_of, milliseconds, text
+from adq_train.data.base import BatchPlan
+from adq_train.deploy.all_forms import UNSEEN, FormRow, classes_of, milliseconds, text
+from adq_train.deploy.formats import FORMATS
 from adq_train.errors import UserError
 
 
@@ -39,6 +41,25 @@ def test_all_networks_see_all_images():
     assert found["a"].tolist() == [0, 1, 3, 3, 4, 6, 6]
     assert "b" not in found
     assert problems == {"b": "it broke"}
+
+
+def test_a_slow_form_looks_at_some_images_of_each_batch():
+    networks = {"run": Answers(), "slow": Answers({2})}
+    found, _ = classes_of(networks, data([0, 1, 2, 3, 4, 5, 6]), {"slow": 2})
+    assert found["slow"].tolist() == [0, UNSEEN, 3, 3, UNSEEN, 5, 6]
+    rows = [
+        FormRow("run", "r", 50.0, 0, 7, None, 1.5),
+        FormRow("slow", "s", 50.0, 1, 5, 10, 1.5),
+    ]
+    assert "1 of 5" in text(rows)
+    assert text(rows).splitlines()[-1].startswith("7 test images")
+
+
+@pytest.mark.parametrize(("total", "k"), [(1, 1), (1000, 1), (1001, 2), (10_000, 10)])
+def test_how_many_images_a_slow_runtime_verifies(total, k):
+    test = BatchPlan(total, 500)
+    assert FORMATS["qonnx"].every(test) == k
+    assert FORMATS["qdq"].every(test) == 1
 
 
 def test_a_run_that_fails_is_an_error():

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
 
-    from adq_train.data.base import InputFormat
+    from adq_train.data.base import Batches, InputFormat
     from adq_train.deploy.model import TableModel
     from adq_train.deploy.packed import Sizes
 
@@ -122,6 +122,8 @@ class Format:
         integer: Whether the file is an integer network, which rounds more than the trained one
             does: on how many images that shows is reported.
         float16: Whether ``float_type`` is a choice.
+        num_images: About so many of the test images, spread evenly, are looked at where its runtime
+            is slow; None: all.
     """
 
     name: str
@@ -134,6 +136,12 @@ class Format:
     exact: bool = False
     integer: bool = False
     float16: bool = False
+    num_images: int | None = None
+
+    def every(self, test: Batches) -> int:
+        """k, where every k-th test image of each batch is looked at."""
+        total = sum(test.size(i) for i in range(len(test)))
+        return max(1, -(-total // self.num_images)) if self.num_images else 1
 
     @property
     def file(self) -> str:
@@ -179,6 +187,7 @@ FORMATS = {
         Format(
             "qonnx", ".qonnx.onnx", "qonnx", "qonnx's executor",
             "integer weights and MultiThreshold nodes, for FINN", "fpga", ("qonnx",), integer=True,
+            num_images=1000,
         ),
     )
 }  # fmt: skip

@@ -157,7 +157,9 @@ def export_run(
     if kind.exact:
         batches: Iterable[Tensor] = [example]
     else:
-        batches = (images for images, _ in run.load_data(data_changes).test.epoch(0))
+        test = run.load_data(data_changes).test
+        some = slice(None, None, kind.every(test))
+        batches = (images for images, _ in test.epoch(0, images=some))
     source = Source(network, model, example, dtype, run.trusted)
     if form.fold_batch_norm:
         model = fold_batch_norms(model, source.architecture)
