@@ -160,5 +160,5 @@ def test_an_ambiguous_value_is_shown_as_it_is_written():
     (found,) = problems_of(["run_dir=a,b"])
     assert "which needs -m; a value with a comma is written 'run_dir=\"a,b\"'" in found
     (found,) = problems_of(["run_dir=a=1,b"])
-    assert "one value is written 'run_dir=\"a=1,b\"'" in found
+    assert "one text is written 'run_dir=\"a=1,b\"'" in found
     assert problems_of(["run_dir=a,b"], sweep=True) == problems_of(['run_dir="a=1,b"']) == []

@@ -135,6 +135,7 @@ def test_it_is_saved_loaded_and_exported(trained, tmp_path, capfd):
         assert torch.equal(packed(TOKENS), expected)
     assert "words.weight" not in packed.state_dict()  # there are codes alone
     pytest.importorskip("onnxruntime")
+    capfd.readouterr()
     agreement = adq_train.export(trained, tmp_path / "model.onnx", TOKENS)
     assert agreement.largest_difference < 1e-4
     assert not capfd.readouterr().err  # onnxruntime has warnings of its own

@@ -108,6 +108,8 @@ class WeightMixture(nn.Module):
             if isinstance(quantizer, WeightQuantizer):
                 quantizer.adapt(weight)
 
+    adapt_all = staticmethod(WeightQuantizer.adapt_each)
+
 
 class InputMixture(nn.Module):
     """Σ_b share_b · Q_b(x), in a layer's place for an input quantizer.
