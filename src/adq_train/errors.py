@@ -26,3 +26,8 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
     """A hint `` (did you mean 'x'?)`` for the nearest known word, or an empty string."""
     near = get_close_matches(word, list(known), n=1, cutoff=0.6)
     return f" (did you mean '{near[0]}'?)" if near else ""
+
+
+def first_line(error: Exception) -> str:
+    """What an error of a library says, in one line."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -38,7 +38,7 @@ class FileAllocator(GivenAllocator):
 
     def __post_init__(self) -> None:
         try:
-            assert self.content
+            _ = self.content
         except UserError as error:
             raise ValueError(f"path: {error}") from error
 

@@ -59,8 +59,7 @@ def parse(kind: type[T], arguments: Sequence[str]) -> T:
         # The folders of runs are named by settings, with equals signs.
         path_like = not equals or "/" in key or Path(argument).exists()
         if argument.startswith("--"):
-            name = argument.lstrip("-").partition("=")[0].replace("-", "_")
-            problems.append(f"{argument}: a setting is written {name}=VALUE, without dashes")
+            problems.append(f"{argument}: {without_dashes(argument)}")
         elif path_like and (several or not paths):
             paths.append(argument)
         elif not equals:
@@ -82,6 +81,12 @@ def parse(kind: type[T], arguments: Sequence[str]) -> T:
     if problems:
         raise ConfigError(problems)
     return kind(**{path_name: tuple(paths) if several else paths[0]}, **values)
+
+
+def without_dashes(flag: str) -> str:
+    """How what was typed as a flag is written as a setting."""
+    name = flag.lstrip("-").partition("=")[0].replace("-", "_")
+    return f"a setting is written {name}=VALUE, without dashes"
 
 
 def values_of(changes: Mapping[str, str]) -> dict[str, Any]:

@@ -8,6 +8,8 @@ from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 
+from adq_train.cpus import usable_cpus
+
 # What says how long a thread that waits spins before it sleeps; one of them is enough.
 WAITING = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")
 CGROUPS = Path("/sys/fs/cgroup")
@@ -46,6 +48,4 @@ def cpu_quota(cgroups: Path = CGROUPS) -> float | None:
 
 def prepare() -> None:
     """Applies :func:`defaults` to this process, and to those that it starts."""
-    usable = getattr(os, "sched_getaffinity", None)
-    cpus = len(usable(0)) if usable else os.cpu_count() or 1
-    os.environ.update(defaults(os.environ, cpus, cpu_quota()))
+    os.environ.update(defaults(os.environ, usable_cpus(), cpu_quota()))

@@ -18,6 +18,7 @@ from hydra._internal.utils import get_args_parser
 from omegaconf import OmegaConf
 
 from adq_train import interrupts
+from adq_train.cli.arguments import without_dashes
 from adq_train.cli.jobs import Job, Outcome, combinations, exit_code, leave, run_job, table_of
 from adq_train.cli.overrides import examine
 from adq_train.cli.settings_help import settings_text
@@ -84,11 +85,7 @@ def read_flags(argv: Sequence[str]) -> argparse.Namespace:
     def refuse(message: str) -> NoReturn:
         unknown = [x for x in message.split() if x.startswith("--")]
         if "unrecognized" in message and unknown:
-            name = unknown[0].lstrip("-").partition("=")[0].replace("-", "_")
-            message = (
-                f"{unknown[0]}: there is no such flag; a setting is written {name}=VALUE, without "
-                "dashes"
-            )
+            message = f"{unknown[0]}: there is no such flag; {without_dashes(unknown[0])}"
         raise ConfigError([f"{message}; adq-train --help shows examples"])
 
     parser.error = refuse  # type: ignore[method-assign]

@@ -285,6 +285,11 @@ def number_of(amount: Amount, total: int) -> int:
     return max(1, round(share(amount) * total)) if isinstance(amount, str) else amount
 
 
+def num_images(batches: Batches) -> int:
+    """The images of an epoch."""
+    return sum(map(batches.size, range(len(batches))))
+
+
 def set_aside(amount: Amount, num_images: int) -> tuple[Tensor, Tensor]:
     """Indices of images for testing, where a set has none of its own, and of the rest.
 

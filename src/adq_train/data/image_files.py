@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import v2
 
+from adq_train.cpus import usable_cpus
 from adq_train.data.base import (
     ALL,
     MAX_SIDE,
@@ -159,10 +160,8 @@ def readers(wanted: int | None) -> int:
     """
     if wanted is not None:
         return wanted
-    usable = getattr(os, "sched_getaffinity", None)
-    cpus = len(usable(0)) if usable else os.cpu_count() or 1
     sharing = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # from torchrun
-    return min(max(1, cpus // sharing), MAX_WORKERS)
+    return min(max(1, usable_cpus() // sharing), MAX_WORKERS)
 
 
 class FolderBatches:

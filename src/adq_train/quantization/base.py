@@ -74,19 +74,13 @@ class WeightQuantizer(Quantizer):
 
     def __init_subclass__(cls, **named: Any) -> None:
         super().__init_subclass__(**named)
-        # What a class does together is what its base did to each, not what it does itself.
+        # Inherited, it may do together what the base does to each; this class does otherwise.
         if "adapt" in vars(cls) and "adapt_all" not in vars(cls):
-            cls.adapt_all = WeightQuantizer.adapt_each  # type: ignore[method-assign]
+            cls.adapt_all = WeightQuantizer.adapt_all  # type: ignore[method-assign]
 
     @torch.no_grad()
     def adapt(self, weight: Tensor) -> None:
         """Called after each optimizer step; learned quantizers do nothing."""
-
-    @staticmethod
-    def adapt_each(quantizers: Sequence[WeightQuantizer], weights: Sequence[Tensor]) -> None:
-        """Adapts one after the other."""
-        for quantizer, weight in zip(quantizers, weights, strict=True):
-            quantizer.adapt(weight)
 
     @classmethod
     @torch.no_grad()
@@ -97,7 +91,8 @@ class WeightQuantizer(Quantizer):
             quantizers: Each once.
             weights: Those that they quantize.
         """
-        cls.adapt_each(quantizers, weights)
+        for quantizer, weight in zip(quantizers, weights, strict=True):
+            quantizer.adapt(weight)
 
 
 class EvenWeightQuantizer(WeightQuantizer):

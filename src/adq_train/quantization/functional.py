@@ -148,21 +148,16 @@ def compiled_on_cpu(x: Tensor) -> bool:
     return torch.compiler.is_compiling() and x.device.type == "cpu"
 
 
-@torch.library.custom_op("adq_train::staircase", mutates_args=())
-def _opaque_staircase(x: Tensor, borders: Tensor, values: Tensor) -> Tensor:
-    return staircase(x, borders, values)
+# Each as one operator, into which a compiler does not look.
+_opaque_staircase = torch.library.custom_op("adq_train::staircase", staircase, mutates_args=())
+_opaque_interval_sums = torch.library.custom_op(
+    "adq_train::interval_sums", interval_sums, mutates_args=()
+)
 
 
 @_opaque_staircase.register_fake
 def _(x: Tensor, borders: Tensor, values: Tensor) -> Tensor:
     return x.new_empty(x.shape)
-
-
-@torch.library.custom_op("adq_train::interval_sums", mutates_args=())
-def _opaque_interval_sums(
-    x: Tensor, grad: Tensor, edges: Tensor, thresholds: Tensor, slopes: Tensor
-) -> tuple[Tensor, Tensor]:
-    return interval_sums(x, grad, edges, thresholds, slopes)
 
 
 @_opaque_interval_sums.register_fake
@@ -438,17 +433,9 @@ def _by_gpu(
     return grad_x.permute(0, 3, 1, 2) if last and of_input else grad_x, row
 
 
-@torch.library.custom_op("adq_train::step_gradients", mutates_args=())
-def _opaque_step_gradients(
-    x: Tensor,
-    edges: Tensor,
-    thresholds: Tensor,
-    widths: Tensor,
-    levels: Tensor,
-    grad: Tensor,
-    of_input: bool,
-) -> tuple[Tensor, Tensor]:
-    return _by_gpu(x, edges, thresholds, widths, levels, grad, of_input)
+_opaque_step_gradients = torch.library.custom_op(
+    "adq_train::step_gradients", _by_gpu, mutates_args=()
+)
 
 
 @_opaque_step_gradients.register_fake

@@ -15,6 +15,8 @@ from types import ModuleType
 import torch
 from torch import Tensor, nn
 
+from adq_train.errors import first_line
+
 log = logging.getLogger(__name__)
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -50,7 +52,7 @@ def loaded(device: torch.device) -> GpuKernels:
         return _none(f"Triton cannot be imported: {error}")
     # Whatever a compiler, a driver or an older Triton may say: a run goes on without.
     except Exception as error:
-        return _none((str(error).strip() or type(error).__name__).splitlines()[0])
+        return _none(first_line(error))
     return GpuKernels(triton_kernels, {"kernels": "Triton", "version": triton.__version__})
 
 

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from adq_train.errors import first_line
 from adq_train.quantization.kernel_cache import (
     CompilerError,
     build,
@@ -59,11 +60,11 @@ def loaded() -> Kernels:
                 kernels = _opened(build(SOURCE, Path(private)))
             log.warning(
                 "the faster kernels are compiled for this process alone: their cache cannot be "
-                "used (%s); XDG_CACHE_HOME chooses another place", _first_line(error),
+                "used (%s); XDG_CACHE_HOME chooses another place", first_line(error),
             )  # fmt: skip
             return kernels
     except (OSError, CompilerError) as error:
-        reason = _first_line(error)
+        reason = first_line(error)
         log.info("quantizers run in plain PyTorch: the faster kernels cannot be used (%s)", reason)
         return _none(reason)
 
@@ -99,17 +100,13 @@ def _opened(path: Path) -> Kernels:
         )
     except (AttributeError, ValueError) as error:
         path.unlink(missing_ok=True)
-        raise CompilerError(f"the compiler left something out: {_first_line(error)}") from error
+        raise CompilerError(f"the compiler left something out: {first_line(error)}") from error
     told = (compiler.value or b"").decode(errors="replace")
     return Kernels(functions, {"kernels": "C", "compiler": told, "sha256": digest_in_name(path)})
 
 
 def _none(reason: str) -> Kernels:
     return Kernels(None, {"kernels": "plain PyTorch", "reason": reason})
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def usable(x: Tensor) -> bool:

@@ -108,7 +108,7 @@ class WeightMixture(nn.Module):
             if isinstance(quantizer, WeightQuantizer):
                 quantizer.adapt(weight)
 
-    adapt_all = staticmethod(WeightQuantizer.adapt_each)
+    adapt_all = WeightQuantizer.adapt_all  # one by one
 
 
 class InputMixture(nn.Module):

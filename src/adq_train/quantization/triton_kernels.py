@@ -239,14 +239,13 @@ def step_gradients(
     """
     count, size = len(widths), x.numel()
     grad_x = torch.empty_like(x) if of_input else x.new_empty(0)
-    row = torch.float32
-    gradients = torch.empty(2 * count + 2, dtype=row, device=x.device)
+    gradients = torch.empty(2 * count + 2, dtype=torch.float32, device=x.device)
     tables = [_row(t) for t in (edges, thresholds, widths, levels)]
     few = count <= FEW
     width, values = (triton.next_power_of_2(count + 1), FEW_VALUES) if few else MANY
     blocks = triton.cdiv(triton.cdiv(size, values), PROGRAMS)
     programs = triton.cdiv(size, values * blocks)
-    sums = torch.empty(programs, 3 * width, dtype=row, device=x.device)
+    sums = torch.empty(programs, 3 * width, dtype=torch.float32, device=x.device)
     given = x, grad, grad_x, *tables, sums, size, blocks, count, width, of_input, values
     with torch.cuda.device_of(x):
         if few:

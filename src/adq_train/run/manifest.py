@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
-import os
 import platform
 import subprocess
 from collections.abc import Iterator
@@ -16,6 +15,7 @@ from typing import Any
 
 from adq_train import __version__
 from adq_train.artifacts import Count
+from adq_train.cpus import usable_cpus
 from adq_train.errors import UserError
 from adq_train.storage.decoding import decode
 from adq_train.storage.files import write_text
@@ -210,9 +210,7 @@ def processor() -> str:
     with contextlib.suppress(OSError):
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
         name = next((x.split(":", 1)[1].strip() for x in lines if x.startswith("model name")), name)
-    usable = getattr(os, "sched_getaffinity", None)
-    cores = len(usable(0)) if usable else os.cpu_count()
-    return f"{cores} × {name}"
+    return f"{usable_cpus()} × {name}"
 
 
 def git_state() -> dict[str, Any] | None:

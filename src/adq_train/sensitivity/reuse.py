@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from adq_train.errors import first_line
 from adq_train.nested import few, tensors
 from adq_train.quantization.layers import QuantLayer, quantized_kind
 from adq_train.task import RUN
@@ -168,16 +169,12 @@ def make_runs(model: nn.Module, batches: Sequence[Tensor], limit_bytes: int) -> 
         found = trial.run(copy.deepcopy(some))
         same = torch.equal(found, model(copy.deepcopy(some)))
     except Exception as error:  # a forward() that is traced may fail in any way
-        log.info("profile: whole runs, as the model cannot be traced (%s)", _first_line(error))
+        log.info("profile: whole runs, as the model cannot be traced (%s)", first_line(error))
         return WholeRuns(model, batches)
     if not same:
         log.info("profile: whole runs, as the traced model gives other outputs")
         return WholeRuns(model, batches)
     return PartialRuns(model, batches, graph, limit_bytes, trial.in_place)
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def num_bytes(values: Iterable[Any]) -> int:

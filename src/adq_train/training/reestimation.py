@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from adq_train.data.base import Amount, number_of
+from adq_train.data.base import Amount, num_images, number_of
 from adq_train.training.batch_norm import first_images, reestimate_batch_norm
 from adq_train.training.hook import Hook
 from adq_train.training.trainer import Trainer
@@ -23,7 +23,7 @@ class ReestimateBatchNorm(Hook):
     def before_evaluation(self, trainer: Trainer) -> None:
         """Estimates them."""
         train = trainer.data.train
-        count = number_of(self.amount, sum(map(train.size, range(len(train)))))
+        count = number_of(self.amount, num_images(train))
         if not count:
             return
         images = first_images(train, trainer.epoch, count, self.together)
