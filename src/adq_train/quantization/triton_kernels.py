@@ -102,13 +102,21 @@ def _few_sums(
 
 
 @triton.jit
+def _rounded(x):
+    """The nearest bfloat16, ties to even; written out, as Triton's interpreter cuts bits off."""
+    bits = x.to(tl.int32, bitcast=True)
+    bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & -65536
+    return bits.to(tl.float32, bitcast=True).to(tl.bfloat16)
+
+
+@triton.jit
 def _histogram(sums, weights, high, low):
     """Adds weights to sums (16, 16) at the places of two digits: a product of one-hot matrices.
 
-    A float32 is the sum of two bfloat16 but for its last 8 bits, and tensor cores add in float32.
+    A float32 is the sum of two bfloat16 to 2 ** -17 of it, and tensor cores add in float32.
     """
-    first = weights.to(tl.bfloat16)
-    rest = (weights - first.to(tl.float32)).to(tl.bfloat16)
+    first = _rounded(weights)
+    rest = _rounded(weights - first.to(tl.float32))
     zero = tl.zeros(high.shape, low.dtype)
     sums = tl.dot(tl.where(high, first.to(low.dtype)[None, :], zero), low, sums)
     return tl.dot(tl.where(high, rest.to(low.dtype)[None, :], zero), low, sums)
