@@ -195,10 +195,11 @@ def test_gradients_of_another_layout_and_type_are_taken_in_order():
 def test_what_the_compiler_is_told_of_the_operators():
     x, row = torch.randn(2, 3, 4, 5), torch.linspace(-1, 1, 4)
     slopes = torch.tensor([0.0, 1, 2, 3, 0])
-    torch.library.opcheck(torch.ops.adq_train.staircase.default, (x, row, slopes))
-    sums = x, torch.randn_like(x), row, midpoints(row), slopes
-    torch.library.opcheck(torch.ops.adq_train.interval_sums.default, sums)
     last = x.contiguous(memory_format=torch.channels_last)
+    for y in (x, last, x[:, :, ::2]):
+        torch.library.opcheck(torch.ops.adq_train.staircase.default, (y, row, slopes))
+        sums = y, torch.randn_like(y), row, midpoints(row), slopes
+        torch.library.opcheck(torch.ops.adq_train.interval_sums.default, sums)
     for y, wanted in ((x, True), (last, True), (x[:, :, ::2], True), (x, False)):
         tables = row, midpoints(row), row.diff(), row
         given = y, *tables, torch.randn_like(y), wanted

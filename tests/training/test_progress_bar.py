@@ -42,6 +42,13 @@ def test_every_epoch_is_told_with_its_figures(told):
     assert ", 0 s left, " in lines[-1]
 
 
+def test_the_time_left_is_judged_by_the_epochs_of_this_process(told):
+    trainer = trainer_of(dense(), ProgressBar("qat"), epochs=3)
+    trainer.epoch, trainer.seconds = 1, 1e6  # an earlier process, on a slow machine
+    trainer.fit()
+    assert re.search(r"qat 2/3: .*, \d s left, ", told.text)
+
+
 def test_the_bar_moves_within_an_epoch(monkeypatch):
     shares = []
     monkeypatch.setattr(Progress, "within", lambda self, share: shares.append(share))

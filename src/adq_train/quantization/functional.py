@@ -61,11 +61,11 @@ def staircase(x: Tensor, borders: Tensor, values: Tensor) -> Tensor:
     Returns:
         The shape and dtype of ``x``.
     """
-    if is_channels_last(x):  # elementwise work in memory order
-        return staircase(x.permute(0, 2, 3, 1), borders, values).permute(0, 3, 1, 2)
     if compiled_on_cpu(x):
         opaque: Tensor = _opaque_staircase(x, borders, values)
         return opaque
+    if is_channels_last(x):  # elementwise work in memory order
+        return staircase(x.permute(0, 2, 3, 1), borders, values).permute(0, 3, 1, 2)
     x = x.contiguous()
     if kernels.usable(x):
         return kernels.staircase(x, borders, values)
@@ -93,15 +93,15 @@ def interval_sums(
         float64: Σ grad over the values above each edge, Σ grad · x over the same, Σ grad above
         each threshold, Σ grad.
     """
+    if compiled_on_cpu(x):
+        opaque: tuple[Tensor, Tensor] = _opaque_interval_sums(x, grad, edges, thresholds, slopes)
+        return opaque
     if is_channels_last(x):
         order = 0, 2, 3, 1
         grad_x, sums = interval_sums(
             x.permute(order), grad.permute(order), edges, thresholds, slopes
         )
         return grad_x.permute(0, 3, 1, 2), sums
-    if compiled_on_cpu(x):
-        opaque: tuple[Tensor, Tensor] = _opaque_interval_sums(x, grad, edges, thresholds, slopes)
-        return opaque
     x, grad = x.contiguous(), grad.to(x.dtype).contiguous()
     if kernels.usable(x):
         return kernels.interval_sums(x, grad, edges, thresholds, slopes)
@@ -155,16 +155,21 @@ _opaque_interval_sums = torch.library.custom_op(
 )
 
 
+def _like(x: Tensor) -> Tensor:
+    """What the operators return for ``x``, without its values: in its order of memory."""
+    return torch.empty_like(x if is_channels_last(x) else x.contiguous())
+
+
 @_opaque_staircase.register_fake
 def _(x: Tensor, borders: Tensor, values: Tensor) -> Tensor:
-    return x.new_empty(x.shape)
+    return _like(x)
 
 
 @_opaque_interval_sums.register_fake
 def _(
     x: Tensor, grad: Tensor, edges: Tensor, thresholds: Tensor, slopes: Tensor
 ) -> tuple[Tensor, Tensor]:
-    return x.new_empty(x.shape), x.new_empty(3 * len(edges), dtype=torch.float64)
+    return _like(x), x.new_empty(3 * len(edges), dtype=torch.float64)
 
 
 def order_statistics(values: Tensor, ranks: Tensor) -> Tensor:
@@ -448,8 +453,7 @@ def _(
     grad: Tensor,
     of_input: bool,
 ) -> tuple[Tensor, Tensor]:
-    like = x if is_channels_last(x) else x.contiguous()
-    grad_x = torch.empty_like(like) if of_input else x.new_empty(0)
+    grad_x = _like(x) if of_input else x.new_empty(0)
     return grad_x, levels.new_empty(2 * len(levels))
 
 

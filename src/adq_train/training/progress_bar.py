@@ -41,6 +41,7 @@ class ProgressBar(Hook):
     def context(self, trainer: Trainer) -> Iterator[None]:
         """Shows the bar."""
         epochs = trainer.settings.epochs
+        self.before = trainer.epoch, trainer.seconds
         with Progress(self.stage, total=epochs, done=trainer.epoch) as self.progress:
             yield
 
@@ -50,7 +51,10 @@ class ProgressBar(Hook):
 
     def after_epoch(self, trainer: Trainer, report: EpochReport) -> None:
         """Tells how it went."""
-        left = trainer.seconds / trainer.epoch * (trainer.settings.epochs - trainer.epoch)
+        # By the epochs of this process: before it, the machine may have been another or busier.
+        epochs, seconds = self.before
+        each = (trainer.seconds - seconds) / (trainer.epoch - epochs)
+        left = each * (trainer.settings.epochs - trainer.epoch)
         self.progress.advance(
             f"loss {report.train_loss:.3f}, validation {report.validation_top1_percent:.1f} %, "
             f"{duration(left)} left",
