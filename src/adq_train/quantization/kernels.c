@@ -21,6 +21,8 @@ const char adq_compiler[] = "gcc " __VERSION__;
 
 typedef float lanes __attribute__((vector_size(32)));
 typedef int32_t masks __attribute__((vector_size(32)));
+typedef uint32_t words __attribute__((vector_size(32)));
+typedef uint16_t halves __attribute__((vector_size(16)));
 
 enum { LANES = 8, CHUNK = 8192, FEW = 15, MOST = 256, WAYS = 4, BINS = 1024, DIGIT = 2048 };
 
@@ -29,16 +31,31 @@ enum { LANES = 8, CHUNK = 8192, FEW = 15, MOST = 256, WAYS = 4, BINS = 1024, DIG
     _Pragma("omp parallel for schedule(static) num_threads(threads) if (chunks > 1)") \
     for (size_t chunk = 0; chunk < chunks; chunk++)
 
-INLINE lanes load(const float *from, size_t count) {
+/* A whole vector is a constant size, and so one instruction. */
+INLINE void copy(void *to, const void *from, size_t count, size_t size) {
+    if (count == LANES) memcpy(to, from, LANES * size);
+    else memcpy(to, from, count * size);
+}
+
+/* Values of a tensor as float32: of float32, or of (half) bfloat16, the upper halves of floats. */
+INLINE lanes load(const void *tensor, size_t begin, size_t count, const int half) {
     lanes x = {0};
-    if (count == LANES) memcpy(&x, from, sizeof x);  /* a constant: one instruction */
-    else memcpy(&x, from, count * sizeof *from);
+    halves h = {0};
+    if (!half) copy(&x, (const float *)tensor + begin, count, sizeof(float));
+    else {
+        copy(&h, (const uint16_t *)tensor + begin, count, sizeof(uint16_t));
+        x = (lanes)(__builtin_convertvector(h, words) << 16);
+    }
     return x;
 }
 
-INLINE void store(lanes x, float *to, size_t count) {
-    if (count == LANES) memcpy(to, &x, sizeof x);
-    else memcpy(to, &x, count * sizeof *to);
+/* The way back: to bfloat16 as PyTorch rounds, to the nearest, ties to even; NaN stays NaN. */
+INLINE void store(lanes x, void *tensor, size_t begin, size_t count, const int half) {
+    words bits = (words)x, number = (words)(x == x);
+    bits = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
+    halves h = __builtin_convertvector((number & bits) | (~number & 0x7fc0), halves);
+    if (half) copy((uint16_t *)tensor + begin, &h, count, sizeof(uint16_t));
+    else copy((float *)tensor + begin, &x, count, sizeof(float));
 }
 
 INLINE lanes all(float x) { return (lanes){x, x, x, x, x, x, x, x}; }
@@ -48,37 +65,6 @@ INLINE lanes where(masks mask, lanes yes, lanes no) {
 }
 
 INLINE size_t shorter(size_t a, size_t b) { return a < b ? a : b; }
-
-/* A chunk of a tensor as float32: itself, or, where it holds bfloat16, the upper halves of floats,
- * a copy in `room`. */
-INLINE const float *widened(const void *tensor, size_t begin, size_t count, float *room,
-                            int half) {
-    if (!half) return (const float *)tensor + begin;
-    const uint16_t *from = (const uint16_t *)tensor + begin;
-    for (size_t i = 0; i < count; i++) {
-        uint32_t bits = (uint32_t)from[i] << 16;
-        memcpy(room + i, &bits, sizeof bits);
-    }
-    return room;
-}
-
-/* Where to write a chunk of a tensor as float32: into itself, or into `room`, from which narrow
- * then takes it. */
-INLINE float *target(void *tensor, size_t begin, float *room, int half) {
-    return half ? room : (float *)tensor + begin;
-}
-
-/* To bfloat16 as PyTorch rounds: to the nearest, ties to even; NaN stays NaN. */
-INLINE void narrow(const float *room, void *tensor, size_t begin, size_t count, int half) {
-    uint16_t *to = (uint16_t *)tensor + begin;
-    if (!half) return;
-    for (size_t i = 0; i < count; i++) {
-        uint32_t bits;
-        memcpy(&bits, room + i, sizeof bits);
-        bits = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
-        to[i] = room[i] == room[i] ? (uint16_t)bits : 0x7fc0;
-    }
-}
 
 /* Finds how many borders lie below a value. Bins of equal width tell how many lie below the bin;
  * those inside it, seldom more than one, are compared. Rounding does no harm: bins_of never falls
@@ -124,26 +110,40 @@ static void prepare(Search *search, const float *borders, int count) {
 }
 
 /* y = values[#{k : x > borders[k]}] for a few borders: compare with each. */
-INLINE void few_steps(const float *x, float *y, size_t size, const float *borders,
-                      const float *values, const int count) {
-    for (size_t i = 0; i < size; i += LANES) {
-        size_t here = shorter(size - i, LANES);
-        lanes a = load(x + i, here);
+INLINE void few_steps(const void *x, void *y, size_t begin, size_t end, const int half,
+                      const float *borders, const float *values, const int count) {
+    for (size_t i = begin; i < end; i += LANES) {
+        size_t here = shorter(end - i, LANES);
+        lanes a = load(x, i, here, half);
         lanes out = all(values[0]);
         for (int k = 0; k < count; k++) out = where(a <= all(borders[k]), out, all(values[k + 1]));
-        store(out, y + i, here);
+        store(out, y, i, here, half);
     }
 }
 
 /* The same for many borders: search. */
-INLINE void many_steps(const Search *search, const float *x, float *y, size_t size,
-                       const float *values, const int inside) {
-    for (size_t i = 0; i < size; i += LANES) {
-        size_t here = shorter(size - i, LANES);
-        masks index = find(search, load(x + i, here), inside);
+INLINE void many_steps(const Search *search, const void *x, void *y, size_t begin, size_t end,
+                       const int half, const float *values, const int inside) {
+    for (size_t i = begin; i < end; i += LANES) {
+        size_t here = shorter(end - i, LANES);
+        masks index = find(search, load(x, i, here, half), inside);
         lanes out;
         for (int lane = 0; lane < LANES; lane++) out[lane] = values[index[lane]];
-        store(out, y + i, here);
+        store(out, y, i, here, half);
+    }
+}
+
+/* One chunk of the forward pass; what is a constant lets the compiler unroll. */
+INLINE void steps(const Search *search, const void *x, void *y, size_t begin, size_t end,
+                  const int half, const float *borders, const float *values, int count) {
+    switch (count) {
+        case 3: few_steps(x, y, begin, end, half, borders, values, 3); break;
+        case 7: few_steps(x, y, begin, end, half, borders, values, 7); break;
+        case 15: few_steps(x, y, begin, end, half, borders, values, 15); break;
+        default:
+            if (count <= FEW) few_steps(x, y, begin, end, half, borders, values, count);
+            else if (search->inside == 1) many_steps(search, x, y, begin, end, half, values, 1);
+            else many_steps(search, x, y, begin, end, half, values, search->inside);
     }
 }
 
@@ -155,36 +155,25 @@ void adq_staircase(const void *x, void *y, size_t size, const float *borders,
     Search search;
     if (count > FEW) prepare(&search, borders, count);
     EACH_CHUNK(chunk, chunks) {
-        float room[2][CHUNK];
-        size_t begin = chunk * CHUNK, here = shorter(size - begin, CHUNK);
-        const float *from = widened(x, begin, here, room[0], half);
-        float *to = target(y, begin, room[1], half);
-        switch (count) {  /* a constant lets the compiler unroll */
-            case 3: few_steps(from, to, here, borders, values, 3); break;
-            case 7: few_steps(from, to, here, borders, values, 7); break;
-            case 15: few_steps(from, to, here, borders, values, 15); break;
-            default:
-                if (count <= FEW) few_steps(from, to, here, borders, values, count);
-                else if (search.inside == 1) many_steps(&search, from, to, here, values, 1);
-                else many_steps(&search, from, to, here, values, search.inside);
-        }
-        narrow(to, y, begin, here, half);
+        size_t begin = chunk * CHUNK, end = shorter(begin + CHUNK, size);
+        if (half) steps(&search, x, y, begin, end, 1, borders, values, count);
+        else steps(&search, x, y, begin, end, 0, borders, values, count);
     }
 }
 
 /* One chunk of the backward pass for a few intervals. With g the gradient of the output:
  * sums[k] = sum of g over x > edges[k], sums[count + 1 + k] = sum of g x over the same,
  * sums[2 count + 2 + k] = sum of g over x > thresholds[k], sums[3 count + 2] = sum of g. */
-INLINE void few_intervals(const float *x, const float *grad, float *grad_x, size_t size,
-                          const float *edges, const float *thresholds, const float *slopes,
-                          double *sums, const int count) {
+INLINE void few_intervals(const void *x, const void *grad, void *grad_x, size_t begin, size_t end,
+                          const int half, const float *edges, const float *thresholds,
+                          const float *slopes, double *sums, const int count) {
     lanes above[FEW + 1], moment[FEW + 1], over[FEW], total = {0};
     for (int k = 0; k <= count; k++) above[k] = moment[k] = (lanes){0};
     for (int k = 0; k < count; k++) over[k] = (lanes){0};
-    for (size_t i = 0; i < size; i += LANES) {
-        size_t here = shorter(size - i, LANES);
-        lanes a = load(x + i, here);
-        lanes g = load(grad + i, here);
+    for (size_t i = begin; i < end; i += LANES) {
+        size_t here = shorter(end - i, LANES);
+        lanes a = load(x, i, here, half);
+        lanes g = load(grad, i, here, half);
         lanes slope = all(slopes[0]);
         total += g;
         for (int k = 0; k <= count; k++) {
@@ -196,7 +185,7 @@ INLINE void few_intervals(const float *x, const float *grad, float *grad_x, size
         }
         for (int k = 0; k < count; k++)
             over[k] += (lanes)(~(a <= all(thresholds[k])) & (masks)g);
-        store(slope * g, grad_x + i, here);
+        store(slope * g, grad_x, i, here, half);
     }
     for (int lane = 0; lane < LANES; lane++) {
         for (int k = 0; k <= count; k++) {
@@ -211,13 +200,13 @@ INLINE void few_intervals(const float *x, const float *grad, float *grad_x, size
 /* The same for many intervals: add to the interval's own sums, accumulate from above at the end.
  * Several sets of sums take turns, since values that follow one another are often in the same
  * interval, and would wait for its sum. */
-INLINE void many_intervals(const Search *search, const float *x, const float *grad, float *grad_x,
-                           size_t size, const float *thresholds, const float *slopes,
-                           double *sums, int count, const int inside) {
+INLINE void many_intervals(const Search *search, const void *x, const void *grad, void *grad_x,
+                           size_t begin, size_t end, const int half, const float *thresholds,
+                           const float *slopes, double *sums, int count, const int inside) {
     double own[WAYS][MOST + 2][2] = {0}, by_code[WAYS][MOST + 1] = {0};
-    for (size_t i = 0; i < size; i += LANES) {
-        size_t here = shorter(size - i, LANES);
-        lanes a = load(x + i, here), g = load(grad + i, here), slope, threshold;
+    for (size_t i = begin; i < end; i += LANES) {
+        size_t here = shorter(end - i, LANES);
+        lanes a = load(x, i, here, half), g = load(grad, i, here, half), slope, threshold;
         masks interval = find(search, a, inside);  /* 0: below all edges */
         masks below = interval - (masks)((interval > 0) & 1);
         for (int lane = 0; lane < LANES; lane++) {
@@ -226,7 +215,7 @@ INLINE void many_intervals(const Search *search, const float *x, const float *gr
         }
         masks code = below - ~(a <= threshold);
         code += code > count;  /* a NaN is above infinity too */
-        store(slope * g, grad_x + i, here);
+        store(slope * g, grad_x, i, here, half);
         lanes moment = g * a;
         for (int lane = 0; lane < LANES; lane++) {
             double *sum = own[lane % WAYS][interval[lane]];
@@ -246,6 +235,25 @@ INLINE void many_intervals(const Search *search, const float *x, const float *gr
     }
 }
 
+/* One chunk of the backward pass; what is a constant lets the compiler unroll. */
+INLINE void intervals(const Search *search, const void *x, const void *grad, void *grad_x,
+                      size_t begin, size_t end, const int half, const float *edges,
+                      const float *thresholds, const float *slopes, double *sums, int count) {
+#define FEW_INTERVALS(n) \
+    few_intervals(x, grad, grad_x, begin, end, half, edges, thresholds, slopes, sums, n)
+#define MANY_INTERVALS(n) \
+    many_intervals(search, x, grad, grad_x, begin, end, half, thresholds, slopes, sums, count, n)
+    switch (count) {
+        case 3: FEW_INTERVALS(3); break;
+        case 7: FEW_INTERVALS(7); break;
+        case 15: FEW_INTERVALS(15); break;
+        default:
+            if (count <= FEW) FEW_INTERVALS(count);
+            else if (search->inside == 1) MANY_INTERVALS(1);
+            else MANY_INTERVALS(search->inside);
+    }
+}
+
 /* x, grad, grad_x (size), all float32 or (half) bfloat16; edges (count + 1); thresholds (count);
  * slopes (count + 2), one for each interval and 0 at both ends; sums (3 count + 3), as above.
  * Returns 0, or 1 without memory. */
@@ -258,26 +266,12 @@ int adq_interval_sums(const void *x, const void *grad, void *grad_x, size_t size
     Search search;
     if (count > FEW) prepare(&search, edges, count + 1);
     EACH_CHUNK(chunk, chunks) {
-        float room[3][CHUNK];
-        size_t begin = chunk * CHUNK, here = shorter(size - begin, CHUNK);
-        const float *a = widened(x, begin, here, room[0], half);
-        const float *g = widened(grad, begin, here, room[1], half);
-        float *to = target(grad_x, begin, room[2], half);
+        size_t begin = chunk * CHUNK, end = shorter(begin + CHUNK, size);
         double *own = partial + chunk * width;
-        switch (count) {
-            case 3: few_intervals(a, g, to, here, edges, thresholds, slopes, own, 3); break;
-            case 7: few_intervals(a, g, to, here, edges, thresholds, slopes, own, 7); break;
-            case 15: few_intervals(a, g, to, here, edges, thresholds, slopes, own, 15); break;
-            default:
-                if (count <= FEW)
-                    few_intervals(a, g, to, here, edges, thresholds, slopes, own, count);
-                else if (search.inside == 1)
-                    many_intervals(&search, a, g, to, here, thresholds, slopes, own, count, 1);
-                else
-                    many_intervals(&search, a, g, to, here, thresholds, slopes, own, count,
-                                   search.inside);
-        }
-        narrow(to, grad_x, begin, here, half);
+#define INTERVALS(half) intervals(&search, x, grad, grad_x, begin, end, half, edges, thresholds, \
+                                  slopes, own, count)
+        if (half) INTERVALS(1);
+        else INTERVALS(0);
     }
     memset(sums, 0, width * sizeof *sums);
     for (size_t chunk = 0; chunk < chunks; chunk++)
