@@ -3,6 +3,7 @@
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from helpers import problems_of
+from PIL import Image
 from torch import nn
 from torch.nn import functional
 
@@ -73,6 +75,46 @@ def test_a_page_begins_with_what_one_can_do_after_it_and_has_an_example(page):
     if page.name != "api.md":
         assert first.startswith("After this page you ")
         assert any(x.startswith(("```", "    ")) for x in rest)
+
+
+def complete_examples():
+    """The blocks of each page that are marked as ``sh``: what a reader types from top to bottom."""
+    for page in sorted((ROOT / "docs").glob("*.md")):
+        for number, block in enumerate(re.findall(r"```sh\n(.*?)```", page.read_text(), re.DOTALL)):
+            yield pytest.param(block, id=f"{page.stem}-{number}")
+
+
+# The example as it stands, but for shorter training and a smaller profile.
+BRIEF = """adq-train() {
+    command adq-train "$@" pretrain.epochs=1 trainer.epochs=1 data.calibration_images=16
+}"""
+
+
+@pytest.mark.parametrize("block", complete_examples())
+def test_the_examples_of_the_pages_run(block, tmp_path):
+    shutil.copytree(ROOT / "examples/own_model", tmp_path, dirs_exist_ok=True)
+    for name in ("cat", "dog"):
+        pets = tmp_path / "pets" / name
+        pets.mkdir(parents=True)
+        for number in range(20):
+            noise = torch.randint(256, (64, 64, 3), dtype=torch.uint8).numpy()
+            Image.fromarray(noise).save(pets / f"{number}.png")
+    environment = os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    done = subprocess.run(
+        ["bash", "-euc", f"{BRIEF}\n{block}"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        env=environment,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_every_page_has_an_example_that_runs():
+    run = {param.id.rsplit("-", 1)[0] for param in complete_examples()}
+    elsewhere = {"python": "test_api.py", "tasks": "examples/test_tasks.py"}  # those in Python
+    lists = {"api", "performance"}  # of functions, and of measurements
+    assert run | set(elsewhere) | lists == {page.stem for page in (ROOT / "docs").glob("*.md")}
 
 
 def test_the_five_lines_of_the_readme_run(tmp_path, monkeypatch):
