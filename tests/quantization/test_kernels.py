@@ -21,6 +21,7 @@ from adq_train.quantization.functional import (
     midpoints,
     order_statistics,
     staircase,
+    step_gradients,
 )
 
 pytestmark = pytest.mark.skipif(kernels.library() is None, reason="no C compiler here")
@@ -138,13 +139,13 @@ def test_odd_levels_round_to_bfloat16_as_in_pytorch(values):
 @pytest.mark.parametrize("count", [3, 15, 255])
 def test_the_code_of_nan_is_the_last(count):
     x = torch.tensor([math.nan, math.inf, -math.inf, 0.0])
-    edges = torch.linspace(-1, 1, count + 1)
-    grad, slopes = torch.ones(4), torch.zeros(count + 2)
-    codes = (count, count, 0, int((midpoints(edges) < 0).sum()))
+    edges, levels = torch.linspace(-1, 1, count + 1), torch.arange(count + 1.0)
+    codes = torch.tensor([count, count, 0, int((midpoints(edges) < 0).sum())])
     for context in (contextlib.nullcontext(), plain()):
         with context:
-            sums = interval_sums(x, grad, edges, midpoints(edges), slopes)[1]
-        assert sums[2 * count + 2 : -1].sum() == sum(codes)
+            tables = edges, midpoints(edges), edges.diff(), levels
+            of_levels = step_gradients(x, *tables, torch.ones(4))[3]
+        assert torch.equal(of_levels, torch.bincount(codes, minlength=count + 1).float())
 
 
 @pytest.mark.parametrize("form", [interval_sums, interval_sums_by_mask])
@@ -168,14 +169,14 @@ def test_every_plain_form_of_the_sums_is_the_definition(count, form):
 def test_the_number_of_threads_changes_nothing():
     numbers = torch.Generator().manual_seed(0)
     x, grad = (torch.randn(100_003, generator=numbers) for _ in range(2))
-    edges = torch.linspace(-1, 1, 4)
-    slopes = torch.tensor([0.0, 1, 2, 3, 0])
+    edges, levels = torch.linspace(-1, 1, 4), torch.tensor([0.0, 1, 3, 6])
+    tables = edges, midpoints(edges), edges.diff(), levels
     results = []
     before = torch.get_num_threads()
     try:
         for threads in (1, 2, 5):
             torch.set_num_threads(threads)
-            results.append(interval_sums(x, grad, edges, midpoints(edges), slopes))
+            results.append(step_gradients(x, *tables, grad))
     finally:
         torch.set_num_threads(before)
     for other in results[1:]:
@@ -185,8 +186,10 @@ def test_the_number_of_threads_changes_nothing():
 def test_gradients_of_another_layout_and_type_are_taken_in_order():
     x = torch.randn(2, 3, 4, 5).contiguous(memory_format=torch.channels_last)
     grad = torch.randn(2, 3, 4, 5)
-    edges, slopes = torch.linspace(-1, 1, 4), torch.tensor([0.0, 1, 2, 3, 0])
-    fast = interval_sums(x, grad.bfloat16(), edges, midpoints(edges), slopes)
+    edges, levels = torch.linspace(-1, 1, 4), torch.tensor([0.0, 1, 3, 6])
+    widths = edges.diff()
+    slopes = torch.cat([torch.zeros(1), levels.diff() / widths, torch.zeros(1)])
+    fast = step_gradients(x, edges, midpoints(edges), widths, levels, grad.bfloat16())
     expected = grad.bfloat16().float() * slopes[torch.bucketize(x.contiguous(), edges)]
     assert torch.equal(fast[0], expected)
     assert fast[0].stride() == x.stride()
@@ -194,12 +197,10 @@ def test_gradients_of_another_layout_and_type_are_taken_in_order():
 
 def test_what_the_compiler_is_told_of_the_operators():
     x, row = torch.randn(2, 3, 4, 5), torch.linspace(-1, 1, 4)
-    slopes = torch.tensor([0.0, 1, 2, 3, 0])
+    values = torch.arange(5.0)
     last = x.contiguous(memory_format=torch.channels_last)
     for y in (x, last, x[:, :, ::2]):
-        torch.library.opcheck(torch.ops.adq_train.staircase.default, (y, row, slopes))
-        sums = y, torch.randn_like(y), row, midpoints(row), slopes
-        torch.library.opcheck(torch.ops.adq_train.interval_sums.default, sums)
+        torch.library.opcheck(torch.ops.adq_train.staircase.default, (y, row, values))
     for y, wanted in ((x, True), (last, True), (x[:, :, ::2], True), (x, False)):
         tables = row, midpoints(row), row.diff(), row
         given = y, *tables, torch.randn_like(y), wanted

@@ -7,6 +7,7 @@ below it, so assignment is a search over K - 1 midpoints and never a K × numel 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -67,19 +68,24 @@ def staircase(x: Tensor, borders: Tensor, values: Tensor) -> Tensor:
     if is_channels_last(x):  # elementwise work in memory order
         return staircase(x.permute(0, 2, 3, 1), borders, values).permute(0, 3, 1, 2)
     x = x.contiguous()
-    if kernels.usable(x):
-        return kernels.staircase(x, borders, values)
-    if gpu_kernels.usable(x):
-        by_gpu: Tensor = gpu_kernels.module(x).staircase(x, borders, values)
-        return by_gpu
+    if fast := _fast_path(x):
+        y: Tensor = fast.staircase(x, borders, values)
+        return y
     cells = torch.bucketize(at_least_float32(x), borders, out_int32=True)
     return values.index_select(0, cells.flatten()).view(x.shape).to(x.dtype)
+
+
+def _fast_path(x: Tensor) -> ModuleType | None:
+    """The kernels that take this tensor, if there are any."""
+    if kernels.usable(x):
+        return kernels
+    return gpu_kernels.module(x) if gpu_kernels.usable(x) else None
 
 
 def interval_sums(
     x: Tensor, grad: Tensor, edges: Tensor, thresholds: Tensor, slopes: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """What the backward pass of :class:`GeneralizedSTE` reads from its input, in one pass.
+    """What the backward pass of :class:`GeneralizedSTE` reads from its input, in plain PyTorch.
 
     Args:
         x: Any shape.
@@ -93,18 +99,7 @@ def interval_sums(
         float64: Σ grad over the values above each edge, Σ grad · x over the same, Σ grad above
         each threshold, Σ grad.
     """
-    if compiled_on_cpu(x):
-        opaque: tuple[Tensor, Tensor] = _opaque_interval_sums(x, grad, edges, thresholds, slopes)
-        return opaque
-    if is_channels_last(x):
-        order = 0, 2, 3, 1
-        grad_x, sums = interval_sums(
-            x.permute(order), grad.permute(order), edges, thresholds, slopes
-        )
-        return grad_x.permute(0, 3, 1, 2), sums
     x, grad = x.contiguous(), grad.to(x.dtype).contiguous()
-    if kernels.usable(x):
-        return kernels.interval_sums(x, grad, edges, thresholds, slopes)
     if x.dtype in (torch.float16, torch.bfloat16):
         grad_x, sums = interval_sums(x.float(), grad.float(), edges, thresholds, slopes)
         return grad_x.to(x.dtype), sums
@@ -148,11 +143,8 @@ def compiled_on_cpu(x: Tensor) -> bool:
     return torch.compiler.is_compiling() and x.device.type == "cpu"
 
 
-# Each as one operator, into which a compiler does not look.
+# One operator, into which a compiler does not look.
 _opaque_staircase = torch.library.custom_op("adq_train::staircase", staircase, mutates_args=())
-_opaque_interval_sums = torch.library.custom_op(
-    "adq_train::interval_sums", interval_sums, mutates_args=()
-)
 
 
 def _like(x: Tensor) -> Tensor:
@@ -163,13 +155,6 @@ def _like(x: Tensor) -> Tensor:
 @_opaque_staircase.register_fake
 def _(x: Tensor, borders: Tensor, values: Tensor) -> Tensor:
     return _like(x)
-
-
-@_opaque_interval_sums.register_fake
-def _(
-    x: Tensor, grad: Tensor, edges: Tensor, thresholds: Tensor, slopes: Tensor
-) -> tuple[Tensor, Tensor]:
-    return _like(x), x.new_empty(3 * len(edges), dtype=torch.float64)
 
 
 def order_statistics(values: Tensor, ranks: Tensor) -> Tensor:
@@ -393,12 +378,17 @@ def step_gradients(
     Returns:
         The gradients of x, start (), widths (N,) and levels (N + 1,).
     """
-    if (x.is_cuda and torch.compiler.is_compiling()) or gpu_kernels.usable(x):
-        # A compiler sees one operator there; forward it sees all, for its pass before this one.
-        by_gpu = _opaque_step_gradients if torch.compiler.is_compiling() else _by_gpu
-        grad_x, row = by_gpu(x, edges, thresholds, widths, levels, grad, of_input)
+    compiling = torch.compiler.is_compiling()
+    if compiling or _fast_path(x):
+        # A compiler sees one operator; forward on a GPU it sees all, for its pass before this one.
+        at_once = _opaque_step_gradients if compiling else _step_gradients_at_once
+        grad_x, row = at_once(x, edges, thresholds, widths, levels, grad, of_input)
         of_widths, of_levels = row[1:].split([len(widths), len(levels)])
         return grad_x, row[0], of_widths, of_levels
+    if is_channels_last(x):
+        x, grad = x.permute(0, 2, 3, 1), grad.permute(0, 2, 3, 1)
+        grad_x, *of_rest = step_gradients(x, edges, thresholds, widths, levels, grad, of_input)
+        return grad_x.permute(0, 3, 1, 2), of_rest[0], of_rest[1], of_rest[2]
     outside, rises = levels.new_zeros(1), levels.diff()
     slopes = torch.cat([outside, rises / widths, outside])
     grad_x, sums = interval_sums(x, grad, edges, thresholds, slopes)
@@ -416,7 +406,7 @@ def step_gradients(
     return grad_x, -pull.sum().to(dtype), grad_widths.to(dtype), grad_levels.to(dtype)
 
 
-def _by_gpu(
+def _step_gradients_at_once(
     x: Tensor,
     edges: Tensor,
     thresholds: Tensor,
@@ -427,19 +417,19 @@ def _by_gpu(
 ) -> tuple[Tensor, Tensor]:
     """The gradient of x, or (0,), and those of start, widths and levels in one row (2 N + 2,)."""
     tables = edges, thresholds, widths, levels
-    if not gpu_kernels.usable(x):
+    fast = _fast_path(x)
+    if not fast:
         grad_x, *others = step_gradients(x, *tables, grad, of_input)
         return grad_x if of_input else x.new_empty(0), torch.cat([y.view(-1) for y in others])
     last = is_channels_last(x)
     if last:
         x, grad = x.permute(0, 2, 3, 1), grad.permute(0, 2, 3, 1)
-    of_gpu = gpu_kernels.module(x).step_gradients
-    grad_x, row = of_gpu(x.contiguous(), grad.contiguous(), *tables, of_input)
+    grad_x, row = fast.step_gradients(x.contiguous(), grad.contiguous(), *tables, of_input)
     return grad_x.permute(0, 3, 1, 2) if last and of_input else grad_x, row
 
 
 _opaque_step_gradients = torch.library.custom_op(
-    "adq_train::step_gradients", _by_gpu, mutates_args=()
+    "adq_train::step_gradients", _step_gradients_at_once, mutates_args=()
 )
 
 

@@ -254,12 +254,11 @@ INLINE void intervals(const Search *search, const void *x, const void *grad, voi
     }
 }
 
-/* x, grad, grad_x (size), all float32 or (half) bfloat16; edges (count + 1); thresholds (count);
- * slopes (count + 2), one for each interval and 0 at both ends; sums (3 count + 3), as above.
- * Returns 0, or 1 without memory. */
-int adq_interval_sums(const void *x, const void *grad, void *grad_x, size_t size,
-                      const float *edges, const float *thresholds, const float *slopes,
-                      double *sums, int count, int threads, int half) {
+/* The sums (3 count + 3) over all chunks, in their order, and grad_x. Returns 0, or 1 without
+ * memory. */
+static int interval_sums(const void *x, const void *grad, void *grad_x, size_t size, int half,
+                         const float *edges, const float *thresholds, const float *slopes,
+                         double *sums, int count, int threads) {
     size_t chunks = (size + CHUNK - 1) / CHUNK, width = 3 * (size_t)count + 3;
     double *partial = calloc(chunks * width, sizeof *partial);
     if (!partial) return 1;
@@ -273,10 +272,36 @@ int adq_interval_sums(const void *x, const void *grad, void *grad_x, size_t size
         if (half) INTERVALS(1);
         else INTERVALS(0);
     }
-    memset(sums, 0, width * sizeof *sums);
     for (size_t chunk = 0; chunk < chunks; chunk++)
         for (size_t k = 0; k < width; k++) sums[k] += partial[chunk * width + k];
     free(partial);
+    return 0;
+}
+
+/* All gradients of functional.GeneralizedSTE. x, grad, grad_x (size), all float32 or (half)
+ * bfloat16; edges (count + 1); thresholds, widths (count); levels (count + 1); gradients of start,
+ * widths and levels in one row (2 count + 2). Returns 0, or 1 without memory. */
+int adq_step_gradients(const void *x, const void *grad, void *grad_x, size_t size,
+                       const float *edges, const float *thresholds, const float *widths,
+                       const float *levels, float *gradients, int count, int threads, int half) {
+    float slopes[MOST + 1] = {0};
+    double sums[3 * MOST] = {0}, later = 0;
+    for (int k = 0; k < count; k++) slopes[k + 1] = (levels[k + 1] - levels[k]) / widths[k];
+    if (interval_sums(x, grad, grad_x, size, half, edges, thresholds, slopes, sums, count, threads))
+        return 1;
+    const double *above = sums, *moments = above + count + 1, *over = moments + count + 1;
+    for (int k = count - 1; k >= 0; k--) {
+        double inside = above[k] - above[k + 1];
+        double moment = moments[k] - moments[k + 1] - edges[k] * inside;
+        /* Widening an interval shifts every interval after it, as moving the start does. */
+        gradients[1 + k] = (float)(-slopes[k + 1] * (moment / widths[k]) - later);
+        later += ((double)levels[k + 1] - levels[k]) * inside / widths[k];
+    }
+    gradients[0] = (float)-later;
+    /* ``over`` ends with the sum of all; a level's values lie over one threshold, not the next. */
+    for (int k = 0; k <= count; k++)
+        gradients[1 + count + k] =
+            (float)((k ? over[k - 1] : over[count]) - (k < count ? over[k] : 0));
     return 0;
 }
 

@@ -29,7 +29,7 @@ from adq_train.quantization.kernel_cache import (
 log = logging.getLogger(__name__)
 
 SOURCE = Path(__file__).with_name("kernels.c")
-FUNCTIONS = ("adq_staircase", "adq_interval_sums", "adq_order_statistics")
+FUNCTIONS = ("adq_staircase", "adq_step_gradients", "adq_order_statistics")
 
 
 @dataclass(frozen=True)
@@ -139,32 +139,40 @@ def staircase(x: Tensor, borders: Tensor, values: Tensor) -> Tensor:
     return y
 
 
-def interval_sums(
-    x: Tensor, grad: Tensor, edges: Tensor, thresholds: Tensor, slopes: Tensor
+def step_gradients(
+    x: Tensor,
+    grad: Tensor,
+    edges: Tensor,
+    thresholds: Tensor,
+    widths: Tensor,
+    levels: Tensor,
+    of_input: bool = True,
 ) -> tuple[Tensor, Tensor]:
-    """Gradient and sums for the generalised straight-through; see functional.interval_sums.
+    """All gradients of :class:`~.functional.GeneralizedSTE`.
 
     Args:
-        x: Any shape, contiguous.
-        grad: Of the output, in the shape and dtype of ``x``, contiguous.
-        edges: (N + 1,) sorted.
+        x: Any shape, contiguous; float32 or bfloat16.
+        grad: Of the output, in the shape of ``x``, contiguous.
+        edges: (N + 1,) sorted, N ≤ 255.
         thresholds: (N,), each within its interval.
-        slopes: (N + 2,).
+        widths: (N,) positive.
+        levels: (N + 1,).
+        of_input: Whether the first gradient is wanted.
 
     Returns:
-        The gradient of ``x``, and sums (3 N + 3,).
+        That of ``x``, in its shape and dtype, or (0,); those of start (1), widths (N) and levels
+        (N + 1) in one row (2 N + 2,), float32.
     """
-    grad_x = torch.empty_like(x)
-    edges, thresholds, slopes = _row(edges), _row(thresholds), _row(slopes)
-    sums = torch.empty(3 * len(edges), dtype=torch.float64)
-    failed = _library().adq_interval_sums(
-        *_pointers(x, grad, grad_x), ctypes.c_size_t(x.numel()),
-        *_pointers(edges, thresholds, slopes, sums), len(thresholds), torch.get_num_threads(),
-        x.dtype == torch.bfloat16,
+    grad, grad_x = grad.to(x.dtype), torch.empty_like(x)
+    tables = [_row(t) for t in (edges, thresholds, widths, levels)]
+    gradients = torch.empty(2 * len(levels))
+    failed = _library().adq_step_gradients(
+        *_pointers(x, grad, grad_x), ctypes.c_size_t(x.numel()), *_pointers(*tables, gradients),
+        len(widths), torch.get_num_threads(), x.dtype == torch.bfloat16,
     )  # fmt: skip
     if failed:
         raise MemoryError
-    return grad_x, sums
+    return grad_x if of_input else x.new_empty(0), gradients
 
 
 def order_statistics(values: Tensor, ranks: Tensor) -> Tensor:
@@ -200,4 +208,5 @@ def _pointers(*tensors: Tensor) -> list[ctypes.c_void_p]:
 
 
 def _row(x: Tensor) -> Tensor:
-    return x.detach().float().contiguous()
+    # Most are what is asked for already, and each operation takes as long as a kernel's call.
+    return x if x.dtype == torch.float32 and x.is_contiguous() else x.detach().float().contiguous()
