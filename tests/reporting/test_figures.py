@@ -76,7 +76,17 @@ def test_one_method_at_several_budgets_is_one_line(tmp_path):
 
 def test_equal_costs_stand_side_by_side():
     assert figures.side_by_side([2, 4, 2, 3]) == pytest.approx([1.991, 4, 2.009, 3])
-    assert figures.side_by_side([3, 3]) == [3, 3]
+    assert figures.side_by_side([3, 3]) == pytest.approx([2.925, 3.075])
+    assert figures.side_by_side([3]) == [3]
+
+
+def test_where_all_cost_the_same_the_axis_has_that_cost_alone(tmp_path):
+    make_sweep(tmp_path, {"ablation=none": [90, 91, 92], "ablation=a": [80, 81, 82]})
+    rows = rows_of(tmp_path)
+    left, right = figures.accuracy_and_cost(rows).axes
+    assert len(left.get_xticks()) == len(right.get_xticks()) == 1
+    xs = [bar.lines[0].get_xdata()[0] for bar in left.containers]
+    assert xs[0] < rows[0].summary("average_weight_bits").mean < xs[1]
 
 
 def test_bits_of_inputs_stand_beside_those_of_weights_where_they_differ(tmp_path):

@@ -16,6 +16,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.colors import BoundaryNorm
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from adq_train.reporting.groups import Row, Section
 from adq_train.reporting.statistics import Summary, summarize
@@ -94,8 +95,12 @@ def draw_float(panel: Axes, rows: Sequence[Row], colors: Sequence[Any]) -> None:
 
 
 def side_by_side(values: Sequence[float]) -> list[float]:
-    """The values, equal ones a little apart, so that their points do not hide each other."""
-    step = APART * (max(values) - min(values))
+    """The values, equal ones a little apart, so that their points do not hide each other.
+
+    Where all are equal, they are spread over a tenth of the value.
+    """
+    span = max(values) - min(values)
+    step = APART * span if span else 0.1 * max(values) / len(values)
     moved = []
     for index, value in enumerate(values):
         before = sum(other == value for other in values[:index])
@@ -147,6 +152,8 @@ def accuracy_and_cost(rows: Sequence[Row]) -> Figure:
                 label=label(name),
             )
         draw_float(panel, rows, [colors[index] for index in range(len(rows))])
+        if len(set(means)) == 1:  # positions between the points would mean nothing
+            panel.set_xticks(means[:1], [f"{means[0]:.4g}"])
         panel.set_xlabel(unit if at == means else f"{unit} (equal ones drawn side by side)")
         panel.spines[["top", "right"]].set_visible(False)
         panel.grid(alpha=0.25)
@@ -188,6 +195,7 @@ def curves(rows: Sequence[Row]) -> Figure | None:
                     epochs, mean - spread, mean + spread, color=color, alpha=0.15, linewidth=0
                 )
         panel.set_xlabel("epoch of QAT")
+        panel.xaxis.set_major_locator(MaxNLocator(integer=True))
         panel.set_ylabel(what)
         panel.spines[["top", "right"]].set_visible(False)
         panel.grid(alpha=0.25)
