@@ -24,7 +24,8 @@ typedef int32_t masks __attribute__((vector_size(32)));
 typedef uint32_t words __attribute__((vector_size(32)));
 typedef uint16_t halves __attribute__((vector_size(16)));
 
-enum { LANES = 8, CHUNK = 8192, FEW = 15, MOST = 256, WAYS = 4, BINS = 1024, DIGIT = 2048 };
+enum { LANES = 8, CHUNK = 8192, FEW = 15, MOST = 256, WAYS = 4, BINS = 1024, DIGIT = 2048,
+       GROUP = 4, BLOCK = 32 };
 
 #define INLINE static inline __attribute__((always_inline))
 #define EACH_CHUNK(chunk, chunks) \
@@ -163,29 +164,41 @@ void adq_staircase(const void *x, void *y, size_t size, const float *borders,
 
 /* One chunk of the backward pass for a few intervals. With g the gradient of the output:
  * sums[k] = sum of g over x > edges[k], sums[count + 1 + k] = sum of g x over the same,
- * sums[2 count + 2 + k] = sum of g over x > thresholds[k], sums[3 count + 2] = sum of g. */
+ * sums[2 count + 2 + k] = sum of g over x > thresholds[k], sums[3 count + 2] = sum of g.
+ * A block of vectors meets the edges in groups whose sums stay in registers. */
 INLINE void few_intervals(const void *x, const void *grad, void *grad_x, size_t begin, size_t end,
                           const int half, const float *edges, const float *thresholds,
                           const float *slopes, double *sums, const int count) {
-    lanes above[FEW + 1], moment[FEW + 1], over[FEW], total = {0};
-    for (int k = 0; k <= count; k++) above[k] = moment[k] = (lanes){0};
-    for (int k = 0; k < count; k++) over[k] = (lanes){0};
-    for (size_t i = begin; i < end; i += LANES) {
-        size_t here = shorter(end - i, LANES);
-        lanes a = load(x, i, here, half);
-        lanes g = load(grad, i, here, half);
-        lanes slope = all(slopes[0]);
-        total += g;
-        for (int k = 0; k <= count; k++) {
-            masks low = a <= all(edges[k]);
-            lanes g_above = (lanes)(~low & (masks)g);
-            slope = where(low, slope, all(slopes[k + 1]));
-            above[k] += g_above;
-            moment[k] += g_above * a;
+    lanes above[FEW + 1] = {0}, moment[FEW + 1] = {0}, over[FEW + 1] = {0}, total = {0};
+    for (size_t first = begin; first < end; first += BLOCK * LANES) {
+        size_t last = shorter(first + BLOCK * LANES, end), vectors = 0;
+        lanes a[BLOCK], g[BLOCK], slope[BLOCK];
+        for (size_t i = first; i < last; i += LANES, vectors++) {
+            a[vectors] = load(x, i, shorter(last - i, LANES), half);
+            g[vectors] = load(grad, i, shorter(last - i, LANES), half);
+            slope[vectors] = all(slopes[0]);
+            total += g[vectors];
         }
-        for (int k = 0; k < count; k++)
-            over[k] += (lanes)(~(a <= all(thresholds[k])) & (masks)g);
-        store(slope * g, grad_x, i, here, half);
+        for (int k = 0; k <= count; k += GROUP) {
+            lanes own[3][GROUP];
+            for (int j = 0; j < GROUP; j++)
+                own[0][j] = above[k + j], own[1][j] = moment[k + j], own[2][j] = over[k + j];
+            for (size_t v = 0; v < vectors; v++)
+                for (int j = 0; j < GROUP; j++) {
+                    if (k + j > count) continue;
+                    masks low = a[v] <= all(edges[k + j]);
+                    lanes g_above = (lanes)(~low & (masks)g[v]);
+                    slope[v] = where(low, slope[v], all(slopes[k + j + 1]));
+                    own[0][j] += g_above;
+                    own[1][j] += g_above * a[v];
+                    if (k + j < count)
+                        own[2][j] += (lanes)(~(a[v] <= all(thresholds[k + j])) & (masks)g[v]);
+                }
+            for (int j = 0; j < GROUP; j++)
+                above[k + j] = own[0][j], moment[k + j] = own[1][j], over[k + j] = own[2][j];
+        }
+        for (size_t v = 0, i = first; v < vectors; v++, i += LANES)
+            store(slope[v] * g[v], grad_x, i, shorter(last - i, LANES), half);
     }
     for (int lane = 0; lane < LANES; lane++) {
         for (int k = 0; k <= count; k++) {
