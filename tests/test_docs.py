@@ -80,13 +80,15 @@ def test_a_page_begins_with_what_one_can_do_after_it_and_has_an_example(page):
 def complete_examples():
     """The blocks of each page that are marked as ``sh``: what a reader types from top to bottom."""
     for page in sorted((ROOT / "docs").glob("*.md")):
-        for number, block in enumerate(re.findall(r"```sh\n(.*?)```", page.read_text(), re.DOTALL)):
+        for number, block in enumerate(
+            re.findall(r"```sh\n(.*?)```", page.read_text("utf-8"), re.DOTALL)
+        ):
             yield pytest.param(block, id=f"{page.stem}-{number}")
 
 
 # The example as it stands, but for shorter training and a smaller profile.
 BRIEF = """adq-train() {
-    command adq-train "$@" pretrain.epochs=1 trainer.epochs=1 data.calibration_images=16
+    command adq-train pretrain.epochs=1 trainer.epochs=1 data.calibration_images=16 "$@"
 }"""
 
 
@@ -112,9 +114,11 @@ def test_the_examples_of_the_pages_run(block, tmp_path):
 
 def test_every_page_has_an_example_that_runs():
     run = {param.id.rsplit("-", 1)[0] for param in complete_examples()}
-    elsewhere = {"python": "test_api.py", "tasks": "examples/test_tasks.py"}  # those in Python
+    for page, test in (("python", "test_api.py"), ("tasks", "examples/test_tasks.py")):
+        assert f"{page}.md" in (ROOT / "tests" / test).read_text(encoding="utf-8")
+        run.add(page)
     lists = {"api", "performance"}  # of functions, and of measurements
-    assert run | set(elsewhere) | lists == {page.stem for page in (ROOT / "docs").glob("*.md")}
+    assert run | lists == {page.stem for page in (ROOT / "docs").glob("*.md")}
 
 
 def test_the_five_lines_of_the_readme_run(tmp_path, monkeypatch):

@@ -169,7 +169,7 @@ def test_the_table_says_what_the_seeds_support(report):
     assert rows["ablation=a"][9].startswith("gain: paired t-test, n = 3, p = ")
     assert rows[f"trainer.name={EVIL}"][1] == "1"
     assert rows[f"trainer.name={EVIL}"][9] == (
-        "too few seeds (n = 1 and 3); not at equal bits: -1.00 for weights, -1.00 for inputs"
+        "too few seeds (n = 1); not at equal bits: -1.00 for weights, -1.00 for inputs"
     )
 
 

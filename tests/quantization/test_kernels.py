@@ -166,10 +166,45 @@ def test_every_plain_form_of_the_sums_is_the_definition(count, form):
     torch.testing.assert_close(grad_x, grad * slopes[(x[:, None] > edges).sum(1)])
 
 
-def test_the_number_of_threads_changes_nothing():
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("count", [1, 2, 3, 4, 6, 9, 15, 16, 100, 255])
+def test_any_number_of_intervals_gives_the_plain_gradients(count, dtype):
+    numbers = torch.Generator().manual_seed(count)
+    x, grad = (torch.randn(1003, generator=numbers).to(dtype) for _ in range(2))
+    edges = torch.linspace(-2, 2, count + 1)
+    levels = torch.randn(count + 1, generator=numbers).sort().values
+    tables = edges, midpoints(edges), edges.diff(), levels
+    fast = step_gradients(x, *tables, grad)
+    with plain():
+        slow = step_gradients(x, *tables, grad)
+    assert torch.equal(fast[0], slow[0])
+    for got, expected in zip(fast[1:], slow[1:], strict=True):
+        torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-3 * count)
+    without = step_gradients(x, *tables, grad, of_input=False)
+    assert all(torch.equal(a, b) for a, b in zip(without[1:], fast[1:], strict=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_the_default_dtype_is_not_that_of_the_kernels(dtype):
+    edges, levels = torch.linspace(-1, 1, 256), torch.arange(256.0)
+    given = torch.randn(100), edges, midpoints(edges), edges.diff(), levels, torch.ones(100)
+    ranks = torch.tensor([5, 50])
+    values = torch.randn(3000)
+    expected = [*step_gradients(*given), order_statistics(values, ranks)]
+    torch.set_default_dtype(dtype)
+    try:
+        found = [*step_gradients(*given), order_statistics(values, ranks)]
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("count", [3, 255])
+def test_the_number_of_threads_changes_nothing(count, dtype):
     numbers = torch.Generator().manual_seed(0)
-    x, grad = (torch.randn(100_003, generator=numbers) for _ in range(2))
-    edges, levels = torch.linspace(-1, 1, 4), torch.tensor([0.0, 1, 3, 6])
+    x, grad = (torch.randn(100_003, generator=numbers).to(dtype) for _ in range(2))
+    edges, levels = torch.linspace(-1, 1, count + 1), torch.arange(count + 1.0)
     tables = edges, midpoints(edges), edges.diff(), levels
     results = []
     before = torch.get_num_threads()
@@ -204,6 +239,9 @@ def test_what_the_compiler_is_told_of_the_operators():
     for y, wanted in ((x, True), (last, True), (x[:, :, ::2], True), (x, False)):
         tables = row, midpoints(row), row.diff(), row
         given = y, *tables, torch.randn_like(y), wanted
+        torch.library.opcheck(torch.ops.adq_train.step_gradients.default, given)
+    for dtype in (torch.float64, torch.bfloat16):
+        given = x, *(t.to(dtype) for t in tables), torch.randn_like(x), True
         torch.library.opcheck(torch.ops.adq_train.step_gradients.default, given)
 
 

@@ -1,5 +1,6 @@
 """What a person reads while a training goes."""
 
+import itertools
 import logging
 import re
 
@@ -8,6 +9,8 @@ from training_helpers import Drawn, dense, trainer_of
 
 from adq_train.progress import Progress
 from adq_train.training.progress_bar import ProgressBar
+from adq_train.training.throughput import duration
+from adq_train.training.trainer import Sums
 
 
 @pytest.fixture
@@ -42,11 +45,21 @@ def test_every_epoch_is_told_with_its_figures(told):
     assert ", 0 s left, " in lines[-1]
 
 
-def test_the_time_left_is_judged_by_the_epochs_of_this_process(told):
-    trainer = trainer_of(dense(), ProgressBar("qat"), epochs=3)
+@pytest.mark.parametrize("batches", [0, 2])
+def test_the_time_left_is_judged_by_the_steps_of_this_process(told, monkeypatch, batches):
+    trainer = trainer_of(dense(), ProgressBar("qat"), batches=Drawn(2, 2, 2, 2), epochs=3)
     trainer.epoch, trainer.seconds = 1, 1e6  # an earlier process, on a slow machine
+    trainer.sums = Sums(batches=batches)
+    clock = itertools.count(0, 100)
+    monkeypatch.setattr("adq_train.training.trainer.time.perf_counter", lambda: next(clock))
+    bar = []
+    monkeypatch.setattr(
+        Progress, "advance", lambda self, text, more: bar.append((trainer.seconds, text))
+    )
     trainer.fit()
-    assert re.search(r"qat 2/3: .*, \d s left, ", told.text)
+    (spent, first), _ = bar
+    steps = 4 - batches
+    assert f", {duration((spent - 1e6) / steps * 4)} left" in first
 
 
 def test_the_bar_moves_within_an_epoch(monkeypatch):

@@ -378,32 +378,12 @@ def step_gradients(
     Returns:
         The gradients of x, start (), widths (N,) and levels (N + 1,).
     """
+    # A compiler sees one operator; forward on a GPU it sees all, for its pass before this one.
     compiling = torch.compiler.is_compiling()
-    if compiling or _fast_path(x):
-        # A compiler sees one operator; forward on a GPU it sees all, for its pass before this one.
-        at_once = _opaque_step_gradients if compiling else _step_gradients_at_once
-        grad_x, row = at_once(x, edges, thresholds, widths, levels, grad, of_input)
-        of_widths, of_levels = row[1:].split([len(widths), len(levels)])
-        return grad_x, row[0], of_widths, of_levels
-    if is_channels_last(x):
-        x, grad = x.permute(0, 2, 3, 1), grad.permute(0, 2, 3, 1)
-        grad_x, *of_rest = step_gradients(x, edges, thresholds, widths, levels, grad, of_input)
-        return grad_x.permute(0, 3, 1, 2), of_rest[0], of_rest[1], of_rest[2]
-    outside, rises = levels.new_zeros(1), levels.diff()
-    slopes = torch.cat([outside, rises / widths, outside])
-    grad_x, sums = interval_sums(x, grad, edges, thresholds, slopes)
-    above, moments, over = sums.view(3, -1)
-    in_interval = above[:-1] - above[1:]
-    moment = moments[:-1] - moments[1:] - edges[:-1] * in_interval
-    pull = rises * in_interval / widths  # −∂L/∂start of each interval
-    # Widening an interval shifts every interval after it, as moving the start does.
-    later = pull.sum() - pull.cumsum(0)
-    grad_widths = -(rises / widths) * (moment / widths) - later
-    # ``over`` ends with the sum of all; a level's values lie over one threshold, not the next.
-    beyond = torch.cat([over[-1:], over[:-1]])
-    grad_levels = beyond - torch.cat([over[:-1], over.new_zeros(1)])
-    dtype = levels.dtype
-    return grad_x, -pull.sum().to(dtype), grad_widths.to(dtype), grad_levels.to(dtype)
+    at_once = _opaque_step_gradients if compiling else _step_gradients_at_once
+    grad_x, row = at_once(x, edges, thresholds, widths, levels, grad, of_input)
+    of_widths, of_levels = row[1:].split([len(widths), len(levels)])
+    return grad_x, row[0], of_widths, of_levels
 
 
 def _step_gradients_at_once(
@@ -417,15 +397,36 @@ def _step_gradients_at_once(
 ) -> tuple[Tensor, Tensor]:
     """The gradient of x, or (0,), and those of start, widths and levels in one row (2 N + 2,)."""
     tables = edges, thresholds, widths, levels
-    fast = _fast_path(x)
-    if not fast:
-        grad_x, *others = step_gradients(x, *tables, grad, of_input)
-        return grad_x if of_input else x.new_empty(0), torch.cat([y.view(-1) for y in others])
-    last = is_channels_last(x)
-    if last:
+    if is_channels_last(x):
         x, grad = x.permute(0, 2, 3, 1), grad.permute(0, 2, 3, 1)
-    grad_x, row = fast.step_gradients(x.contiguous(), grad.contiguous(), *tables, of_input)
-    return grad_x.permute(0, 3, 1, 2) if last and of_input else grad_x, row
+        grad_x, row = _step_gradients_at_once(x, *tables, grad, of_input)
+        return grad_x.permute(0, 3, 1, 2) if of_input else grad_x, row
+    x, grad = x.contiguous(), grad.contiguous()
+    if fast := _fast_path(x):
+        grad_x, row = fast.step_gradients(x, grad, *tables, of_input)
+    else:
+        grad_x, row = _plain_step_gradients(x, grad, *tables)
+    return grad_x if of_input else x.new_empty(0), row.to(levels.dtype)
+
+
+def _plain_step_gradients(
+    x: Tensor, grad: Tensor, edges: Tensor, thresholds: Tensor, widths: Tensor, levels: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The same in plain PyTorch, the row in float64."""
+    outside, rises = levels.new_zeros(1), levels.diff()
+    slopes = torch.cat([outside, rises / widths, outside])
+    grad_x, sums = interval_sums(x, grad, edges, thresholds, slopes)
+    above, moments, over = sums.view(3, -1)
+    in_interval = above[:-1] - above[1:]
+    moment = moments[:-1] - moments[1:] - edges[:-1] * in_interval
+    pull = rises * in_interval / widths  # −∂L/∂start of each interval
+    # Widening an interval shifts every interval after it, as moving the start does.
+    later = pull.sum() - pull.cumsum(0)
+    grad_widths = -(rises / widths) * (moment / widths) - later
+    # ``over`` ends with the sum of all; a level's values lie over one threshold, not the next.
+    beyond = torch.cat([over[-1:], over[:-1]])
+    grad_levels = beyond - torch.cat([over[:-1], over.new_zeros(1)])
+    return grad_x, torch.cat([-pull.sum().view(1), grad_widths, grad_levels])
 
 
 _opaque_step_gradients = torch.library.custom_op(

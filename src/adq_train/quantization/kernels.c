@@ -26,6 +26,7 @@ typedef uint16_t halves __attribute__((vector_size(16)));
 
 enum { LANES = 8, CHUNK = 8192, FEW = 15, MOST = 256, WAYS = 4, BINS = 1024, DIGIT = 2048,
        GROUP = 4, BLOCK = 32 };
+_Static_assert((FEW + 1) % GROUP == 0, "the last group of edges has room");
 
 #define INLINE static inline __attribute__((always_inline))
 #define EACH_CHUNK(chunk, chunks) \
@@ -197,7 +198,7 @@ INLINE void few_intervals(const void *x, const void *grad, void *grad_x, size_t 
             for (int j = 0; j < GROUP; j++)
                 above[k + j] = own[0][j], moment[k + j] = own[1][j], over[k + j] = own[2][j];
         }
-        for (size_t v = 0, i = first; v < vectors; v++, i += LANES)
+        for (size_t v = 0, i = first; grad_x && v < vectors; v++, i += LANES)
             store(slope[v] * g[v], grad_x, i, shorter(last - i, LANES), half);
     }
     for (int lane = 0; lane < LANES; lane++) {
@@ -228,7 +229,7 @@ INLINE void many_intervals(const Search *search, const void *x, const void *grad
         }
         masks code = below - ~(a <= threshold);
         code += code > count;  /* a NaN is above infinity too */
-        store(slope * g, grad_x, i, here, half);
+        if (grad_x) store(slope * g, grad_x, i, here, half);
         lanes moment = g * a;
         for (int lane = 0; lane < LANES; lane++) {
             double *sum = own[lane % WAYS][interval[lane]];
@@ -280,10 +281,10 @@ static int interval_sums(const void *x, const void *grad, void *grad_x, size_t s
     EACH_CHUNK(chunk, chunks) {
         size_t begin = chunk * CHUNK, end = shorter(begin + CHUNK, size);
         double *own = partial + chunk * width;
-#define INTERVALS(half) intervals(&search, x, grad, grad_x, begin, end, half, edges, thresholds, \
-                                  slopes, own, count)
-        if (half) INTERVALS(1);
-        else INTERVALS(0);
+        if (half)
+            intervals(&search, x, grad, grad_x, begin, end, 1, edges, thresholds, slopes, own, count);
+        else
+            intervals(&search, x, grad, grad_x, begin, end, 0, edges, thresholds, slopes, own, count);
     }
     for (size_t chunk = 0; chunk < chunks; chunk++)
         for (size_t k = 0; k < width; k++) sums[k] += partial[chunk * width + k];
@@ -291,8 +292,8 @@ static int interval_sums(const void *x, const void *grad, void *grad_x, size_t s
     return 0;
 }
 
-/* All gradients of functional.GeneralizedSTE. x, grad, grad_x (size), all float32 or (half)
- * bfloat16; edges (count + 1); thresholds, widths (count); levels (count + 1); gradients of start,
+/* All gradients of functional.GeneralizedSTE. x, grad, grad_x (size, or NULL where it is not
+ * wanted), all float32 or (half) bfloat16; count < MOST; edges (count + 1); thresholds, widths (count); levels (count + 1); gradients of start,
  * widths and levels in one row (2 count + 2). Returns 0, or 1 without memory. */
 int adq_step_gradients(const void *x, const void *grad, void *grad_x, size_t size,
                        const float *edges, const float *thresholds, const float *widths,

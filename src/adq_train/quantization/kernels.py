@@ -163,16 +163,17 @@ def step_gradients(
         That of ``x``, in its shape and dtype, or (0,); those of start (1), widths (N) and levels
         (N + 1) in one row (2 N + 2,), float32.
     """
-    grad, grad_x = grad.to(x.dtype), torch.empty_like(x)
+    assert len(widths) < 256, "kernels.c has room for no more"
+    grad, grad_x = grad.to(x.dtype), torch.empty_like(x if of_input else x.new_empty(0))
     tables = [_row(t) for t in (edges, thresholds, widths, levels)]
-    gradients = torch.empty(2 * len(levels))
+    gradients = x.new_empty(2 * len(levels), dtype=torch.float32)
     failed = _library().adq_step_gradients(
         *_pointers(x, grad, grad_x), ctypes.c_size_t(x.numel()), *_pointers(*tables, gradients),
         len(widths), torch.get_num_threads(), x.dtype == torch.bfloat16,
     )  # fmt: skip
     if failed:
         raise MemoryError
-    return grad_x if of_input else x.new_empty(0), gradients
+    return grad_x, gradients
 
 
 def order_statistics(values: Tensor, ranks: Tensor) -> Tensor:
@@ -187,7 +188,7 @@ def order_statistics(values: Tensor, ranks: Tensor) -> Tensor:
     """
     values = values.contiguous()
     ascending, places = ranks.sort()
-    found = torch.empty(len(ranks))
+    found = values.new_empty(len(ranks))
     failed = _library().adq_order_statistics(
         *_pointers(values), ctypes.c_size_t(len(values)),
         *_pointers(ascending), len(ranks), *_pointers(found),

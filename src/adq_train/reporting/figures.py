@@ -153,7 +153,7 @@ def accuracy_and_cost(rows: Sequence[Row]) -> Figure:
             )
         draw_float(panel, rows, [colors[index] for index in range(len(rows))])
         if len(set(means)) == 1:  # positions between the points would mean nothing
-            panel.set_xticks(means[:1], [f"{means[0]:.4g}"])
+            panel.set_xticks(means[:1], [f"{round(means[0], 2):,}"])
         panel.set_xlabel(unit if at == means else f"{unit} (equal ones drawn side by side)")
         panel.spines[["top", "right"]].set_visible(False)
         panel.grid(alpha=0.25)
@@ -195,7 +195,7 @@ def curves(rows: Sequence[Row]) -> Figure | None:
                     epochs, mean - spread, mean + spread, color=color, alpha=0.15, linewidth=0
                 )
         panel.set_xlabel("epoch of QAT")
-        panel.xaxis.set_major_locator(MaxNLocator(integer=True))
+        panel.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
         panel.set_ylabel(what)
         panel.spines[["top", "right"]].set_visible(False)
         panel.grid(alpha=0.25)

@@ -40,9 +40,10 @@ class Difference:
     """A row's mean minus the reference row's, and what may be said about it.
 
     Attributes:
-        mean: In the units of the figure; of a paired test over the common seeds alone.
+        mean: In the units of the figure; over the common seeds alone, but for Welch's test and
+            where there are none.
         test: ``paired t-test``, ``Welch's t-test``, or None where there was none.
-        n: Pairs of a paired test; else runs of the row and of the reference.
+        n: Pairs of common seeds; else runs of the row and of the reference.
         p_value: Two-sided; None without a test.
         p_holm: The same after Holm's correction over the rows of a table.
         verdict: ``gain``, ``loss``, ``not shown``, or why nothing can be said.
@@ -76,9 +77,12 @@ def compare(row: Mapping[int, float], reference: Mapping[int, float]) -> Differe
     if not row or not reference:
         return None
     common = sorted(row.keys() & reference.keys())
-    if len(common) >= FEWEST_SEEDS:
+    few = min(len(row), len(reference)) < FEWEST_SEEDS
+    if common and (few or len(common) >= FEWEST_SEEDS):
         pairs = [row[seed] - reference[seed] for seed in common]
         mean = statistics.fmean(pairs)
+        if few:
+            return Difference(mean, None, (len(pairs),), None, None, "too few seeds")
         if max(pairs) - min(pairs) < 1e-9:  # rounding must not pass for a tiny spread
             same = abs(mean) < 1e-9
             verdict = "the same in every seed" if same else "no spread to test against"
@@ -87,7 +91,7 @@ def compare(row: Mapping[int, float], reference: Mapping[int, float]) -> Differe
         return Difference(mean, "paired t-test", (len(pairs),), float(found.pvalue), None, "")
     n = len(row), len(reference)
     mean = statistics.fmean(row.values()) - statistics.fmean(reference.values())
-    if min(n) < FEWEST_SEEDS:
+    if few:
         return Difference(mean, None, n, None, None, "too few seeds")
     one, other = list(row.values()), list(reference.values())
     if max(max(x) - min(x) for x in (one, other)) < 1e-9:

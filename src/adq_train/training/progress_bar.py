@@ -41,7 +41,7 @@ class ProgressBar(Hook):
     def context(self, trainer: Trainer) -> Iterator[None]:
         """Shows the bar."""
         epochs = trainer.settings.epochs
-        self.before = trainer.epoch, trainer.seconds
+        self.before = trainer.steps, trainer.seconds
         with Progress(self.stage, total=epochs, done=trainer.epoch) as self.progress:
             yield
 
@@ -51,10 +51,10 @@ class ProgressBar(Hook):
 
     def after_epoch(self, trainer: Trainer, report: EpochReport) -> None:
         """Tells how it went."""
-        # By the epochs of this process: before it, the machine may have been another or busier.
-        epochs, seconds = self.before
-        each = (trainer.seconds - seconds) / (trainer.epoch - epochs)
-        left = each * (trainer.settings.epochs - trainer.epoch)
+        # By the steps of this process: before it, the machine may have been another or busier.
+        steps, seconds = self.before
+        each = (trainer.seconds - seconds) / (trainer.steps - steps)
+        left = each * (trainer.settings.epochs * len(trainer.data.train) - trainer.steps)
         self.progress.advance(
             f"loss {report.train_loss:.3f}, validation {report.validation_top1_percent:.1f} %, "
             f"{duration(left)} left",
