@@ -86,9 +86,10 @@ def complete_examples():
             yield pytest.param(block, id=f"{page.stem}-{number}")
 
 
-# The example as it stands, but for shorter training and a smaller profile.
+# The example as it stands, its own settings last, but for shorter training and a smaller profile.
 BRIEF = """adq-train() {
-    command adq-train pretrain.epochs=1 trainer.epochs=1 data.calibration_images=16 "$@"
+    local flag=; [[ $1 = -* ]] && { flag=$1; shift; }
+    command adq-train $flag pretrain.epochs=1 trainer.epochs=1 data.calibration_images=16 "$@"
 }"""
 
 
