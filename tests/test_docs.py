@@ -88,8 +88,7 @@ def complete_examples():
 
 # The example as it stands, its own settings last, but for shorter training and a smaller profile.
 BRIEF = """adq-train() {
-    local flag=; [[ $1 = -* ]] && { flag=$1; shift; }
-    command adq-train $flag pretrain.epochs=1 trainer.epochs=1 data.calibration_images=16 "$@"
+    command adq-train pretrain.epochs=1 trainer.epochs=1 data.calibration_images=16 "$@"
 }"""
 
 

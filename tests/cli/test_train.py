@@ -23,6 +23,13 @@ def config_of(cli, *arguments):
     return yaml.safe_load(outcome.out)
 
 
+def test_flags_may_stand_between_settings(cli):
+    outcome = cli("experiment=quickstart", "--cfg", "job", "seed=7", "+ablation=no_adaptation")
+    assert outcome.code == 0, outcome.err
+    config = yaml.safe_load(outcome.out)
+    assert (config["seed"], config["weight_quantizer"]["adaptation"]) == (7, "none")
+
+
 def test_help_is_written_for_a_person(cli):
     outcome = cli("--help")
     assert outcome.code == 0

@@ -44,6 +44,8 @@ def main() -> None:
         return
     argv = [as_meant(text) for text in sys.argv[1:]]
     args = read_flags(argv)
+    # Hydra, which answers some of them, takes flags before settings alone.
+    argv = [*(text for text in argv if text not in args.overrides), *args.overrides]
     register()
     if args.help or args.hydra_help or args.shell_completion:
         answer(argv)
@@ -89,7 +91,7 @@ def read_flags(argv: Sequence[str]) -> argparse.Namespace:
         raise ConfigError([f"{message}; adq-train --help shows examples"])
 
     parser.error = refuse  # type: ignore[method-assign]
-    return parser.parse_args(argv)
+    return parser.parse_intermixed_args(argv)  # settings may stand before and after a flag
 
 
 def as_meant(text: str) -> str:
