@@ -63,7 +63,13 @@ def test_another_image_folder_is_not_imagenet(tmp_path):
 def test_cifar10_has_its_own(tmp_path):
     beside, known = figures(tmp_path / "lsq", changes=LSQ, bits=2)
     assert beside == [90.2]
-    assert {x.top1_percent for x in known} == {90.2, 90.96, 92.49, 92.45}
+    assert {str(x) for x in known} >= {
+        "90.2 % (LSQ at 2 bits)",
+        "92.49 % (APoT at 3 bits)",
+        "91.3 % (PACT at 4 bits)",
+        "88.2 % (DoReFa-Net at 2 bits)",
+        "90.6 % (SLB at 2 bits)",
+    }
     assert figures(tmp_path / "adq", bits=3)[0] == []
 
 
@@ -81,6 +87,6 @@ def test_another_network_or_part_of_the_data_has_none(tmp_path, changes):
 
 
 def test_every_figure_names_its_source():
-    assert len(KNOWN) == 21
+    assert len(KNOWN) == 28
     assert all(figure.source and 50 < figure.top1_percent < 100 for figure in KNOWN)
     assert str(KNOWN[0]) == "64.4 % (PACT at 2 bits)"
