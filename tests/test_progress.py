@@ -28,6 +28,8 @@ def show(monkeypatch, caplog):
         monkeypatch.setattr(progress.time, "monotonic", lambda: next(times))
         screen = Screen(terminal)
         monkeypatch.setattr(sys, "stderr", screen)
+        # The command line, which other tests run in this process, writes messages to stderr too.
+        monkeypatch.setattr(logging.getLogger("adq_train"), "handlers", [])
         with caplog.at_level(logging.DEBUG, logger="adq_train"), Progress("qat", 5, 1) as steps:
             for loss in "abc":
                 steps.advance(f"loss {loss}")
