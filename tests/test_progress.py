@@ -28,8 +28,9 @@ def show(monkeypatch, caplog):
         monkeypatch.setattr(progress.time, "monotonic", lambda: next(times))
         screen = Screen(terminal)
         monkeypatch.setattr(sys, "stderr", screen)
-        # The command line, which other tests run in this process, writes messages to stderr too.
+        # The command line, which other tests run in this process, takes its messages for itself.
         monkeypatch.setattr(logging.getLogger("adq_train"), "handlers", [])
+        monkeypatch.setattr(logging.getLogger("adq_train"), "propagate", True)
         with caplog.at_level(logging.DEBUG, logger="adq_train"), Progress("qat", 5, 1) as steps:
             for loss in "abc":
                 steps.advance(f"loss {loss}")
