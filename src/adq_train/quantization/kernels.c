@@ -292,9 +292,10 @@ static int interval_sums(const void *x, const void *grad, void *grad_x, size_t s
     return 0;
 }
 
-/* All gradients of functional.GeneralizedSTE. x, grad, grad_x (size, or NULL where it is not
- * wanted), all float32 or (half) bfloat16; count < MOST; edges (count + 1); thresholds, widths (count); levels (count + 1); gradients of start,
- * widths and levels in one row (2 count + 2). Returns 0, or 1 without memory. */
+/* All gradients of functional.GeneralizedSTE. x, grad, grad_x (size; grad_x is NULL where it is
+ * not wanted), all float32 or (half) bfloat16; count < MOST; edges (count + 1); thresholds and
+ * widths (count); levels (count + 1); gradients of start, widths and levels in one row
+ * (2 count + 2). Returns 0, or 1 without memory. */
 int adq_step_gradients(const void *x, const void *grad, void *grad_x, size_t size,
                        const float *edges, const float *thresholds, const float *widths,
                        const float *levels, float *gradients, int count, int threads, int half) {

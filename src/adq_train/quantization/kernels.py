@@ -164,7 +164,8 @@ def step_gradients(
         (N + 1) in one row (2 N + 2,), float32.
     """
     assert len(widths) < 256, "kernels.c has room for no more"
-    grad, grad_x = grad.to(x.dtype), torch.empty_like(x if of_input else x.new_empty(0))
+    grad = grad.to(x.dtype)
+    grad_x = torch.empty_like(x) if of_input else x.new_empty(0)
     tables = [_row(t) for t in (edges, thresholds, widths, levels)]
     gradients = x.new_empty(2 * len(levels), dtype=torch.float32)
     failed = _library().adq_step_gradients(
