@@ -62,7 +62,7 @@ def staircase(x: Tensor, borders: Tensor, values: Tensor) -> Tensor:
     Returns:
         The shape and dtype of ``x``.
     """
-    if compiled_on_cpu(x):
+    if torch.compiler.is_compiling() and x.device.type == "cpu":
         opaque: Tensor = _opaque_staircase(x, borders, values)
         return opaque
     if is_channels_last(x):  # elementwise work in memory order
@@ -88,8 +88,8 @@ def interval_sums(
     """What the backward pass of :class:`GeneralizedSTE` reads from its input, in plain PyTorch.
 
     Args:
-        x: Any shape.
-        grad: Gradient of the output, in the shape of ``x``.
+        x: Any shape, contiguous.
+        grad: Gradient of the output, in the shape of ``x``, contiguous.
         edges: (N + 1,) sorted edges of N intervals.
         thresholds: (N,), each within its interval.
         slopes: (N + 2,) below the first edge, in each interval, above the last edge.
@@ -99,7 +99,7 @@ def interval_sums(
         float64: Σ grad over the values above each edge, Σ grad · x over the same, Σ grad above
         each threshold, Σ grad.
     """
-    x, grad = x.contiguous(), grad.to(x.dtype).contiguous()
+    grad = grad.to(x.dtype)
     if x.dtype in (torch.float16, torch.bfloat16):
         grad_x, sums = interval_sums(x.float(), grad.float(), edges, thresholds, slopes)
         return grad_x.to(x.dtype), sums
@@ -138,12 +138,7 @@ def is_channels_last(x: Tensor) -> bool:
     return x.dim() == 4 and not x.is_contiguous() and x.is_contiguous(memory_format=last)
 
 
-def compiled_on_cpu(x: Tensor) -> bool:
-    """Whether torch.compile traces this for the CPU, where it would not see the kernels."""
-    return torch.compiler.is_compiling() and x.device.type == "cpu"
-
-
-# One operator, into which a compiler does not look.
+# One operator, into which a compiler does not look: it would not see the kernels.
 _opaque_staircase = torch.library.custom_op("adq_train::staircase", staircase, mutates_args=())
 
 
