@@ -32,11 +32,12 @@ from torch import Tensor, nn
 
 from adq_train.artifacts import BitAllocation, LayerBits
 from adq_train.data.base import InputFormat
+from adq_train.deploy.apart import FileHere
 from adq_train.deploy.architecture import build_network
 from adq_train.deploy.integer import integer_network
 from adq_train.deploy.layer_tables import tables_of
 from adq_train.deploy.model import TableModel, float_state
-from adq_train.deploy.onnx import OnnxModel, onnx_bytes
+from adq_train.deploy.onnx import onnx_bytes
 from adq_train.deploy.packed import load_packed, packed_bytes
 from adq_train.deploy.qdq import QdqGraph
 from adq_train.quantization.adq import AdqWeightQuantizer
@@ -113,7 +114,7 @@ def load(name: str, model: str, folder: Path) -> nn.Module:
         return network
     if name.startswith("packed"):
         return load_packed(folder / "model.safetensors", unpack_weights=name == "packed")
-    return OnnxModel(folder / FILES[name])
+    return FileHere(folder / FILES[name], "onnxruntime")
 
 
 def file_bytes(name: str, folder: Path) -> int:

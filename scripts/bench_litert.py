@@ -31,7 +31,6 @@ from torch import nn
 import adq_train
 from adq_train.deploy.apart import FileHere
 from adq_train.deploy.integer import integer_network
-from adq_train.deploy.onnx import OnnxModel
 from adq_train.deploy.tflite import program_of
 from adq_train.deploy.tflite_file import Operation, Program, Value, file_bytes
 from adq_train.deploy.tflm import compressed
@@ -99,7 +98,9 @@ def networks_beside(name: str, bits: int, rounds: int) -> None:
     with tempfile.TemporaryDirectory() as made:
         folder = Path(made)
         image = write_files(name, bits, folder)
-        loaded: dict[str, nn.Module] = {"onnx_float": OnnxModel(folder / "onnx_float")}
+        loaded: dict[str, nn.Module] = {
+            "onnx_float": FileHere(folder / "onnx_float", "onnxruntime")
+        }
         for form in ("litert_float", "tflite"):
             loaded[form] = FileHere(folder / form, "LiteRT")
         if name != "resnet18":

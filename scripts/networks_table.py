@@ -29,7 +29,7 @@ from torch import Tensor, nn
 
 import adq_train
 from adq_train.artifacts import LayerSensitivity
-from adq_train.deploy.onnx import OnnxModel
+from adq_train.deploy.apart import FileHere
 from adq_train.models import TimmModel, TorchvisionModel
 from adq_train.quantization.watch import is_matrix
 from adq_train.sensitivity.gradient import Gradient
@@ -182,7 +182,7 @@ def measure(network: Network, folder: Path) -> Row:
         Clocked.seconds[-1],
         loaded,
         packed,
-        apart(OnnxModel(onnx)) / largest,
+        apart(FileHere(onnx, "onnxruntime")) / largest,
         apart(quantized, images * (1 + 1e-6)) / largest,
         onnx_seconds,
     )

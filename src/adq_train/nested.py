@@ -56,5 +56,6 @@ def mapped(change: Callable[[Tensor], Tensor], value: Any) -> Any:
     if isinstance(value, Mapping):
         return {name: mapped(change, x) for name, x in value.items()}
     if isinstance(value, tuple | list):
-        return type(value)(mapped(change, x) for x in value)
+        parts = [mapped(change, x) for x in value]
+        return type(value)(*parts) if hasattr(value, "_fields") else type(value)(parts)
     return value

@@ -219,7 +219,7 @@ def test_a_file_with_other_classes_is_not_kept(finished_run, program, tmp_path, 
     pytest.importorskip("onnxruntime")
     pytest.importorskip("onnxscript")
     other = Other(lambda count: torch.eye(10)[torch.arange(count) % 10])
-    monkeypatch.setattr("adq_train.deploy.onnx.run", lambda path, source: other)
+    monkeypatch.setattr("adq_train.deploy.verify.FileHere", lambda path, runtime: other)
     monkeypatch.setattr("adq_train.deploy.onnx.onnx_bytes", lambda *_: b"x")
     output = tmp_path / "model.onnx"
     code, _, err = program("adq-export", finished_run, "format=onnx", f"output={output}")

@@ -6,9 +6,10 @@ import torch
 from export_helpers import quantized_network
 from torch import nn
 
+from adq_train.deploy.apart import FileApart, FileHere
 from adq_train.deploy.layer_tables import Staircase
 from adq_train.deploy.model import assemble
-from adq_train.deploy.onnx import OnnxModel, OnnxSteps, onnx_bytes, onnx_network
+from adq_train.deploy.onnx import OnnxSteps, onnx_bytes, onnx_network
 from adq_train.errors import UserError
 
 onnx = pytest.importorskip("onnx")
@@ -27,7 +28,7 @@ def exported(tmp_path_factory):
 
 def test_onnxruntime_agrees_at_any_batch_size(exported):
     network, _, path = exported
-    runtime = OnnxModel(path)
+    runtime = FileHere(path, "onnxruntime")
     for size in (1, 2, 7):
         images = torch.randn(size, 1, 8, 8)
         with torch.no_grad():
@@ -58,7 +59,7 @@ def test_only_operations_of_the_standard_are_used(exported):
 
 def test_what_the_model_expects_travels_along(exported):
     _, model, path = exported
-    facts = OnnxModel(path).facts()
+    facts = FileApart(path, "onnxruntime").facts
     assert facts["data"] == model.data
     assert facts["input"]["image_shape"] == [1, 8, 8]
 
@@ -76,7 +77,7 @@ def test_staircases_are_exact_in_onnxruntime(small, tmp_path, bits, levels, unif
     x = torch.cat([torch.randn(4000), stairs.thresholds])
     x = nn.functional.pad(x, (0, -len(x) % 64)).view(-1, 1, 8, 8)
     expected = values[torch.bucketize(x, stairs.thresholds)]
-    assert torch.equal(OnnxModel(path)(x), expected)
+    assert torch.equal(FileHere(path, "onnxruntime")(x), expected)
 
 
 def test_the_network_is_the_packed_one_before_export(exported):
@@ -106,7 +107,7 @@ def test_a_model_that_cannot_be_exported_is_an_error(small, monkeypatch):
 def test_other_files_are_refused(tmp_path):
     path = tmp_path / "x.onnx"
     with pytest.raises(UserError, match="there is no file"):
-        OnnxModel(path)
+        FileApart(path, "onnxruntime")
     path.write_bytes(b"nonsense")
     with pytest.raises(UserError, match="onnxruntime cannot read it"):
-        OnnxModel(path)
+        FileHere(path, "onnxruntime")

@@ -9,10 +9,10 @@ from torch import nn
 from torch.nn import functional as F
 
 import adq_train
+from adq_train.deploy.apart import FileHere
 from adq_train.deploy.formats import FORMATS, Source
 from adq_train.deploy.integer import integer_network
 from adq_train.deploy.model import tables_of_network
-from adq_train.deploy.onnx import OnnxModel
 from adq_train.deploy.packed_layers import Rescale
 from adq_train.deploy.qdq import FLOAT_LAYERS, QdqGraph, optimized_kinds, write
 from adq_train.errors import UserError
@@ -41,7 +41,7 @@ def made(tmp_path_factory):
 @pytest.mark.parametrize("name", networks())
 def test_onnxruntime_computes_the_integer_network(made, name):
     trained, path = made[name]
-    integer, runtime = integer_network(trained).double(), OnnxModel(path)
+    integer, runtime = integer_network(trained).double(), FileHere(path, "onnxruntime")
     for size in (1, 3, 200):
         images = torch.randn(size, *SHAPE, generator=torch.Generator().manual_seed(size))
         with torch.no_grad():
@@ -102,7 +102,7 @@ def test_codes_end_where_they_should(first, second, tmp_path):
     (tmp_path / "a.onnx").write_bytes(content_of(network))
     with torch.no_grad():
         expected = network(x)
-    found = OnnxModel(tmp_path / "a.onnx")(x)
+    found = FileHere(tmp_path / "a.onnx", "onnxruntime")(x)
     codes, wanted = (found / 0.11).round(), (expected / 0.11).round()
     assert (codes != wanted).float().mean() <= 2e-3  # ties
     assert (codes - wanted).abs().max() <= 1
@@ -149,7 +149,7 @@ def test_operations_between_layers(function, tmp_path):
     images = torch.randn(50, *SHAPE)
     with torch.no_grad():
         expected = integer.double()(images.double()).float()
-    distance = (OnnxModel(tmp_path / "a.onnx")(images) - expected).abs()
+    distance = (FileHere(tmp_path / "a.onnx", "onnxruntime")(images) - expected).abs()
     assert (distance > 1e-5).float().mean() < 2e-3
 
 

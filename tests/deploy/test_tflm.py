@@ -12,7 +12,7 @@ from adq_train.deploy.apart import FileHere
 from adq_train.deploy.integer import IntegerLayer, integer_network
 from adq_train.deploy.tflite import program_of
 from adq_train.deploy.tflite_file import Value, file_bytes
-from adq_train.deploy.tflm import DECODE, RUNTIME, compressed, lookup, pack
+from adq_train.deploy.tflm import DECODE, compressed, lookup, pack
 
 SHAPE = (2, 8, 8)
 
@@ -76,7 +76,10 @@ def test_packed_weights_are_the_same_weights(bits, packed_layers, tmp_path):
     for name, program in {"plain": plain, "packed": packed}.items():
         path = tmp_path / f"{name}.tflite"
         path.write_bytes(file_bytes(program, {}))
-        found[name], sizes[name] = FileHere(path, RUNTIME)(images), path.stat().st_size
+        found[name], sizes[name] = (
+            FileHere(path, "TensorFlow Lite Micro")(images),
+            path.stat().st_size,
+        )
     assert torch.equal(found["packed"], found["plain"])
     assert sizes["packed"] < sizes["plain"]
     assert len(found["packed"].unique()) > 50

@@ -170,7 +170,7 @@ def test_a_network_of_the_user_s_own_needs_no_builder(tmp_path, monkeypatch):
         with pytest.raises(ConfigError, match="is not a "):
             build(node, group, id, own)
     # A module of this package that reads files is no network for whoever writes a config.yaml.
-    for target in ("deploy.onnx.OnnxModel", "deploy.apart.FileApart", "models.CifarResNet"):
+    for target in ("deploy.apart.FileHere", "deploy.apart.FileApart", "models.CifarResNet"):
         with pytest.raises(ConfigError, match="neither a subclass of nn"):
             build({"_target_": f"adq_train.{target}", "path": "x"}, "model", id)
 

@@ -22,7 +22,7 @@ from omegaconf.errors import OmegaConfBaseException
 from adq_train.cli.sources import composed, composing, interpolation_problems
 from adq_train.cli.sources import of_hydra as hydra_section
 from adq_train.cli.values import how_to_write, parse
-from adq_train.errors import ConfigError, did_you_mean
+from adq_train.errors import ConfigError, did_you_mean, first_line
 
 # What a command line may say to Hydra. Its other settings are of what adq-train does itself.
 LAUNCHERS = ("basic", "slurm")
@@ -293,4 +293,4 @@ def _value_problems(
         try:
             OmegaConf.update(trial, key, value)
         except OmegaConfBaseException as error:
-            yield f"{key}: {_plainly(str(error).splitlines()[0], value)}"
+            yield f"{key}: {_plainly(first_line(error), value)}"

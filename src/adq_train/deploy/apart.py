@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from adq_train.data.base import InputFormat
 from adq_train.deploy.formats import METADATA_KEY
 from adq_train.deploy.runtimes import RUNTIMES
-from adq_train.errors import UserError
+from adq_train.errors import UserError, first_line
 
 LONGEST_LINE = 1 << 24
 # A graph may compute for ever; no file of a network takes so long for a batch.
@@ -37,23 +37,24 @@ class FileHere(nn.Module):
     Args:
         path: The file.
         runtime: A name of :data:`~adq_train.deploy.runtimes.RUNTIMES`.
-        threads: For the runtimes that have several; None for as many as torch uses.
 
     Raises:
         UserError: The runtime cannot read it.
     """
 
-    def __init__(self, path: Path, runtime: str, threads: int | None = None) -> None:
+    def __init__(self, path: Path, runtime: str) -> None:
         super().__init__()
         try:
-            self.graph = RUNTIMES[runtime](path, threads or torch.get_num_threads())
-        except (ValueError, RuntimeError, OSError) as error:
-            reason = str(error).strip().splitlines()[0]
-            raise UserError(f"{path}: {runtime} cannot read it ({reason})") from error
+            self.graph = RUNTIMES[runtime](path, torch.get_num_threads())
+        except UserError:
+            raise
+        except Exception as error:  # onnxruntime's exceptions have no common class
+            raise UserError(f"{path}: {runtime} cannot read it ({first_line(error)})") from error
 
     def forward(self, images: Tensor) -> Tensor:
         """Maps images (N, C, H, W) to logits (N, num_classes)."""
-        return torch.from_numpy(self.graph.run(images.float().contiguous().numpy()))
+        values = images.float() if images.is_floating_point() else images
+        return torch.from_numpy(self.graph.run(values.contiguous().numpy()))
 
 
 class FileApart(nn.Module):

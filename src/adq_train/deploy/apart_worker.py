@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from adq_train.deploy.runtimes import RUNTIMES
+from adq_train.errors import first_line
 
 # Beyond what the program itself takes: for the graph, and for each byte of images and of the file.
 SPARE_BYTES = 2 << 30
@@ -58,8 +59,7 @@ def main() -> None:
     except MemoryError:
         _answer(answers, error="it takes more memory than it may; try a smaller batch_size")
     except Exception as error:  # a graph may fail in any way
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        _answer(answers, error=reason)
+        _answer(answers, error=first_line(error))
 
 
 def _answer(answers: BinaryIO, raw: bytes = b"", **content: Any) -> None:

@@ -16,9 +16,10 @@ from torchvision.transforms import v2
 from adq_train.data.base import ImageData, InputFormat, Pixels
 from adq_train.data.listing import images_below
 from adq_train.data.pictures import UnreadableError, read_picture, shown
-from adq_train.deploy import packed_form
+from adq_train.deploy.apart import FileApart
 from adq_train.deploy.datasets import check_data_source, load_data
 from adq_train.deploy.formats import FORMATS, format_of
+from adq_train.deploy.packed import open_packed
 from adq_train.deploy.trained import open_run, trained_network
 from adq_train.errors import UserError
 from adq_train.settings.targets import TRUSTED_PREFIXES, trusted_prefixes
@@ -33,7 +34,7 @@ class Evaluable:
     Attributes:
         form: ``run``, or the name of its format.
         network: Maps normalised images (N, C, H, W) to logits.
-        expects: What it expects of an image; None for an ONNX file of another program.
+        expects: What it expects of an image; None for another program's file.
         data: The ``data`` section of the run that it is from, or None.
         fingerprint: Of the data that it was trained on, or None.
         trusted: Where its data set may be defined.
@@ -69,12 +70,14 @@ def open_path(path: Path, trusted_packages: Sequence[str] = ()) -> Evaluable:
             raise UserError(f"there is no {path}; give a run folder or a file of adq-export")
         kind = FORMATS["packed"]  # it can tell whether it is one
     trusted = trusted_prefixes(trusted_packages)
-    if kind.name == "packed":  # the one form that names a class of its network
-        file = packed_form.open_file(path, trusted)
+    if kind.exact:  # a packed file names a class of its network
+        model, network = open_packed(path, trusted=trusted)
+        expects, data, recorded = model.expects, model.data, model.run
     else:
-        file = kind.writer().open_file(path)
-    recorded = _fingerprint(file.run)
-    return Evaluable(file.form, file.network, file.expects, file.data, recorded, trusted)
+        kind.writer()  # which needs what the runtime needs, and says how to install it
+        network = FileApart(path, kind.runtime)
+        expects, data, recorded = network.expects, *map(network.facts.get, ("data", "run"))
+    return Evaluable(kind.name, network, expects, data, _fingerprint(recorded), trusted)
 
 
 def _fingerprint(run: Any) -> str | None:

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
 
-    from adq_train.data.base import Batches, InputFormat
+    from adq_train.data.base import Batches
     from adq_train.deploy.model import TableModel
     from adq_train.deploy.packed import Sizes
 
@@ -66,25 +66,6 @@ class Written:
     resolution: float = 0.0
 
 
-@dataclass(frozen=True)
-class Opened:
-    """A file that may come from anybody, ready to evaluate.
-
-    Attributes:
-        form: The name of its format.
-        network: Maps normalised images (N, C, H, W) to logits.
-        expects: What it expects of an image; None for another program's file.
-        data: The ``data`` section of the run that it is from, or None; unchecked.
-        run: What is recorded of the run, or None; unchecked.
-    """
-
-    form: str
-    network: nn.Module
-    expects: InputFormat | None
-    data: Any
-    run: Any
-
-
 class Writer(Protocol):
     """What the module of a format has, as plain functions."""
 
@@ -96,14 +77,6 @@ class Writer(Protocol):
         """The network that the file is compared with."""
         ...
 
-    def run(self, path: Path, source: Source) -> nn.Module:
-        """The file that was just written, run as its users run it."""
-        ...
-
-    def open_file(self, path: Path) -> Opened:
-        """Opens a file that may come from anybody, without running code of it."""
-        ...
-
 
 @dataclass(frozen=True)
 class Format:
@@ -113,7 +86,8 @@ class Format:
         name: On the command line.
         ending: Of the file's name.
         module: Of this package; a :class:`Writer`.
-        runtime: What runs the file, in the words of a report.
+        runtime: What runs the file, a name of :data:`~.runtimes.RUNTIMES`; of a packed file,
+            the function.
         help: What it is for, in a few words.
         extra: The extra of this package that it needs; empty for none.
         packages: What that extra brings, as they are imported.
@@ -186,7 +160,7 @@ FORMATS = {
             "micro", ("ai_edge_litert", "tflite_micro"),
         ),
         Format(
-            "qonnx", ".qonnx.onnx", "qonnx", "qonnx's executor",
+            "qonnx", ".qonnx.onnx", "qonnx", "qonnx",
             "integer weights and MultiThreshold nodes, for FINN", "fpga", ("qonnx",), integer=True,
             num_images=1000,
         ),

@@ -55,6 +55,11 @@ class TableModel:
     run: dict[str, Any] = field(default_factory=dict)
     target: str = Int8Target.name
 
+    def facts(self) -> dict[str, Any]:
+        """What a file says about itself besides the network."""
+        known = {"input": self.expects.to_dict()} if self.expects else {}
+        return {**known, "data": self.data or None, "run": self.run}
+
 
 def tables_of_network(network: nn.Module) -> TableModel:
     """A quantized network of any class as tables.

@@ -11,17 +11,16 @@ import json
 import logging
 import warnings
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from adq_train.deploy.formats import METADATA_KEY, Opened, Source, Written, require
+from adq_train.deploy.formats import METADATA_KEY, Source, Written, require
 from adq_train.deploy.layer_tables import Staircase
 from adq_train.deploy.model import TableModel, assemble
 from adq_train.deploy.packed_layers import FEW, PackedLayer, PackedSubclass, Steps, look_up
-from adq_train.errors import UserError
+from adq_train.errors import UserError, first_line
 
 
 def write(source: Source) -> Written:
@@ -32,19 +31,6 @@ def write(source: Source) -> Written:
 def reference(source: Source) -> nn.Module:
     """The network as its tables give it."""
     return assemble(source.tables, network=source.architecture)
-
-
-def run(path: Path, source: Source) -> nn.Module:
-    """The file in onnxruntime."""
-    return OnnxModel(path)
-
-
-def open_file(path: Path) -> Opened:
-    """An ONNX file of anybody, in a process of its own."""
-    from adq_train.deploy.apart import FileApart
-
-    apart = FileApart(path, "onnxruntime")
-    return Opened("onnx", apart, apart.expects, apart.facts.get("data"), apart.facts.get("run"))
 
 
 @torch.library.custom_op("adq_train::count_below", mutates_args=())
@@ -161,8 +147,7 @@ def onnx_bytes(
                 verbose=False,
             )
     except Exception as error:  # the exporter raises whatever it meets
-        reason = str(error).strip().splitlines()[0]
-        raise UserError(f"torch.onnx cannot export this model: {reason}") from error
+        raise UserError(f"torch.onnx cannot export this model: {first_line(error)}") from error
     assert program is not None
     proto = program.model_proto
     for node in proto.graph.node:  # stack traces, several times the size of a small model
@@ -174,10 +159,8 @@ def onnx_bytes(
 
 def with_facts(proto: Any, model: TableModel) -> bytes:
     """An ONNX model as a file's content, with what it says about itself in its metadata."""
-    known = {"input": model.expects.to_dict()} if model.expects else {}
-    facts = {**known, "data": model.data or None, "run": model.run}
     entry = proto.metadata_props.add()
-    entry.key, entry.value = METADATA_KEY, json.dumps(facts)
+    entry.key, entry.value = METADATA_KEY, json.dumps(model.facts())
     content: bytes = proto.SerializeToString()
     return content
 
@@ -194,47 +177,3 @@ def _quietly() -> Iterator[None]:
             yield
     finally:
         logger.setLevel(level)
-
-
-class OnnxModel(nn.Module):
-    """An ONNX file, run by onnxruntime on the CPU.
-
-    Args:
-        path: The file.
-        threads: Threads of onnxruntime; None for as many as torch uses.
-
-    Raises:
-        UserError: onnxruntime is missing, or cannot read the file.
-    """
-
-    def __init__(self, path: Path, threads: int | None = None) -> None:
-        super().__init__()
-        runtime = require("onnxruntime")
-        options = runtime.SessionOptions()
-        options.intra_op_num_threads = threads or torch.get_num_threads()
-        options.log_severity_level = 3  # it warns of each constant that it does not fold
-        if not path.is_file():
-            raise UserError(f"there is no file {path}")
-        try:
-            self.session = runtime.InferenceSession(
-                str(path), options, providers=["CPUExecutionProvider"]
-            )
-            (inputs,) = self.session.get_inputs()
-        except Exception as error:  # onnxruntime's exceptions have no common class
-            reason = str(error).splitlines()[0]
-            raise UserError(f"{path}: onnxruntime cannot read it ({reason})") from error
-        self.input_name: str = inputs.name
-
-    def facts(self) -> dict[str, Any]:
-        """What adq-export wrote about the model; empty for another program's file."""
-        text = self.session.get_modelmeta().custom_metadata_map.get(METADATA_KEY, "{}")
-        try:
-            facts = json.loads(text)
-        except ValueError:
-            return {}
-        return facts if isinstance(facts, dict) else {}
-
-    def forward(self, images: Tensor) -> Tensor:
-        """Maps images (N, C, H, W) to logits (N, num_classes)."""
-        outputs = self.session.run(None, {self.input_name: images.contiguous().numpy()})
-        return torch.from_numpy(outputs[0])

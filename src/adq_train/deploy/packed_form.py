@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from adq_train.deploy.formats import Opened, Source, Written
+from adq_train.deploy.formats import Source, Written
 from adq_train.deploy.packed import open_packed, packed_bytes
 from adq_train.errors import UserError
 from adq_train.quantization.copies import copied
@@ -33,12 +33,6 @@ def run(path: Path, source: Source) -> nn.Module:
     """The file read back, into an architecture that holds no value of the network."""
     own = None if source.tables.model else scrambled(source.network)
     return open_packed(path, network=own, trusted=source.trusted or TRUSTED_PREFIXES)[1]
-
-
-def open_file(path: Path, trusted: tuple[str, ...] = TRUSTED_PREFIXES) -> Opened:
-    """A packed file of anybody, which may name a model of the trusted packages."""
-    model, network = open_packed(path, trusted=trusted)
-    return Opened("packed", network, model.expects, model.data, model.run)
 
 
 def require_floats(network: nn.Module) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +18,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.fx.passes.shape_prop import ShapeProp
 
-from adq_train.deploy import onnx
-from adq_train.deploy.formats import Opened, Source, Written, require
+from adq_train.deploy.formats import Source, Written, require
 from adq_train.deploy.integer import (
     IntegerLayer,
     IntegerLinear,
@@ -27,7 +26,7 @@ from adq_train.deploy.integer import (
     integer_graph,
     integer_network,
 )
-from adq_train.deploy.onnx import OnnxModel, with_facts
+from adq_train.deploy.onnx import with_facts
 from adq_train.errors import UserError
 from adq_train.quantization.graph import Operation, place
 
@@ -55,16 +54,6 @@ def write(source: Source) -> Written:
 def reference(source: Source) -> nn.Module:
     """The integer network."""
     return integer_network(source.network)
-
-
-def run(path: Path, source: Source) -> nn.Module:
-    """The file in onnxruntime."""
-    return OnnxModel(path)
-
-
-def open_file(path: Path) -> Opened:
-    """An ONNX file of anybody, in a process of its own."""
-    return replace(onnx.open_file(path), form="qdq")
 
 
 def optimized_kinds(content: bytes) -> Counter[str]:

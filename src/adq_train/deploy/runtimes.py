@@ -1,4 +1,4 @@
-"""Other programs that run networks, each behind the same three attributes and one method.
+"""Other programs that run networks, each behind the same four attributes and one method.
 
 Torch is not imported here: a process of its own (apart_worker.py) is to be small.
 """

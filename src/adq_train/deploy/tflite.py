@@ -4,15 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from torch import Tensor, fx, nn
 from torch.fx.passes.shape_prop import ShapeProp
 
-from adq_train.deploy.apart import FileApart, FileHere
-from adq_train.deploy.formats import Opened, Source, Written
+from adq_train.deploy.formats import Source, Written
 from adq_train.deploy.integer import (
     IntegerConv2d,
     IntegerLayer,
@@ -40,28 +38,15 @@ def write(source: Source) -> Written:
 
 def written(program: Program, source: Source) -> Written:
     """A program as a file, with what it says about itself."""
-    tables, last = source.tables, program.operations[-1].inputs[0]
-    known = {"input": tables.expects.to_dict()} if tables.expects else {}
-    facts = {**known, "data": tables.data or None, "run": tables.run}
+    last = program.operations[-1].inputs[0]
     assert last is not None
     assert last.scale is not None
-    return Written(file_bytes(program, facts), resolution=float(last.scale) / 2)
+    return Written(file_bytes(program, source.tables.facts()), resolution=float(last.scale) / 2)
 
 
 def reference(source: Source) -> nn.Module:
     """The integer network in torch."""
     return integer_network(source.network)
-
-
-def run(path: Path, source: Source) -> nn.Module:
-    """The file in LiteRT."""
-    return FileHere(path, "LiteRT")
-
-
-def open_file(path: Path) -> Opened:
-    """A .tflite file of anybody, in a process of its own."""
-    apart = FileApart(path, "LiteRT")
-    return Opened("tflite", apart, apart.expects, apart.facts.get("data"), apart.facts.get("run"))
 
 
 def program_of(network: fx.GraphModule, example: Tensor) -> Program:

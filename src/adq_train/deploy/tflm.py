@@ -9,20 +9,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
-from torch import nn
 
-from adq_train.deploy.apart import FileApart, FileHere
-from adq_train.deploy.formats import Opened, Source, Written
+from adq_train.deploy.formats import Source, Written
 from adq_train.deploy.integer import integer_network
 from adq_train.deploy.tflite import program_of, reference, written
 from adq_train.deploy.tflite_file import Operation, Program, Value
 
-__all__ = ["open_file", "reference", "run", "write"]
-RUNTIME = "TensorFlow Lite Micro"
+__all__ = ["reference", "write"]
 DECODE = "TFLM_DECODE"
 LOOKUP, HEADER_VERSION, TABLE_VERSION = 0, 1, 1
 HEADER_BYTES = 16
@@ -36,17 +32,6 @@ def write(source: Source) -> Written:
     """The content of the file."""
     program = compressed(program_of(integer_network(source.network), source.example))
     return written(program, source)
-
-
-def run(path: Path, source: Source) -> nn.Module:
-    """The file in TensorFlow Lite Micro."""
-    return FileHere(path, RUNTIME)
-
-
-def open_file(path: Path) -> Opened:
-    """A file of anybody, in a process of its own."""
-    apart = FileApart(path, RUNTIME)
-    return Opened("tflm", apart, apart.expects, apart.facts.get("data"), apart.facts.get("run"))
 
 
 def compressed(program: Program) -> Program:

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from adq_train.artifacts import LayerInfo, LayerSensitivity
 from adq_train.data.base import Batch
-from adq_train.errors import UserError
+from adq_train.errors import UserError, first_line
 from adq_train.nested import entries, length, tensors
 from adq_train.progress import Progress
 from adq_train.sensitivity.base import (
@@ -64,7 +64,7 @@ def squared_gradients(
         each = vmap(gradient, in_dims=(None, 0, 0))(weights, images, targets)
         return {name: value.square() for name, value in each.items()}
     except RuntimeError as error:
-        log.debug("fisher: one image at a time, as vmap fails (%s)", str(error).splitlines()[0])
+        log.debug("fisher: one image at a time, as vmap fails (%s)", first_line(error))
     squares = {name: value.new_zeros(len(targets), *value.shape) for name, value in weights.items()}
     for index, target in enumerate(targets):
         image = entries(images, index)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from adq_train.artifacts import LayerInfo, LayerSensitivity
 from adq_train.data.base import derived_seed
-from adq_train.errors import UserError
+from adq_train.errors import UserError, first_line
 from adq_train.nested import mapped
 from adq_train.progress import Progress
 from adq_train.quantization.base import check_choice
@@ -90,9 +90,9 @@ def output_gradients(
     except torch.OutOfMemoryError:
         raise
     except RuntimeError as error:
-        reason, *_ = str(error).split("\n")
         raise UserError(
-            f"sensitivity: gradient cannot differentiate the network ({reason}); {REMEDY}"
+            "sensitivity: gradient cannot differentiate the network "
+            f"({first_line(error)}); {REMEDY}"
         ) from error
     gradients = [(name, list(x)) for (name, _), *x in zip(calls, *each, strict=True)]
     for name, found in gradients:

@@ -17,7 +17,7 @@ from omegaconf.errors import OmegaConfBaseException
 from torch import nn
 
 from adq_train.allocation.allocator import Allocator
-from adq_train.errors import ConfigError
+from adq_train.errors import ConfigError, first_line
 from adq_train.models import ModelSource
 from adq_train.quantization.base import (
     MakeActivationQuantizer,
@@ -77,7 +77,7 @@ def validate(cfg: DictConfig) -> tuple[Config, Parts]:
     try:
         config: Any = with_homes(without_missing(OmegaConf.to_container(cfg, resolve=True)))
     except OmegaConfBaseException as error:
-        raise ConfigError([f"{error.full_key}: {str(error).splitlines()[0]}"]) from error
+        raise ConfigError([f"{error.full_key}: {first_line(error)}"]) from error
     except RecursionError as error:
         raise ConfigError(
             ["an interpolation (${name}) leads back to itself; write the value"]
@@ -180,7 +180,7 @@ def _device(name: str, problems: list[str]) -> torch.device:
         if device.type == "mps":
             raise ValueError("it has no float64, in which figures are summed up")
     except (RuntimeError, AssertionError, ValueError) as error:
-        reason = str(error).splitlines()[0]
+        reason = first_line(error)
         if name.startswith("cuda") and not torch.cuda.is_available():
             reason = "PyTorch finds no GPU on this machine"
         problems.append(f"trainer.device: {name!r} cannot be used here ({reason}); try auto or cpu")
