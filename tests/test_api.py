@@ -178,6 +178,13 @@ def test_what_cannot_be_done_is_said(batches, change, message):
         adq_train.quantize(**{"model": Odd(), "calibration_batches": batches, **change})
 
 
+def test_an_argument_that_is_not_there_is_named_as_the_caller_knows_it(batches):
+    with pytest.raises(TypeError, match=r"quantize\(\) has no argument 'avarage_bits' \(did you"):
+        adq_train.quantize(Odd(), batches, avarage_bits=3)
+    with pytest.raises(UserError, match=r"model: must be an nn.Module, got a dict"):
+        adq_train.quantize({}, batches)
+
+
 def test_an_unknown_name_is_an_attribute_error():
     with pytest.raises(AttributeError, match="no attribute 'quantise'"):
         _ = adq_train.quantise

@@ -1,3 +1,4 @@
+import logging
 from itertools import pairwise
 from urllib.error import URLError
 
@@ -13,6 +14,7 @@ from adq_train.models import (
     OwnModel,
     TorchvisionModel,
     _adapt_ends,
+    warn_of_large_images,
 )
 
 
@@ -238,3 +240,13 @@ def test_a_class_gets_what_its_constructor_takes_of_the_data():
         OwnModel(Taking, {"num_classes": 6}).build(7, 3)
     with pytest.raises(UserError, match=r"model: Taking cannot be built \(TypeError: .*'depth'"):
         OwnModel(Taking, {"depth": 6}).build(7, 3)
+
+
+def test_large_images_in_a_network_for_small_ones_are_said(caplog, monkeypatch):
+    monkeypatch.setattr(logging.getLogger("adq_train"), "propagate", True)
+    network = CifarResNetModel(depth=8, width=4).build(2, 3)
+    warn_of_large_images(network, (3, 64, 64))
+    warn_of_large_images(nn.Linear(2, 2), (3, 224, 224))
+    assert not caplog.records
+    warn_of_large_images(network, (3, 224, 224))
+    assert "49 times the time of 32 × 32; data.image_size=64 data.resize=72" in caplog.text

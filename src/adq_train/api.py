@@ -19,7 +19,7 @@ from adq_train.allocation.budget import Problem
 from adq_train.allocation.fixed import FixedAllocator
 from adq_train.allocation.ilp import IlpAllocator
 from adq_train.artifacts import LayerSensitivity, SensitivityTable, require_finite
-from adq_train.errors import UserError
+from adq_train.errors import UserError, did_you_mean
 from adq_train.lifecycle import carrying
 from adq_train.options import Sensitivity
 from adq_train.quantization.adq import AdqWeightQuantizer
@@ -180,6 +180,10 @@ def taking(recipe: Callable[Settings, Recipe]) -> Callable[..., Quantize[Setting
             *given: Settings.args,
             **named: Settings.kwargs,
         ) -> nn.Module:
+            known = inspect.signature(recipe).parameters
+            for name in named.keys() - known.keys():
+                hint = did_you_mean(name, known) or f"; it takes {', '.join(known)}"
+                raise TypeError(f"{function.__name__}() has no argument {name!r}{hint}")
             return function(model, calibration_batches, recipe(*given, **named))
 
         functools.update_wrapper(quantize, function)
@@ -210,11 +214,14 @@ def quantize(model: nn.Module, calibration_batches: Iterable[object], recipe: Re
         recipe: Given by its settings, ``quantize(model, batches, average_bits=3, tied=False)``; see
             :class:`Recipe`.
 
+    Returns:
+        The copy, in evaluation mode: call its ``train()`` before training goes on.
+
     Raises:
-        UserError: A model whose layers cannot be replaced, or that is quantized; a batch, a
-            function or an option of another form; a budget that cannot be reached, a layer without
-            a sensitivity, Ω that is 0 throughout, or weights, inputs or outputs that are NaN or
-            infinite. It names what is wrong and the remedy.
+        UserError: A model that is no ``nn.Module``, whose layers cannot be replaced, or that is
+            quantized; a batch, a function or an option of another form; a budget that cannot be
+            reached, a layer without a sensitivity, Ω that is 0 throughout, or weights, inputs or
+            outputs that are NaN or infinite. It names what is wrong and the remedy.
     """
     require_float(model)
     limits, widths = recipe.limits(), recipe.widths()
@@ -249,11 +256,13 @@ def quantize(model: nn.Module, calibration_batches: Iterable[object], recipe: Re
 
 
 def require_float(model: nn.Module) -> None:
-    """Refuses a network that is quantized, or whose own ``adq`` the result's would replace.
+    """Refuses what is no network, or quantized, or whose own ``adq`` the result's would replace.
 
     Raises:
         UserError: Says which.
     """
+    if not isinstance(model, nn.Module):
+        raise UserError(f"model: must be an nn.Module, got a {type(model).__name__}")
     if quantized_layers(model):
         raise UserError("model: it is quantized already; give the float network")
     if hasattr(model, "adq"):

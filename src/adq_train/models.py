@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -15,6 +16,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from adq_train.errors import UserError, did_you_mean
+
+log = logging.getLogger(__name__)
 
 
 class ModelSource(Protocol):
@@ -155,6 +158,21 @@ class CifarResNet(nn.Module):
         x = self.relu(self.bn1(x)) if self.preact else x
         logits: Tensor = self.fc(x.mean((2, 3)))
         return logits
+
+
+SMALL = 64  # pixels of a side, for which these networks are made
+
+
+def warn_of_large_images(model: nn.Module, image_shape: tuple[int, int, int]) -> None:
+    """Says what a ResNet for small images costs on images (C, H, W) that are not small."""
+    _, height, width = image_shape
+    if isinstance(model, CifarResNet) and max(height, width) > SMALL:
+        log.warning(
+            "model: this ResNet for small images keeps all %d × %d pixels in its first stage, and "
+            "takes %.0f times the time of 32 × 32; data.image_size=64 data.resize=72 makes a "
+            "folder's images smaller, model=torchvision takes larger ones", height, width,
+            height * width / 32**2,
+        )  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -31,6 +31,15 @@ def test_a_section_with_ranges_choices_and_effects():
     assert "at most 2147483647" in " ".join(general.split())
 
 
+def test_defaults_are_those_of_the_configuration(cli):
+    assert "\n  budget.average_weight_bits=3.0\n" in settings_text("budget")
+
+
+def test_a_group_is_no_section():
+    with pytest.raises(ConfigError, match=r"data; it is a group, .* --cfg job data=CHOICE shows"):
+        settings_text("data")
+
+
 def test_a_section_that_is_not_there():
     with pytest.raises(ConfigError, match=r"no section trainr.*trainer"):
         settings_text("trainr")

@@ -130,8 +130,8 @@ def test_choices_of_ones_own_need_a_folder(cli):
 def test_the_readme_gives_the_commands_that_are_tested():
     text = (EXAMPLE / "README.md").read_text()
     for command in (
-        f"adq-train --config-dir=conf model=own_net data=shapes {TRUST} run_dir=run",
-        f"adq-export run {TRUST}",
-        f"adq-eval run/export/model.safetensors {TRUST}",
+        f"adq-train --config-dir=conf model=own_net data=shapes '{TRUST}' run_dir=run",
+        f"adq-export run '{TRUST}'",
+        f"adq-eval run/export/model.safetensors '{TRUST}'",
     ):
         assert f"\n{command}\n" in text

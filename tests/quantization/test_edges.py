@@ -152,7 +152,7 @@ def test_what_is_not_known_is_named():
     with pytest.raises(UserError, match=r"int8 does not know sigmoid \(node sigmoid\); it knows"):
         connect(network(lambda n, x: n.b(n.a(x).sigmoid())))
     words = nn.Sequential(nn.Embedding(5, 4), nn.Linear(4, 2))
-    with pytest.raises(UserError, match=r"int8 does not know 0 \(node _0\)"):
+    with pytest.raises(UserError, match=r"int8 does not know 0 \(node _0\), Embedding; it"):
         list(edges(Graph(words)))
 
 

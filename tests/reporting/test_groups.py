@@ -47,6 +47,15 @@ def test_overrides_name_the_rows_and_the_plainest_is_the_reference(tmp_path):
     assert section.differences[1].mean == pytest.approx(-(1 + 1 + 0.9) / 3)
 
 
+def test_an_override_that_is_given_twice_counts_once_and_last(tmp_path):
+    for seed in range(2):
+        make_run(tmp_path / f"a{seed}", seed=seed, overrides=("a=1", "b=2"))
+        changes = {"trainer": {"epochs": 9}}
+        more = ("a=1", "b=2", "b=3")
+        make_run(tmp_path / f"b{seed}", seed=seed, changes=changes, overrides=more)
+    assert set(table(only(tmp_path))) == {"b=2", "b=3"}
+
+
 def test_settings_name_the_rows_where_commands_do_not(tmp_path):
     """Knobs of a part that only one row has do not count: its name says it."""
     for seed in (0, 1):

@@ -49,6 +49,19 @@ def test_accuracy_comes_with_its_standard_error():
     assert "on 400 test images (standard error ±1.62)" in text  # 100 sqrt(0.88 × 0.12 / 400)
 
 
+def test_no_errors_are_no_certainty():
+    all_right = replace(RESULT, qat_top1_percent=100.0)
+    # Wilson's interval at z = 1.96 ends z² / (n + z²) below 1.
+    assert f"95 % interval: {100 * 3.8416 / 403.8416:.2f} points" in text_of(result=all_right)
+
+
+def test_the_next_command_trusts_what_the_run_trusts():
+    assert "adq-export a/run\n" in text_of()
+    assert "adq-export a/run 'trusted_packages=[mine,yours]'\n" in text_of(
+        trusted=("mine", "yours")
+    )
+
+
 def test_sizes_are_compared_with_float32():
     text = text_of()
     assert f"{4 * 1101 / 351:.1f} times smaller than float32 (4.4 kB)" in text

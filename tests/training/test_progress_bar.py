@@ -7,6 +7,7 @@ import re
 import pytest
 from training_helpers import Drawn, dense, trainer_of
 
+from adq_train.data.base import FirstBatches
 from adq_train.progress import Progress
 from adq_train.training.progress_bar import ProgressBar
 from adq_train.training.throughput import duration
@@ -26,6 +27,13 @@ def test_a_last_step_that_takes_what_is_left_over_is_said_once(told):
     assert told.text.count("qat: the last step of an epoch takes 7 images: 1 left over") == 1
     told.clear()
     trainer_of(dense(), ProgressBar("qat"), batches=Drawn(6, 3), epochs=2).fit()
+    assert "left over" not in told.text
+
+
+def test_a_dry_run_begins_with_the_last_step_and_says_nothing_of_it(told):
+    some = FirstBatches(Drawn(6, 3), 2, last_first=True)
+    assert some.size(1) > some.size(0)  # as if the last one took more than the others
+    trainer_of(dense(), ProgressBar("qat"), batches=some, epochs=1).fit()
     assert "left over" not in told.text
 
 

@@ -23,6 +23,7 @@ from adq_train.cli.sources import composed, composing, interpolation_problems
 from adq_train.cli.sources import of_hydra as hydra_section
 from adq_train.cli.values import how_to_write, parse
 from adq_train.errors import ConfigError, did_you_mean, first_line
+from adq_train.settings.schema import GROUPS
 
 # What a command line may say to Hydra. Its other settings are of what adq-train does itself.
 LAUNCHERS = ("basic", "slurm")
@@ -284,7 +285,11 @@ def _value_problems(
     """
     key = override.key_or_group
     if not override.is_add() and key not in known:
-        yield f"{key}: there is no such setting{did_you_mean(key, known)}"
+        group = key.split(".")[0]
+        add = (
+            f"; +{key}=… passes it to what {group} names" if group in GROUPS and "." in key else ""
+        )
+        yield f"{key}: there is no such setting{did_you_mean(key, known)}{add}"
         return
     if _is_rare(override) or not judged:
         return  # Hydra and the signature check of the group look at these

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import importlib.resources
 import textwrap
 from collections.abc import Iterator
 from typing import Any
+
+import yaml
 
 from adq_train.errors import ConfigError, did_you_mean
 from adq_train.settings.schema import GROUPS, SECTIONS, About, Affects, Config, about
@@ -27,6 +30,8 @@ def settings_text(section: str | None = None) -> str:
     known = {"general": Config, **SECTIONS}
     if section is not None and section not in known:
         hint = did_you_mean(section, known) or f"; choose from {', '.join(known)}"
+        if section in GROUPS:
+            hint = f"; it is a group, whose settings adq-train --cfg job {section}=CHOICE shows"
         raise ConfigError([f"--settings: there is no section {section}{hint}"])
     chosen = known if section is None else {section: known[section]}
     lines = [line for name, of in chosen.items() for line in _section(name, of)]
@@ -37,14 +42,21 @@ def settings_text(section: str | None = None) -> str:
 def _section(name: str, of: Any) -> Iterator[str]:
     yield from textwrap.wrap(f"{name}: {(of.__doc__ or '').splitlines()[0]}", WIDTH)
     prefix = "" if of is Config else f"{name}."
-    defaults = of()
+    defaults = vars(of()) | _configured().get(name, {})
     for setting, what in about(of).items():
         if of is Config and setting in (*GROUPS, *SECTIONS):
             continue
-        yield f"  {prefix}{setting}={_written(getattr(defaults, setting))}"
+        yield f"  {prefix}{setting}={_written(defaults[setting])}"
         text = f"{what.help} ({'; '.join(_facts(what))})"
         yield from textwrap.wrap(text, WIDTH, initial_indent="      ", subsequent_indent="      ")
     yield ""
+
+
+def _configured() -> dict[str, dict[str, Any]]:
+    """The sections for which config.yaml has defaults of its own."""
+    file = importlib.resources.files("adq_train.configs") / "config.yaml"
+    found: dict[str, dict[str, Any]] = yaml.safe_load(file.read_text(encoding="utf-8"))
+    return found
 
 
 def _facts(what: About) -> Iterator[str]:

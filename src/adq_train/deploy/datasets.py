@@ -84,8 +84,8 @@ def data_section(
     if choice is None and root not in (None, "???") and "root" not in changed:
         if from_file:
             raise UserError(
-                f"data.root: the file names {root!r}, but no file decides what is read here; give "
-                "data.root=<folder> (data.root=null looks in the usual places)"
+                "data.root: no file decides what is read here; add data.root=<folder> (the file "
+                f"names {root!r}; data.root=null looks in the usual places)"
             )
         log.info("data is read from %s, as the run says; data.root=… reads it elsewhere", root)
     if type(section.get("num_workers")) is int:

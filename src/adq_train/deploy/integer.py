@@ -104,7 +104,11 @@ def integer_network(network: nn.Module) -> fx.GraphModule:
     network = own_copy(network).cpu().eval()
     keep_weights(network)
     graph = Graph(network)
-    for node in edges(graph):
+    try:
+        bare = list(edges(graph))
+    except UserError as error:
+        raise UserError(f"format: this one is for networks of target=int8; {error}") from error
+    for node in bare:
         raise UserError(
             f"format: the network is not one of target=int8: nothing quantizes what {place(node)} "
             f"gives; {CURE}"

@@ -90,8 +90,8 @@ def open_run(path: Path, trusted_packages: Sequence[str] = ()) -> FinishedRun:
     state = (read_status(path) or {}).get("state")
     if state != "done":
         raise UserError(
-            f"the run in {path} is not finished (its state is {state}); continue it with the "
-            "command in its manifest.json"
+            f"the run in {path} is not finished (its state is {state}); wait if it is still going "
+            "on, or continue it with the command in its manifest.json"
         )
     try:
         settings: Any = read_yaml(path / "config.yaml")

@@ -74,11 +74,13 @@ def edges(graph: Graph) -> Iterator[fx.Node]:
     """
     nodes = list(graph)
     for node in nodes:
-        if graph.operation(node).kind == "other":
+        operation = graph.operation(node)
+        if operation.kind == "other":
+            of = f", {type(operation.module).__name__}" if operation.module else ""
             raise UserError(
-                f"target: int8 does not know {place(node)}; it knows quantized layers, batch norm, "
-                "relu, relu6, pools, mean, flatten, slices, zero padding, dropout, additions and "
-                "concatenations; use target=float, or put one of these in its place"
+                f"target: int8 does not know {place(node)}{of}; it knows quantized layers, batch "
+                "norm, relu, relu6, pools, mean, flatten, slices, zero padding, dropout, additions "
+                "and concatenations; use target=float, or put one of these in its place"
             )
     for node in nodes:
         if graph.operation(node).kind not in MAKES:

@@ -53,8 +53,8 @@ def overrides_of(run: Run) -> tuple[str, ...]:
     words = command[1:] if isinstance(command, list) else []
     pattern = r"\+{0,2}[A-Za-z_][\w./@]*=[^\n\r]*"
     found = [word.lstrip("+") for word in map(str, words) if re.fullmatch(pattern, word)]
-    kept = [x for x in found if x.split("=")[0] not in HIDDEN and not x.startswith("hydra.")]
-    return tuple(dict.fromkeys(kept))
+    last = {x.split("=")[0]: x for x in found}  # which counts where one is given twice
+    return tuple(x for key, x in last.items() if key not in HIDDEN and not key.startswith("hydra."))
 
 
 def names_of(

@@ -88,4 +88,5 @@ def show(path: Path) -> None:
     target = str((config.get("target") or {}).get("_target_"))
     counts = summary.Counts(model["num_float_values"], model.get("num_edges", 0), target)
     begun = "init_from" in (manifest.get("files") or {})
-    summary.show(summary.render(table, allocation, levels, result, counts, path, begun))
+    trusted = tuple(map(str, config.get("trusted_packages") or ()))
+    summary.show(summary.render(table, allocation, levels, result, counts, path, begun, trusted))

@@ -8,6 +8,7 @@ import math
 import shlex
 import shutil
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -92,6 +93,7 @@ def render(
     counts: Counts,
     folder: Path,
     init_from: bool = False,
+    trusted: Sequence[str] = (),
 ) -> RenderableType:
     """Layers, accuracies, sizes and places.
 
@@ -103,6 +105,7 @@ def render(
         counts: Of the model.
         folder: Where everything was written.
         init_from: Whether QAT began with the weights of another run.
+        trusted: The packages that the run was told to trust.
     """
     blank = Text()
     return Group(
@@ -114,8 +117,7 @@ def render(
         *(Text(one_line(x), style="bright_black") for x in unused_levels(levels)),
         blank,
         Text(
-            f"Top-1 accuracy on {result.num_test_images:,} test images "
-            f"(standard error ±{standard_error(result):.2f})",
+            f"Top-1 accuracy on {result.num_test_images:,} test images ({certainty(result)})",
             style=TITLE,
         ),
         accuracy_table(result, init_from),
@@ -123,7 +125,7 @@ def render(
         Text("Size", style=TITLE),
         size_table(table, allocation, result, counts),
         blank,
-        written(folder),
+        written(folder, trusted),
     )
 
 
@@ -152,10 +154,13 @@ def layer_table(table: SensitivityTable, allocation: BitAllocation) -> Table:
     return layers
 
 
-def standard_error(result: RunResult) -> float:
-    """That of the accuracy after QAT, in points: how far so many test images can tell."""
-    share = min(max(result.qat_top1_percent / 100, 1e-11), 1)
-    return 100 * math.sqrt(share * (1 - share) / result.num_test_images)
+def certainty(result: RunResult) -> str:
+    """How far so many test images can tell the accuracy after QAT, in points."""
+    share, count = result.qat_top1_percent / 100, result.num_test_images
+    error = 100 * math.sqrt(max(share * (1 - share), 0) / count)
+    # Where all answers are alike there is no such estimate; Wilson's interval has one.
+    far = 100 * 1.96**2 / (count + 1.96**2)
+    return f"standard error ±{error:.2f}" if error > 1e-3 else f"95 % interval: {far:.2f} points"
 
 
 def accuracy_table(result: RunResult, init_from: bool) -> Table:
@@ -204,7 +209,7 @@ def size_table(
     return sizes
 
 
-def written(folder: Path) -> Text:
+def written(folder: Path, trusted: Sequence[str] = ()) -> Text:
     """Where the run is, and three commands to go on with."""
     place = shlex.quote(str(folder))
     text = Text(no_wrap=True, overflow="ignore")  # a path that is cut short cannot be copied
@@ -214,7 +219,8 @@ def written(folder: Path) -> Text:
     if (folder / "tensorboard").is_dir():
         text.append(f"  see how it trained  {typed('tensorboard')} --logdir {place}\n")
     text.append(f"  try other budgets   {typed('adq-pareto')} {place}\n")
-    text.append(f"  make a small file   {typed('adq-export')} {place}")
+    named = f" 'trusted_packages=[{','.join(trusted)}]'" if trusted else ""
+    text.append(f"  make a small file   {typed('adq-export')} {place}{named}")
     return text
 
 

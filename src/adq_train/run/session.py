@@ -16,6 +16,7 @@ from adq_train.allocation.budget import Problem
 from adq_train.allocation.problem import problem_of
 from adq_train.data.base import Batch, ImageData, Loading
 from adq_train.errors import UserError
+from adq_train.models import warn_of_large_images
 from adq_train.quantization.copies import unfuse
 from adq_train.quantization.describe import describe_layers
 from adq_train.quantization.full_precision import Strictness
@@ -73,6 +74,7 @@ class Session:
         with ranks.local_main_first():
             data = parts.data.load(loading(config, parts.device, ranks))
             model = parts.model.build(data.num_classes, data.image_shape[0])
+        warn_of_large_images(model, data.image_shape)
         unfuse(model)
         start = open_start(config, data)
         data = data.for_dry_run() if config.dry_run else data

@@ -242,7 +242,8 @@ def _argument_problems(
             parameter.VAR_POSITIONAL,
         )
         if name not in (*arguments, *given) and not optional and not is_partial:
-            yield f"{path}.{name}: a value is required; give {path}.{name}=…"
+            key = f"{path}.{name}"
+            yield f"{key}: a value is required; give {key}=… (+{key}=… where no file has it)"
 
 
 def fits(value: Any, hint: Any) -> bool:

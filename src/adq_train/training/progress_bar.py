@@ -6,6 +6,7 @@ import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from adq_train.data.base import FirstBatches
 from adq_train.progress import Progress
 from adq_train.training.hook import EpochReport, Hook
 from adq_train.training.throughput import duration
@@ -27,6 +28,8 @@ class ProgressBar(Hook):
     def on_start(self, trainer: Trainer) -> None:
         """Says where the last step of an epoch is larger than the others."""
         train = trainer.data.train
+        if isinstance(train, FirstBatches):  # a dry run's, whose sizes are in another order
+            return
         last, whole = train.size(len(train) - 1), train.size(0)
         if last > whole and trainer.epoch < trainer.settings.epochs:
             log.info(
