@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass
 from typing import Annotated, Any, ClassVar, TypeVar
 
 from adq_train.errors import UserError
-from adq_train.storage.decoding import Within, decode
+from adq_train.storage.decoding import Within, decode, strict_json
 from adq_train.storage.stamps import content_problem
 
 Count = Annotated[int, Within(0)]
@@ -326,23 +326,9 @@ def _read(kind: Any, text: str, what: str, by_hand: bool = False) -> Any:
 
 
 def _parse(text: str, what: str) -> dict[str, Any]:
-    """A JSON object without NaN or infinity, which strict JSON does not have."""
-
-    def finite(number: str) -> float:
-        if not math.isfinite(float(number)):
-            raise ValueError(f"{number} is not a finite number")
-        return float(number)
-
-    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        names = [name for name, _ in pairs]
-        if len(set(names)) < len(names):
-            raise ValueError(f"{next(x for x in names if names.count(x) > 1)!r} is there twice")
-        return dict(pairs)
-
+    """A JSON object; see :func:`~.decoding.strict_json`."""
     try:
-        content = json.loads(
-            text, parse_float=finite, parse_constant=finite, object_pairs_hook=once
-        )
+        content = strict_json(text)
     except (ValueError, RecursionError) as error:
         raise UserError(f"not {what}: {error}") from error
     if not isinstance(content, dict):

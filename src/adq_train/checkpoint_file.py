@@ -66,7 +66,7 @@ def _read(path: Path) -> Any:
     if head.startswith(b"version https://git-lfs"):
         raise UserError(f"{path} is a pointer of Git LFS; fetch the file itself with git lfs pull")
     if head[8:9] == b"{":
-        return _read_safetensors(path, size)
+        return _read_safetensors(path)
     if head.startswith(b"PK"):
         _check_archive(path, size)
     try:
@@ -98,7 +98,7 @@ def _choice_in(folder: Path) -> str:
     return f"give a file in it ({', '.join(inside[:3])})" if inside else "it holds no checkpoint"
 
 
-def _read_safetensors(path: Path, size: int) -> Any:
+def _read_safetensors(path: Path) -> Any:
     """The tensors of a safetensors file; its header says what it is."""
     from safetensors import SafetensorError, safe_open
     from safetensors.torch import load_file

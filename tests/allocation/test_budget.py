@@ -7,7 +7,6 @@ from adq_train.allocation.budget import (
     budget_from,
     figures,
     packed_bytes,
-    share_of_float,
 )
 from adq_train.artifacts import LayerInfo
 from adq_train.errors import UserError
@@ -175,7 +174,7 @@ def test_shares_of_the_float_model():
 )  # fmt: skip
 def test_another_text_is_no_share(text):
     with pytest.raises(ValueError, match=r"a share of the float model's such as 0\.1x"):
-        share_of_float(text)
+        budget_from({"bops": text}, [LayerInfo("a", 1, 10, 10)])
 
 
 def test_figures_by_hand():

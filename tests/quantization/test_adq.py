@@ -16,7 +16,6 @@ from adq_train.quantization.adq import (
     INITIALIZATIONS,
     LEVEL_SETS,
     AdqWeightQuantizer,
-    quantile_codebook,
     random_codebook,
     revive_dead_level,
     side_sizes,
@@ -65,6 +64,11 @@ def test_number_of_levels_and_the_zero(initialization):
         assert len(quantizer.levels().unique()) == num_levels
         assert (0 in quantizer.levels()) == (level_set != "no_zero")
         assert torch.equal(quantizer.pinned, quantizer.levels() == 0)
+
+
+def quantile_codebook(weights, bits, level_set):
+    weight = weights[None]
+    return calibrated(weight, bits, initialization="quantile", level_set=level_set).levels()
 
 
 def test_quantile_codebook_of_known_weights():

@@ -24,7 +24,6 @@ from adq_train.quantization.n2uq import N2uqActivationQuantizer
 from adq_train.quantization.prepare import quantized_layers
 from adq_train.quantization.restore import restored
 from adq_train.states import load_state
-from adq_train.training.calibration import inputs_of
 
 N, L, S, E, H = 3, 5, 7, 8, 2
 
@@ -258,10 +257,11 @@ def test_states_of_before_attention_was_quantized_are_read(quantized):
     few = [x for x in allocation.layers if "attn" not in x.name]
     allocation = BitAllocation(**{**vars(allocation), "layers": tuple(few)})
     make, float_model = (AdqWeightQuantizer, N2uqActivationQuantizer), Classifier().eval()
-    from adq_train.quantization.prepare import prepare
+    from adq_train.quantization.prepare import collect_inputs, prepare
 
     model = own_copy(float_model)
-    prepare(model, allocation, *make, inputs_of(model, allocation, [X], 0), 0)
+    inputs = collect_inputs(model, [x.name for x in allocation.layers], [X], 0)
+    prepare(model, allocation, *make, inputs, 0)
     old = {}
     for name, tensor in model.state_dict().items():
         old[name.replace(".in_proj.", ".in_proj_")] = tensor

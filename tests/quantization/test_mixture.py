@@ -1,4 +1,5 @@
 import copy
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,11 +10,9 @@ from adq_train.quantization.adq import AdqWeightQuantizer
 from adq_train.quantization.lsq import LsqActivationQuantizer, LsqWeightQuantizer
 from adq_train.quantization.mixture import (
     Choice,
-    InputMixture,
     LayerChoice,
-    WeightMixture,
+    Mixture,
     mix_layer,
-    mixed,
 )
 from adq_train.quantization.pact import PactActivationQuantizer
 from adq_train.quantization.prepare import swap, weight_quantizers
@@ -97,17 +96,34 @@ def test_the_gradient_of_the_logits_is_that_of_finite_differences():
             assert logits.grad[index].item() == pytest.approx(slope, rel=0.02, abs=2e-5)
 
 
+class Times(nn.Module):
+    """In a quantizer's place: a factor, whose gradient is known."""
+
+    def __init__(self, factor):
+        super().__init__()
+        self.factor = factor
+
+    def forward(self, x):
+        return self.factor * x
+
+
 def test_the_gradient_of_a_mixture_is_exact_in_float64():
     torch.manual_seed(0)
-    values = [torch.randn(3, 2, dtype=torch.float64, requires_grad=True) for _ in range(3)]
+    factors = torch.randn(3, dtype=torch.float64).tolist()
+    x = torch.randn(3, 2, dtype=torch.float64, requires_grad=True)
     logits = torch.randn(3, dtype=torch.float64, requires_grad=True)
-    assert torch.autograd.gradcheck(lambda x, *v: mixed(v, x.softmax(0)), (logits, *values))
+
+    def output(x, logits):
+        of = SimpleNamespace(shares=lambda: logits.softmax(0))
+        return Mixture([Times(factor) for factor in factors], of)(x)
+
+    assert torch.autograd.gradcheck(output, (x, logits))
 
 
 def test_each_codebook_follows_the_weight_as_it_would_alone():
     torch.manual_seed(0)
     weight = torch.randn(8, 5)
-    mixture = WeightMixture(calibrated(AdqWeightQuantizer, weight), choice(0.0, 1.0, 2.0))
+    mixture = Mixture(calibrated(AdqWeightQuantizer, weight), choice(0.0, 1.0, 2.0))
     alone = copy.deepcopy(mixture.quantizers)
     moved = weight + 0.5
     mixture.adapt(moved)
@@ -124,7 +140,7 @@ def test_input_quantizers_regularize_themselves():
     def make(bits):
         return PactActivationQuantizer(bits, decay=0.1)
 
-    mixture = InputMixture(calibrated(make, x), choice(0.0, 0.0, 0.0))
+    mixture = Mixture(calibrated(make, x), choice(0.0, 0.0, 0.0))
     mixture(x).sum().backward()
     alone = copy.deepcopy(mixture.quantizers)
     for quantizer, other in zip(mixture.quantizers, alone, strict=True):

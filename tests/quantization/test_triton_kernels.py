@@ -231,7 +231,7 @@ class Counted:
 @interpreted
 def test_kernels_are_tried_before_they_are_used(monkeypatch):
     loaded = gpu_kernels.loaded.__wrapped__
-    assert loaded(CPU).module is triton_kernels
+    assert loaded(CPU).functions is triton_kernels
     assert loaded(CPU).description == {"kernels": "Triton", "version": triton.__version__}
     right = triton_kernels.staircase
     monkeypatch.setattr(triton_kernels, "staircase", lambda *x: right(*x) + 1)
@@ -249,7 +249,7 @@ def test_without_triton_it_is_plain_pytorch(monkeypatch, caplog):
     loaded = gpu_kernels.loaded.__wrapped__
     monkeypatch.setitem(sys.modules, "triton", None)
     with caplog.at_level("INFO"):
-        assert loaded(CPU).module is None
+        assert loaded(CPU).functions is None
     assert "quantizers run in plain PyTorch on the GPU" in caplog.text
     monkeypatch.setenv("ADQ_TRAIN_KERNELS", "0")
     assert loaded(CPU).description["reason"] == "ADQ_TRAIN_KERNELS=0"

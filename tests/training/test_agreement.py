@@ -1,12 +1,14 @@
 """A process that holds other bits is found, after the step in which it strayed."""
 
+from types import SimpleNamespace
+
 import pytest
 from ranks_helpers import run_ranks
 from torch import nn
 from training_helpers import Drawn, dense, trainer_of
 
 from adq_train.errors import UserError
-from adq_train.training.agreement import RanksAgree, require_same_weights
+from adq_train.training.agreement import RanksAgree
 from adq_train.training.distributed import joined
 from adq_train.training.hook import Hook
 
@@ -17,10 +19,10 @@ def test_a_process_that_differs_is_found():
             model = nn.Linear(2, 2)
             nn.init.zeros_(model.weight)
             nn.init.zeros_(model.bias)
-            require_same_weights(ranks, model, 3)
+            RanksAgree().after_batch(SimpleNamespace(ranks=ranks, model=model, steps=3))
             if ranks.rank == 1:
                 model.weight.data[0, 0] = 1e-30
-            require_same_weights(ranks, model, 4)
+            RanksAgree().after_batch(SimpleNamespace(ranks=ranks, model=model, steps=4))
 
     for error in run_ranks(3, compare):
         assert isinstance(error, UserError)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
-from fractions import Fraction
 from itertools import product
 from typing import NamedTuple
 
@@ -45,15 +44,6 @@ class Budget:
         return {name: float(value) for name, value in values.items() if value is not None}
 
 
-def share_of_float(amount: str) -> Fraction:
-    """Reads ``0.1x``, a tenth of what the float model costs.
-
-    Raises:
-        ValueError: The text is something else, or the share is not in (0, 1].
-    """
-    return share(amount, "of the float model's")
-
-
 def budget_from(amounts: Mapping[str, float | str | None], layers: Sequence[LayerInfo]) -> Budget:
     """A budget in absolute figures.
 
@@ -75,7 +65,7 @@ def budget_from(amounts: Mapping[str, float | str | None], layers: Sequence[Laye
     }
     return Budget(
         **{
-            name: float(share_of_float(amount) * of_float[name])
+            name: float(share(amount, "of the float model's") * of_float[name])
             if isinstance(amount, str)
             else amount
             for name, amount in amounts.items()

@@ -134,14 +134,17 @@ def export(settings: ExportSettings) -> None:
     Raises:
         UserError: The run cannot be exported; no file is left.
     """
-    from adq_train.deploy.write import Form, export_run
+    from adq_train.deploy.write import export_run
 
     report = export_run(
         typed_path(settings.path),
         typed_path(settings.output) if settings.output else None,
-        Form(settings.format, settings.float_type, settings.fold_batch_norm, settings.tolerance),
         settings.data_changes,
         settings.trusted_packages,
+        form=settings.format,
+        float_type=settings.float_type,
+        fold_batch_norm=settings.fold_batch_norm,
+        tolerance=settings.tolerance,
     )
     print(json.dumps(report.to_dict()) if settings.json else printable(report.to_text()))
 

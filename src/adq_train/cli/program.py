@@ -10,6 +10,7 @@ import importlib
 import signal
 import sys
 import traceback
+from functools import partial
 from typing import NoReturn
 
 from adq_train import __version__, interrupts
@@ -26,37 +27,6 @@ PROGRAMS = {
     "adq-eval": "adq_train.cli.export:eval_main",
     "adq-clean": "adq_train.cli.clean:main",
 }
-
-
-def train() -> NoReturn:
-    """``adq-train``."""
-    # A run keeps its result in files; that nobody reads its words does not change how it ended.
-    run("adq-train", needs_output=False)
-
-
-def report() -> NoReturn:
-    """``adq-report``."""
-    run("adq-report")
-
-
-def pareto() -> NoReturn:
-    """``adq-pareto``."""
-    run("adq-pareto")
-
-
-def export() -> NoReturn:
-    """``adq-export``."""
-    run("adq-export")
-
-
-def evaluate() -> NoReturn:
-    """``adq-eval``."""
-    run("adq-eval")
-
-
-def clean() -> NoReturn:
-    """``adq-clean``."""
-    run("adq-clean")
 
 
 def run(name: str, needs_output: bool = True) -> NoReturn:
@@ -117,3 +87,8 @@ def act(name: str) -> int:
         print(printable(f"error: {type(error).__name__}: {reason}{hint}"), file=sys.stderr)
         return 1
     return 0
+
+
+# A run keeps its result in files; that nobody reads its words does not change how it ended.
+train = partial(run, "adq-train", needs_output=False)
+report, pareto, export, evaluate, clean = (partial(run, name) for name in [*PROGRAMS][1:])

@@ -23,7 +23,7 @@ from adq_train.reporting.tables import Report
 from adq_train.storage.files import typed_path, write_text, written_whole
 
 # What fits a terminal; everything else is in the files.
-SHOWN = (0, 1, 2, 5, 6, 8, 9)
+SHOWN = (0, 1, 2, 3, 4, 5, 9)
 
 
 HELP = """adq-report: tables, pictures and comparisons of runs, from their folders alone.

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import os
 import stat
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
-from PIL import ExifTags, Image, UnidentifiedImageError
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 # By their names; what is inside is found out by Pillow, which tries no other format: some of those
 # start programs (EPS: Ghostscript).
@@ -28,16 +29,6 @@ SUFFIXES = {
 FORMATS = tuple(sorted(set(SUFFIXES.values())))
 MAX_PIXELS = 89_000_000  # of one image; Pillow itself warns from 89,478,485 on
 
-# What turns an image upright, by the value of its EXIF tag.
-TURNS = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
 # TIFF's tags, and the values that matter here.
 BITS_PER_SAMPLE, PHOTOMETRIC, SAMPLE_FORMAT = 258, 262, 339
 WHITE_IS_ZERO, SIGNED = 0, 2
@@ -92,12 +83,14 @@ def read_picture(path: str, mode: str, resize: int | None = None) -> Image.Image
         with Path(path).open("rb") as content, Image.open(content, formats=FORMATS) as file:
             _check_size(file.width, file.height, resize)
             file.load()
+            with suppress(Exception):  # whatever its tags are damaged like; the pixels are intact
+                ImageOps.exif_transpose(file, in_place=True)
             image = _eight_bits(file)
             if image.has_transparency_data:
                 image = image.convert("RGBA")
                 white = Image.new("RGBA", image.size, "white")
                 image = Image.alpha_composite(white, image)
-            return _upright(image.convert(mode), file)
+            return image.convert(mode)
     except UnidentifiedImageError as error:
         raise UnreadableError("its format is not one that is read, or it is damaged") from error
     except Exception as error:  # each of Pillow's formats has errors of its own
@@ -151,12 +144,3 @@ def _eight_bits(image: Image.Image) -> Image.Image:
     if "transparency" in image.info:  # one value of PNG's is transparent
         grey[values == image.info["transparency"]] = 255
     return Image.fromarray(grey.clip(0, 255).astype(np.uint8))
-
-
-def _upright(image: Image.Image, file: Image.Image) -> Image.Image:
-    """Turned as the file's EXIF tag says; one that is damaged says nothing."""
-    try:
-        turn = TURNS.get(file.getexif().get(ExifTags.Base.Orientation, 1))
-    except Exception:  # whatever the tags are damaged like; the pixels are intact
-        turn = None
-    return image if turn is None else image.transpose(turn)

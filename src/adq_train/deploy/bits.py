@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -27,11 +28,8 @@ def pack(codes: Tensor, bit_width: int) -> Tensor:
     flat = codes.flatten()
     if len(flat) and int(flat.max()) >= 1 << bit_width:
         raise ValueError(f"a code of {int(flat.max())} does not fit into {bit_width} bits")
-    positions = torch.arange(bit_width, dtype=torch.uint8)
-    stream = ((flat[:, None] >> positions) & 1).flatten()
-    stream = torch.nn.functional.pad(stream, (0, -len(stream) % 8))
-    weights = 1 << torch.arange(8, dtype=torch.uint8)
-    return (stream.view(-1, 8) * weights).sum(1, dtype=torch.uint8)
+    stream = np.unpackbits(flat.numpy()[:, None], axis=1, count=bit_width, bitorder="little")
+    return torch.from_numpy(np.packbits(stream, bitorder="little"))
 
 
 def unpack(packed: Tensor, bit_width: int, count: int) -> Tensor:
@@ -47,6 +45,6 @@ def unpack(packed: Tensor, bit_width: int, count: int) -> Tensor:
     """
     if len(packed) != packed_bytes(count, bit_width):
         raise ValueError(f"{len(packed)} bytes do not hold {count} codes of {bit_width} bits")
-    stream = (packed[:, None] >> torch.arange(8, dtype=torch.uint8)) & 1
-    codes = stream.flatten()[: count * bit_width].view(count, bit_width)
-    return (codes << torch.arange(bit_width, dtype=torch.uint8)).sum(1, dtype=torch.uint8)
+    stream = np.unpackbits(packed.numpy(), count=count * bit_width, bitorder="little")
+    codes = np.packbits(stream.reshape(count, bit_width), axis=1, bitorder="little")
+    return torch.from_numpy(codes[:, 0])

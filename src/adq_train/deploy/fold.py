@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from dataclasses import replace
-from typing import Any
 
 import torch
 from torch import fx, nn
@@ -30,10 +30,7 @@ def foldable(network: nn.Module) -> dict[str, str]:
     except Exception as error:  # a forward() may do anything with the proxies that it gets
         log.warning("no batch norm is folded: the model cannot be traced (%s)", error)
         return {}
-    calls: dict[Any, int] = {}
-    for node in graph.nodes:
-        if node.op == "call_module":
-            calls[node.target] = calls.get(node.target, 0) + 1
+    calls = Counter(node.target for node in graph.nodes if node.op == "call_module")
     pairs = {}
     for node in graph.nodes:
         if node.op != "call_module" or calls[node.target] > 1 or not node.args:

@@ -6,6 +6,8 @@ with.
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -113,10 +115,7 @@ def integer_network(network: nn.Module) -> fx.GraphModule:
             f"format: the network is not one of target=int8: nothing quantizes what {place(node)} "
             f"gives; {CURE}"
         )
-    calls: dict[str, int] = {}
-    for node in graph:
-        if node.op == "call_module":
-            calls[str(node.target)] = calls.get(str(node.target), 0) + 1
+    calls = Counter(str(node.target) for node in graph if node.op == "call_module")
     folded = {}
     for node in graph:
         operation = graph.operation(node)
@@ -135,7 +134,7 @@ def integer_network(network: nn.Module) -> fx.GraphModule:
     return fx.GraphModule(network, graph.fx).requires_grad_(False).eval()
 
 
-def _norm_of(graph: Graph, node: fx.Node, calls: dict[str, int]) -> fx.Node | None:
+def _norm_of(graph: Graph, node: fx.Node, calls: Mapping[str, int]) -> fx.Node | None:
     """The batch norm that alone reads what a layer gives, where both are called once."""
     reader = next(iter(node.users))
     alone = len(node.users) == 1 and graph.operation(reader).kind == "batch_norm"
@@ -147,10 +146,8 @@ def _norm_of(graph: Graph, node: fx.Node, calls: dict[str, int]) -> fx.Node | No
 def _replace_layer(graph: Graph, node: fx.Node, layer: Any, norm: fx.Node | None) -> None:
     """Puts a Rescale and an integer layer in the place of a quantized one."""
     name = str(node.target)
-    if isinstance(layer, OURS):  # called before
-        input_name = f"{name}_input"
-    else:
-        input_name = f"{name}_input"
+    input_name = f"{name}_input"
+    if not isinstance(layer, OURS):  # called before
         step = rescale(name, layer.input_quantizer)
         new = integer_layer(name, layer, step.step, graph.module(norm) if norm else None)
         graph.network.set_submodule(name, new)

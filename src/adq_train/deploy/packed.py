@@ -24,6 +24,7 @@ from adq_train.deploy.model import TableModel, assemble
 from adq_train.errors import UserError
 from adq_train.quantization.target import TARGETS, Int8Target
 from adq_train.settings.targets import TRUSTED_PREFIXES, trusted_prefixes
+from adq_train.storage.decoding import strict_json
 
 FORMAT = "adq-train packed model"
 VERSION = 2  # 1 where there are no edges
@@ -234,25 +235,6 @@ def _digest_place(data: bytes) -> slice:
     """Where the file's own SHA-256 stands; it is taken with zeros in this place."""
     start = data.find(DIGEST) + len(DIGEST)
     return slice(start, start + len(NO_DIGEST))
-
-
-def strict_json(text: str | bytes) -> Any:
-    """JSON without NaN, Infinity or a key that is there twice.
-
-    Raises:
-        ValueError: It is something else.
-    """
-
-    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        content = dict(pairs)
-        if len(content) < len(pairs):
-            raise ValueError("a name that is there twice")
-        return content
-
-    def never(name: str) -> Any:
-        raise ValueError(f"{name} is no number")
-
-    return json.loads(text, object_pairs_hook=once, parse_constant=never)
 
 
 def _joined(parts: list[Tensor]) -> Tensor:

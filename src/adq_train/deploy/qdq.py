@@ -28,7 +28,7 @@ from adq_train.deploy.integer import (
 )
 from adq_train.deploy.onnx import with_facts
 from adq_train.errors import UserError
-from adq_train.quantization.graph import Operation, place
+from adq_train.quantization.graph import Operation, pair, place
 
 OPSET, IR_VERSION = 18, 10
 # What onnxruntime calls layers that it computes in float.
@@ -224,13 +224,9 @@ class QdqGraph:
 Write = Callable[[QdqGraph, fx.Node, Operation, list[Value]], Value | None]
 
 
-def _pair(x: Any) -> list[int]:
-    return [x, x] if isinstance(x, int) else list(x)
-
-
 def _max_pool(q: QdqGraph, node: fx.Node, of: Operation, inputs: list[Value]) -> Value:
     name = q.add("MaxPool", [inputs[0].name], **_window(of.settings),
-                 dilations=_pair(of.settings["dilation"]))  # fmt: skip
+                 dilations=pair(of.settings["dilation"]))  # fmt: skip
     return Value(name, inputs[0].step, inputs[0].zero_point)
 
 
@@ -245,10 +241,10 @@ def _avg_pool(q: QdqGraph, node: fx.Node, of: Operation, inputs: list[Value]) ->
 
 def _window(settings: Mapping[str, Any]) -> dict[str, Any]:
     """The attributes that pools have in common."""
-    size, padding = _pair(settings["kernel_size"]), _pair(settings["padding"])
+    size, padding = pair(settings["kernel_size"]), pair(settings["padding"])
     return {
         "kernel_shape": size,
-        "strides": _pair(settings["stride"] or size),
+        "strides": pair(settings["stride"] or size),
         "pads": [*padding, *padding],
         "ceil_mode": int(settings["ceil_mode"]),
     }

@@ -19,7 +19,7 @@ from adq_train.deploy.onnx_checks import DOMAIN
 from adq_train.deploy.packed_layers import PackedLayer, PackedSubclass, Rescale, Steps
 from adq_train.deploy.qonnx_runtime import EXTRA
 from adq_train.errors import UserError
-from adq_train.quantization.graph import Graph, Operation, place
+from adq_train.quantization.graph import Graph, Operation, pair, place, shape_of
 
 # The newest opset that FINN's and hls4ml's transformations are written for.
 OPSET, IR_VERSION = 13, 8
@@ -150,7 +150,7 @@ class _Walk:
             operation = self.graph.operation(node)
             if operation.kind == "output":
                 (last,) = operation.inputs
-                result = _shape(last)
+                result = shape_of(last)
                 self.rename(self.real(last), "logits")
             elif operation.kind == "input":
                 self.values[node] = Value("images")
@@ -216,7 +216,7 @@ class _Walk:
         first = operation.inputs[0] if operation.inputs else node
         if operation.kind == "identity" or self.is_absorbed(node):
             return self.values[first]
-        found = _simple(operation, _shape(first), _shape(node))
+        found = _simple(operation, shape_of(first), shape_of(node))
         if found is None:
             raise UserError(
                 f"format: qonnx does not know {place(node)}; it knows convolutions, linear layers, "
@@ -325,7 +325,7 @@ class _Walk:
         gain = gain if norm.weight is None else gain * norm.weight
         offset = -norm.running_mean.double() * gain
         offset = offset if norm.bias is None else offset + norm.bias
-        shape = (1, -1, *[1] * (len(_shape(node)) - 2))
+        shape = (1, -1, *[1] * (len(shape_of(node)) - 2))
         value = self.real(node.all_input_nodes[0])
         return Value(self.scaled(value, node.name, _values(gain, shape), _values(offset, shape)))
 
@@ -337,10 +337,6 @@ def _channels(of: Any, weight: Any) -> tuple[int, ...]:
 
 def _values(tensor: Any, shape: tuple[int, ...]) -> Any:
     return None if tensor is None else tensor.detach().view(shape).numpy()
-
-
-def _shape(node: fx.Node) -> tuple[int, ...]:
-    return tuple(node.meta["tensor_meta"].shape)
 
 
 def _padding(of: Any) -> tuple[list[int], list[int]]:
@@ -401,13 +397,13 @@ def _is_global(operation: Operation, source: tuple[int, ...]) -> bool:
 
 def _pool(kind: str, settings: Any) -> list[Step] | None:
     """A pooling over windows."""
-    kernel, padding = _pair(settings["kernel_size"]), _pair(settings["padding"])
-    stride = _pair(settings["stride"]) if settings["stride"] else kernel
+    kernel, padding = pair(settings["kernel_size"]), pair(settings["padding"])
+    stride = pair(settings["stride"]) if settings["stride"] else kernel
     if settings["ceil_mode"] or settings.get("divisor_override"):
         return None
     window = {"kernel_shape": kernel, "strides": stride, "pads": [*padding, *padding]}
     if kind == "max_pool":
-        return [("MaxPool", [], {**window, "dilations": _pair(settings["dilation"])})]
+        return [("MaxPool", [], {**window, "dilations": pair(settings["dilation"])})]
     counted_in = int(settings["count_include_pad"])
     return [("AveragePool", [], {**window, "count_include_pad": counted_in})]
 
@@ -425,7 +421,3 @@ def _slice(index: Any) -> list[Step] | None:
     axes, starts, ends, steps = map(list, zip(*rows, strict=True))
     constants = [("starts", starts), ("ends", ends), ("axes", axes), ("steps", steps)]
     return [("Slice", constants, {})]
-
-
-def _pair(value: Any) -> list[int]:
-    return list(value) if isinstance(value, tuple | list) else [value, value]

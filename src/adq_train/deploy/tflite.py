@@ -22,7 +22,7 @@ from adq_train.deploy.integer import (
 from adq_train.deploy.tflite_file import Program, Value, file_bytes
 from adq_train.deploy.tflite_ops import Codes, Emitter, Grid, Target, Weighted, Window
 from adq_train.errors import UserError
-from adq_train.quantization.graph import Operation, place
+from adq_train.quantization.graph import Operation, pair, place, shape_of
 
 # What a grid passes through: these choose among values and round none.
 CHOICES = ("relu", "relu6", "max_pool", "flatten", "slice", "pad")
@@ -80,12 +80,12 @@ class _Walk:
                 if operation.kind == "output":
                     output = self._output(operation)
                 elif operation.kind == "input":
-                    images = self.emitter.input("images", _channels_last(_shape(node)))
+                    images = self.emitter.input("images", _channels_last(shape_of(node)))
                     first = images.value
                     self.codes[node] = images
                 else:
                     self.codes[node] = self._emit(node, operation)
-                    assert self.codes[node].shape == _channels_last(_shape(node)), node
+                    assert self.codes[node].shape == _channels_last(shape_of(node)), node
             except ValueError as error:
                 raise UserError(
                     f"format: LiteRT's integer kernels cannot run {place(node)}: {error}; use "
@@ -123,7 +123,7 @@ class _Walk:
         if kind == "add":
             return self.emitter.add(inputs[0], inputs[1], target.grid, name)
         if kind == "cat":
-            if operation.settings["dim"] % len(_shape(node)) != 1:
+            if operation.settings["dim"] % len(shape_of(node)) != 1:
                 raise ValueError(f"it concatenates along dimension {operation.settings['dim']}")
             return self.emitter.concatenate(inputs, target.grid, name)
         if isinstance(module, nn.BatchNorm2d):
@@ -163,7 +163,7 @@ class _Walk:
             return self.emitter.linear(x, layer, target)
         assert isinstance(module, IntegerConv2d)
         kernel = (module.codes.shape[2], module.codes.shape[3])
-        geometry = map(_pair, (module.stride, module.padding, module.dilation))
+        geometry = map(pair, (module.stride, module.padding, module.dilation))
         return self.emitter.convolution(x, layer, Window(kernel, *geometry), module.groups, target)
 
     def _choice(self, node: fx.Node, operation: Operation, x: Codes) -> Codes:
@@ -179,10 +179,10 @@ class _Walk:
             raise ValueError(UNFINISHED)
         if kind == "max_pool":
             window = _window(settings)
-            if _pair(settings["dilation"]) != (1, 1):
+            if pair(settings["dilation"]) != (1, 1):
                 raise ValueError("a max pooling with dilation")
             if settings["ceil_mode"]:
-                window = window.reaching(x.shape[1:3], _shape(node)[2:])
+                window = window.reaching(x.shape[1:3], shape_of(node)[2:])
             return self.emitter.max_pool(x, window, name)
         if kind == "slice":
             return self.emitter.every(x, _steps(settings["index"]), name)
@@ -201,7 +201,7 @@ class _Walk:
         """Means over height and width, of all or of windows."""
         settings, size = operation.settings, x.shape[1:3]
         if operation.kind == "adaptive_avg_pool":
-            wanted = _shape(node)[2:]
+            wanted = shape_of(node)[2:]
             if any(n % m for n, m in zip(size, wanted, strict=True)):
                 raise ValueError(f"it has windows of uneven size, from {size} to {wanted}")
             kernel = (size[0] // wanted[0], size[1] // wanted[1])
@@ -220,10 +220,6 @@ class _Walk:
         return self.emitter.average_pool(x, window, target)
 
 
-def _shape(node: fx.Node) -> tuple[int, ...]:
-    return tuple(node.meta["tensor_meta"].shape)
-
-
 def _channels_last(shape: tuple[int, ...]) -> tuple[int, ...]:
     """(1, C, H, W) as (1, H, W, C); others as they are."""
     return (shape[0], *shape[2:], shape[1]) if len(shape) == 4 else shape
@@ -239,17 +235,11 @@ def _cut(grid: Grid, relu: bool, ceiling: float) -> Grid:
     return replace(grid, low=low, high=round(min(grid.high, ceiling / grid.step)))
 
 
-def _pair(value: Any) -> tuple[int, int]:
-    """A setting of a window as (height, width)."""
-    first, second = value if isinstance(value, tuple | list) else (value, value)
-    return int(first), int(second)
-
-
 def _window(settings: Mapping[str, Any]) -> Window:
     """The window of a pooling."""
-    kernel = _pair(settings["kernel_size"])
-    stride = _pair(settings["stride"]) if settings["stride"] else kernel
-    return Window(kernel, stride, _pair(settings["padding"]))
+    kernel = pair(settings["kernel_size"])
+    stride = pair(settings["stride"]) if settings["stride"] else kernel
+    return Window(kernel, stride, pair(settings["padding"]))
 
 
 def _steps(index: Any) -> tuple[int, int]:

@@ -101,29 +101,16 @@ class ExportReport:
         return "\n".join(lines)
 
 
-@dataclass(frozen=True)
-class Form:
-    """What a file is to be like.
-
-    Attributes:
-        format: A name in :data:`~adq_train.deploy.formats.FORMATS`.
-        float_type: ``float32`` or ``float16``, of what stays float.
-        fold_batch_norm: Whether to fold batch norms into convolutions.
-        tolerance: Share of the test images on which a runtime may give another top-1 class.
-    """
-
-    format: str = "packed"
-    float_type: str = "float32"
-    fold_batch_norm: bool = False
-    tolerance: float = 0.001
-
-
 def export_run(
     folder: Path,
     output: Path | None = None,
-    form: Form | None = None,
     data_changes: Mapping[str, str] | None = None,
     trusted_packages: Sequence[str] = (),
+    *,
+    form: str = "packed",
+    float_type: str = "float32",
+    fold_batch_norm: bool = False,
+    tolerance: float = 0.001,
 ) -> ExportReport:
     """Exports the trained network of a finished run.
 
@@ -131,17 +118,19 @@ def export_run(
         folder: The run's folder.
         output: The file to write, which takes its name once it is verified; None: in ``export/``
             of the folder.
-        form: What the file is to be like; None: packed.
         data_changes: Settings of the run's data set to change, by name, in YAML.
         trusted_packages: Whose classes the run may name, besides the built-in ones.
+        form: A name in :data:`~adq_train.deploy.formats.FORMATS`.
+        float_type: ``float32`` or ``float16``, of what stays float.
+        fold_batch_norm: Whether to fold batch norms into convolutions.
+        tolerance: Share of the test images on which a runtime may give another top-1 class.
 
     Raises:
         UserError: The run cannot be exported, or the file does not do what the network does; no
             file is left then.
     """
-    form = form or Form()
-    kind = FORMATS[form.format]
-    if form.float_type == "float16" and not kind.float16:
+    kind = FORMATS[form]
+    if float_type == "float16" and not kind.float16:
         raise UserError(f"float_type: format={kind.name} keeps its float values in float32")
     kind.writer()  # a missing package shows before any work
     run = open_run(folder, trusted_packages)
@@ -151,7 +140,7 @@ def export_run(
     model = table_model(run, network)
     num_weights = sum(x.weight.codes.numel() for x in model.layers.values())
     float32 = FLOAT_BYTES * (num_weights + _count(model.floats.values()))
-    dtype = torch.float16 if form.float_type == "float16" else torch.float32
+    dtype = torch.float16 if float_type == "float16" else torch.float32
     drawn = torch.Generator().manual_seed(0)
     example = torch.randn(RANDOM_IMAGES, *run.input_format().image_shape, generator=drawn)
     if kind.exact:
@@ -161,17 +150,17 @@ def export_run(
         some = slice(None, None, kind.every(test))
         batches = (images for images, _ in test.epoch(0, images=some))
     source = Source(network, model, example, dtype, run.trusted)
-    if form.fold_batch_norm:
+    if fold_batch_norm:
         model = fold_batch_norms(model, source.architecture)
         source = replace(source, tables=model)
     with made(output.parent), written_whole(output) as temporary:
-        written, agreement = write_checked(temporary, kind, source, batches, form.tolerance)
+        written, agreement = write_checked(temporary, kind, source, batches, tolerance)
     tables = _count(t for x in model.layers.values() for t in tables_in_order(x))
     tables += len(model.edges)  # a step each
     floats = dtype.itemsize * _count(model.floats.values())
     return ExportReport(
         path=str(output),
-        format=form.format,
+        format=form,
         file_bytes=output.stat().st_size,
         promised_bytes=run.allocation.model_size_bytes + FLOAT_BYTES * tables + floats,
         float32_bytes=float32,

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from adq_train.quantization.base import WeightQuantizer, check_choice, check_finite, is_pruned
+from adq_train.quantization.base import WeightQuantizer, check_choice, is_pruned
 from adq_train.quantization.functional import (
     CodebookSTE,
     assign,
@@ -63,7 +63,10 @@ def _fit_sides(weights: Tensor, bit_width: int, level_set: str) -> tuple[Tensor,
 
 
 def _side_quantiles(weights: Sequence[Tensor], bit_width: int, level_set: str) -> Tensor:
-    """The levels of :func:`quantile_codebook` but for the zero, (layers, L) sorted.
+    """ADQ's initialisation: levels of equal mass on each side of zero, (layers, L) sorted.
+
+    A side with m levels gets the quantiles of its weights at (i - 1/2) / m. Levels coincide where
+    there are fewer distinct weights than levels. The zero, where there is one, is not among them.
 
     No number is read from the device: how many levels the negative side has, too, is a tensor.
     """
@@ -81,22 +84,6 @@ def _side_quantiles(weights: Sequence[Tensor], bit_width: int, level_set: str) -
     count = torch.where(below, negative, positive)
     first = torch.where(below, 0, sizes - positive)
     return at_ranks(weights, first + share * (count - 1).clamp_min(0))
-
-
-def quantile_codebook(weights: Tensor, bit_width: int, level_set: str) -> Tensor:
-    """ADQ's initialisation: levels of equal mass on each side of zero.
-
-    A side with m levels gets the quantiles of its weights at (i - 1/2) / m.
-
-    Args:
-        weights: (n,) finite.
-        bit_width: b.
-        level_set: See :func:`side_sizes`.
-
-    Returns:
-        (K,) sorted levels; levels coincide where there are fewer distinct weights than levels.
-    """
-    return _with_zero(_side_quantiles([weights], bit_width, level_set), level_set)[0]
 
 
 def _with_zero(levels: Tensor, level_set: str) -> Tensor:
@@ -292,14 +279,8 @@ class AdqWeightQuantizer(WeightQuantizer):
         self.register_buffer("ratio", torch.ones(sum(side_sizes(bit_width, level_set))))
         self.register_buffer("scale", torch.ones(1))
 
-    @torch.no_grad()
-    def calibrate(self, values: Tensor, seed: int = 0) -> None:
-        """Initialises the codebook from a weight tensor (C_out, …).
-
-        Raises:
-            ValueError: A weight is NaN or infinite.
-        """
-        check_finite("weights", values)
+    def fit(self, values: Tensor, seed: int) -> None:
+        """Initialises the codebook from a weight tensor (C_out, …)."""
         if self.level_set == "no_zero" and is_pruned(values):
             self.level_set = "full"
         self.scale = self._channel_scale(values)

@@ -9,7 +9,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from adq_train.quantization.base import check_finite
 from adq_train.quantization.functional import lloyd_max
 from adq_train.quantization.thresholds import SMALLEST_WIDTH, ThresholdQuantizer, uniform_range
 
@@ -34,15 +33,9 @@ class AdqActivationQuantizer(ThresholdQuantizer):
         super().__init__(bit_width)
         self.log_rises = nn.Parameter(torch.zeros(self.num_steps))
 
-    @torch.no_grad()
-    def calibrate(self, values: Tensor, seed: int = 0) -> None:
-        """Initialises levels and thresholds from a sample; negative values make it signed.
-
-        Raises:
-            ValueError: A value is NaN or infinite.
-        """
-        check_finite("inputs", values)
-        sample = values.detach().float().flatten()
+    def fit(self, values: Tensor, seed: int) -> None:
+        """Initialises levels and thresholds from a sample; negative values make it signed."""
+        sample = values.float().flatten()
         _, step, zero_point = uniform_range(sample, self.num_steps)
         codes = torch.arange(self.num_steps + 1, device=sample.device)
         levels = lloyd_max(sample, (codes - zero_point) * step, codes == zero_point)

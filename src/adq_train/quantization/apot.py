@@ -12,7 +12,7 @@ from itertools import product
 import torch
 from torch import Tensor, nn
 
-from adq_train.quantization.base import RangedActivationQuantizer, WeightQuantizer, check_finite
+from adq_train.quantization.base import RangedActivationQuantizer, WeightQuantizer
 from adq_train.quantization.functional import (
     CodebookSTE,
     assign,
@@ -117,15 +117,9 @@ class ApotWeightQuantizer(WeightQuantizer):
         self.alpha = nn.Parameter(torch.ones(()))
         self.register_buffer("base", signed_apot_levels(bit_width), persistent=False)
 
-    @torch.no_grad()
-    def calibrate(self, values: Tensor, seed: int = 0) -> None:
-        """Initialises α from a weight tensor.
-
-        Raises:
-            ValueError: A weight is NaN or infinite.
-        """
-        check_finite("weights", values)
-        weights = at_least_float32(values.detach())
+    def fit(self, values: Tensor, seed: int) -> None:
+        """Initialises α from a weight tensor."""
+        weights = at_least_float32(values)
         mean, deviation = self._statistics(weights)
         normalized = ((weights - mean) / deviation).flatten()
         self.alpha.copy_(best_codebook_scale(normalized, self.base.to(weights.dtype)))
@@ -199,15 +193,9 @@ class ApotActivationQuantizer(RangedActivationQuantizer):
         make = signed_apot_levels if signed else apot_levels
         self.base = make(self.bit_width).to(self.base)
 
-    @torch.no_grad()
-    def calibrate(self, values: Tensor, seed: int = 0) -> None:
-        """Initialises α from a sample of inputs; negative values make the levels signed.
-
-        Raises:
-            ValueError: A value is NaN or infinite.
-        """
-        check_finite("inputs", values)
-        sample = at_least_float32(values.detach()).flatten()
+    def fit(self, values: Tensor, seed: int) -> None:
+        """Initialises α from a sample of inputs; negative values make the levels signed."""
+        sample = at_least_float32(values).flatten()
         self.set_signed(bool(sample.min() < 0))
         self.alpha.copy_(best_codebook_scale(sample, self.base.to(sample.dtype)))
 

@@ -19,13 +19,15 @@ class Quantizer(nn.Module, ABC):
         bit_width: Bits of a code, 2 … 8.
     """
 
+    what = "values"  # that it quantizes
+
     def __init__(self, bit_width: int) -> None:
         super().__init__()
         if not 2 <= bit_width <= 8:
             raise ValueError(f"bit_width must lie in 2 … 8, got {bit_width}")
         self.bit_width = bit_width
 
-    @abstractmethod
+    @torch.no_grad()
     def calibrate(self, values: Tensor, seed: int = 0) -> None:
         """Initialises levels from data, without gradients.
 
@@ -36,6 +38,12 @@ class Quantizer(nn.Module, ABC):
         Raises:
             ValueError: A value is NaN or infinite.
         """
+        if not torch.isfinite(values).all():
+            raise ValueError(f"the {self.what} hold NaN or infinite values")
+        self.fit(values.detach(), seed)
+
+    def fit(self, values: Tensor, seed: int) -> None:
+        """Initialises levels from finite values; those that need no data do nothing."""
 
     @abstractmethod
     def forward(self, x: Tensor) -> Tensor:
@@ -59,6 +67,8 @@ class WeightQuantizer(Quantizer):
 
     ``forward(w)`` equals ``levels()[quantize(w).long()] * output_scale(w)``, bit for bit.
     """
+
+    what = "weights"
 
     @torch.no_grad()
     def output_scale(self, weight: Tensor) -> Tensor:
@@ -110,14 +120,6 @@ class EvenWeightQuantizer(WeightQuantizer):
         base = 2 * torch.arange(self.num_steps + 1) / self.num_steps - 1
         self.register_buffer("base", base, persistent=False)
 
-    def calibrate(self, values: Tensor, seed: int = 0) -> None:
-        """Checks the weights; there is nothing to initialise.
-
-        Raises:
-            ValueError: A weight is NaN or infinite.
-        """
-        check_finite("weights", values)
-
     def levels(self) -> Tensor:
         """The 2^b levels on [-1, 1], before the scale."""
         return self.base
@@ -131,6 +133,7 @@ class ActivationQuantizer(Quantizer):
             whatever is learned.
     """
 
+    what = "inputs"
     is_uniform = False
 
     @torch.no_grad()
@@ -197,13 +200,3 @@ def check_choice(name: str, value: str, allowed: tuple[str, ...]) -> None:
 def is_pruned(weights: Tensor) -> bool:
     """Whether at least a thousandth of some weights is exactly zero, which is no accident."""
     return bool((weights == 0).float().mean() >= 1e-3)
-
-
-def check_finite(what: str, values: Tensor) -> None:
-    """Refuses NaN and infinite values.
-
-    Raises:
-        ValueError: Says what holds them.
-    """
-    if not torch.isfinite(values).all():
-        raise ValueError(f"the {what} hold NaN or infinite values")

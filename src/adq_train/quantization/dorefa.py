@@ -11,7 +11,6 @@ from torch import Tensor
 from adq_train.quantization.base import (
     EvenWeightQuantizer,
     RangedActivationQuantizer,
-    check_finite,
 )
 from adq_train.quantization.functional import StraightThrough, at_least_float32, round_ste
 
@@ -99,13 +98,8 @@ class DorefaActivationQuantizer(RangedActivationQuantizer):
             raise ValueError(f"clip must be positive and finite, got {clip}")
         self.clip = clip
 
-    def calibrate(self, values: Tensor, seed: int = 0) -> None:
-        """Makes the range signed where a sample of inputs has negative values.
-
-        Raises:
-            ValueError: A value is NaN or infinite.
-        """
-        check_finite("inputs", values)
+    def fit(self, values: Tensor, seed: int) -> None:
+        """Makes the range signed where a sample of inputs has negative values."""
         self.set_signed(bool(values.min() < 0))
 
     def forward(self, x: Tensor) -> Tensor:

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor, fx, nn
 
 from adq_train.errors import UserError
-from adq_train.quantization.base import check_finite
 from adq_train.quantization.copies import below
 from adq_train.quantization.functional import best_clip
 from adq_train.quantization.graph import Graph, place
@@ -42,18 +41,14 @@ class EdgeQuantizer(StepQuantizer):
         ValueError: ``bit_width`` lies outside its range.
     """
 
+    what = "values"
+
     def __init__(self, bit_width: int = EDGE_BITS) -> None:
         super().__init__(bit_width)
         self.log_step = nn.Parameter(torch.zeros(()))
 
-    @torch.no_grad()
-    def calibrate(self, values: Tensor, seed: int = 0) -> None:
-        """The step of least squared error on a sample; negative values make the range signed.
-
-        Raises:
-            ValueError: A value is NaN or infinite.
-        """
-        check_finite("values", values)
+    def fit(self, values: Tensor, seed: int) -> None:
+        """The step of least squared error on a sample; negative values make the range signed."""
         self.set_signed(bool(values.min() < 0))
         self.log_step.copy_(best_clip(values.float(), -self.low, self.high).log())
 

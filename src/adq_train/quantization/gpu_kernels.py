@@ -9,35 +9,21 @@ from __future__ import annotations
 import functools
 import logging
 import os
-from dataclasses import dataclass
 from types import ModuleType
 
 import torch
 from torch import Tensor, nn
 
 from adq_train.errors import first_line
+from adq_train.quantization.kernels import Kernels, no_kernels
 
 log = logging.getLogger(__name__)
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
-@dataclass(frozen=True)
-class GpuKernels:
-    """The module of kernels, or why there is none.
-
-    Attributes:
-        module: :mod:`~.triton_kernels`, or None.
-        description: ``kernels``: Triton or plain PyTorch; with Triton its ``version``, else the
-            ``reason``.
-    """
-
-    module: ModuleType | None
-    description: dict[str, str]
-
-
 @functools.cache
-def loaded(device: torch.device) -> GpuKernels:
+def loaded(device: torch.device) -> Kernels:
     """The kernels for a GPU, tried once: the first call compiles some and waits for them."""
     if os.environ.get("ADQ_TRAIN_KERNELS") == "0":
         return _none("ADQ_TRAIN_KERNELS=0")
@@ -53,7 +39,7 @@ def loaded(device: torch.device) -> GpuKernels:
     # Whatever a compiler, a driver or an older Triton may say: a run goes on without.
     except Exception as error:
         return _none(first_line(error))
-    return GpuKernels(triton_kernels, {"kernels": "Triton", "version": triton.__version__})
+    return Kernels(triton_kernels, {"kernels": "Triton", "version": triton.__version__})
 
 
 def in_use(device: torch.device) -> dict[str, str]:
@@ -74,13 +60,13 @@ def usable(x: Tensor) -> bool:
         and type(x) in (Tensor, nn.Parameter)
         and x.dtype in DTYPES
         and x.numel() > 0
-        and loaded(x.device).module is not None
+        and loaded(x.device).functions is not None
     )
 
 
 def module(x: Tensor) -> ModuleType:
     """The kernels for a tensor that :func:`usable` takes."""
-    found = loaded(x.device).module
+    found: ModuleType | None = loaded(x.device).functions
     assert found is not None, "ask usable() first"
     return found
 
@@ -115,8 +101,8 @@ def _try(module: ModuleType, bits: int, device: torch.device) -> None:
         raise RuntimeError(f"Triton's kernels for {bits} bits give other values than they should")
 
 
-def _none(reason: str) -> GpuKernels:
+def _none(reason: str) -> Kernels:
     log.info(
         "quantizers run in plain PyTorch on the GPU: the faster kernels cannot be used (%s)", reason
     )
-    return GpuKernels(None, {"kernels": "plain PyTorch", "reason": reason})
+    return no_kernels(reason)

@@ -6,7 +6,7 @@ What is inserted into a network, or written as another runtime's graph, follows 
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,6 +16,7 @@ from torch.nn import functional as F
 
 from adq_train.errors import UserError
 from adq_train.quantization.base import Quantizer
+from adq_train.quantization.layer_weights import evaluating
 from adq_train.quantization.layers import QUANTIZED, QuantSubclass, quantized_kind
 
 
@@ -135,23 +136,20 @@ class Graph:
 
     def _traced(self) -> fx.Graph:
         """The graph, which must be the same in training as in evaluation."""
-        modes = {module: module.training for module in self.network.modules()}
         graphs = []
         try:
-            for training in (True, False):
-                self.network.train(training)
-                graphs.append(Tracer(self.leaves).trace(self.network))
-                for name in [x for x in vars(self.network) if x.startswith("_tensor_constant")]:
-                    delattr(self.network, name)  # which the tracer has left
+            with evaluating(self.network):
+                for training in (True, False):
+                    self.network.train(training)
+                    graphs.append(Tracer(self.leaves).trace(self.network))
+                    for name in [x for x in vars(self.network) if x.startswith("_tensor_constant")]:
+                        delattr(self.network, name)  # which the tracer has left
         except Exception as error:  # a forward() may do anything with the proxies that it gets
             reason = " ".join(str(error).split())
             raise UserError(
                 f"model: its forward() cannot be followed ({reason}); branches and loops must not "
                 "depend on values of tensors"
             ) from error
-        finally:
-            for module, mode in modes.items():
-                module.training = mode
         for first, second in zip(*(list(x.nodes) for x in graphs), strict=False):
             if first.format_node() != second.format_node():
                 raise UserError(
@@ -240,6 +238,17 @@ def _is_plain(name: str, settings: Mapping[str, Any], count: int) -> bool:
     if name == "max_pool":
         return not settings["return_indices"]
     return count == 2 if name == "add" else True
+
+
+def pair(value: int | Sequence[int]) -> tuple[int, int]:
+    """A setting of a window as (height, width)."""
+    first, second = (value, value) if isinstance(value, int) else value
+    return int(first), int(second)
+
+
+def shape_of(node: fx.Node) -> tuple[int, ...]:
+    """The shape of what a node gives, once ``ShapeProp`` has been through its graph."""
+    return tuple(node.meta["tensor_meta"].shape)
 
 
 def place(node: fx.Node) -> str:

@@ -34,12 +34,12 @@ FUNCTIONS = ("adq_staircase", "adq_step_gradients", "adq_order_statistics")
 
 @dataclass(frozen=True)
 class Kernels:
-    """The compiled kernels, or why there are none.
+    """A device's fast path, or why there is none.
 
     Attributes:
-        functions: The library, or None.
-        description: ``kernels``: C or plain PyTorch; with C ``compiler`` and the library's
-            ``sha256``, else the ``reason``.
+        functions: The compiled library, or :mod:`~.triton_kernels`; or None.
+        description: ``kernels``: C, Triton or plain PyTorch; with C ``compiler`` and the library's
+            ``sha256``, with Triton its ``version``, else the ``reason``.
     """
 
     functions: Any | None
@@ -50,7 +50,7 @@ class Kernels:
 def loaded() -> Kernels:
     """The kernels of this process, compiled at the first call where no earlier one has."""
     if os.environ.get("ADQ_TRAIN_KERNELS") == "0":
-        return _none("ADQ_TRAIN_KERNELS=0")
+        return no_kernels("ADQ_TRAIN_KERNELS=0")
     try:
         try:
             return _opened(build(SOURCE, cache_folder()))
@@ -66,7 +66,7 @@ def loaded() -> Kernels:
     except (OSError, CompilerError) as error:
         reason = first_line(error)
         log.info("quantizers run in plain PyTorch: the faster kernels cannot be used (%s)", reason)
-        return _none(reason)
+        return no_kernels(reason)
 
 
 def in_use() -> dict[str, str]:
@@ -105,7 +105,8 @@ def _opened(path: Path) -> Kernels:
     return Kernels(functions, {"kernels": "C", "compiler": told, "sha256": digest_in_name(path)})
 
 
-def _none(reason: str) -> Kernels:
+def no_kernels(reason: str) -> Kernels:
+    """Plain PyTorch, and why."""
     return Kernels(None, {"kernels": "plain PyTorch", "reason": reason})
 
 

@@ -164,7 +164,7 @@ class Indices(ActivationQuantizer):
         self.register_buffer("level", torch.zeros(1))  # a state tells by it what was quantized
 
     def calibrate(self, values: Tensor, seed: int = 0) -> None:
-        """Nothing to do."""
+        """Nothing to do, and indices are not looked at."""
 
     def forward(self, x: Tensor) -> Tensor:
         """The indices."""

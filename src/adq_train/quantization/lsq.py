@@ -7,7 +7,7 @@ from abc import abstractmethod
 import torch
 from torch import Tensor, nn
 
-from adq_train.quantization.base import RangedActivationQuantizer, WeightQuantizer, check_finite
+from adq_train.quantization.base import RangedActivationQuantizer, WeightQuantizer
 from adq_train.quantization.functional import (
     at_least_float32,
     positive,
@@ -57,7 +57,7 @@ def initial_step(values: Tensor, high: int) -> Tensor:
         values: Any shape.
         high: Largest code, Q_P.
     """
-    step = 2 * values.detach().float().abs().mean() / high**0.5
+    step = 2 * values.float().abs().mean() / high**0.5
     return torch.where(step > 0, step, 1.0)
 
 
@@ -81,14 +81,8 @@ class LsqWeightQuantizer(WeightQuantizer):
         self.high: int = 2 ** (bit_width - 1) - 1
         self.step = nn.Parameter(torch.ones(()))
 
-    @torch.no_grad()
-    def calibrate(self, values: Tensor, seed: int = 0) -> None:
-        """Initialises the step from a weight tensor of any shape.
-
-        Raises:
-            ValueError: A weight is NaN or infinite.
-        """
-        check_finite("weights", values)
+    def fit(self, values: Tensor, seed: int) -> None:
+        """Initialises the step from a weight tensor of any shape."""
         self.step.copy_(initial_step(values, self.high))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -156,13 +150,7 @@ class LsqActivationQuantizer(StepQuantizer):
         """The step (), with its gradient."""
         return positive(self.step)
 
-    @torch.no_grad()
-    def calibrate(self, values: Tensor, seed: int = 0) -> None:
-        """Initialises the step from a sample of inputs; negative values make the range signed.
-
-        Raises:
-            ValueError: A value is NaN or infinite.
-        """
-        check_finite("inputs", values)
+    def fit(self, values: Tensor, seed: int) -> None:
+        """Initialises the step from a sample of inputs; negative values make the range signed."""
         self.set_signed(bool(values.min() < 0))
         self.step.copy_(initial_step(values, self.high))

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 
 from adq_train.artifacts import LayerBits
 from adq_train.quantization.base import (
-    ActivationQuantizer,
     MakeActivationQuantizer,
     MakeWeightQuantizer,
+    Quantizer,
     WeightQuantizer,
 )
 from adq_train.quantization.layers import QuantLayer, quantized
@@ -69,71 +69,42 @@ class LayerChoice:
         return weights if self.tied else torch.outer(weights, self.inputs.shares()).flatten()
 
 
-def mixed(values: Iterable[Tensor], shares: Tensor) -> Tensor:
-    """Σ_i shares_i · values_i.
-
-    Args:
-        values: Of one shape.
-        shares: One for each of them.
-    """
-    parts = (share * x for share, x in zip(shares, values, strict=True))
-    total: Tensor = reduce(torch.add, parts)
-    return total
-
-
-class WeightMixture(nn.Module):
-    """Σ_b share_b · Q_b(W), in a layer's place for a weight quantizer.
+class Mixture(nn.Module):
+    """Σ_b share_b · Q_b(x), in a layer's place for a quantizer of its weight or of its input.
 
     The quantizers stay as they are: each follows the weight and has its own learned parameters.
     The logits are none of the network's parameters, so that its optimizer leaves them alone.
 
     Args:
-        quantizers: One for each candidate of the choice, calibrated.
+        quantizers: One for each candidate of the choice, calibrated; all of weights, or of inputs.
         choice: How much of each.
     """
 
-    def __init__(self, quantizers: Iterable[WeightQuantizer], choice: Choice) -> None:
-        super().__init__()
-        self.quantizers = nn.ModuleList(quantizers)
-        self.choice = choice
-
-    def forward(self, weight: Tensor) -> Tensor:
-        """The mixture of a weight's quantized forms, of its shape."""
-        return mixed((x(weight) for x in self.quantizers), self.choice.shares())
-
-    @torch.no_grad()
-    def adapt(self, weight: Tensor) -> None:
-        """Lets each codebook follow the weight; see :class:`~.base.WeightQuantizer`."""
-        for quantizer in self.quantizers:
-            if isinstance(quantizer, WeightQuantizer):
-                quantizer.adapt(weight)
-
-    adapt_all = WeightQuantizer.adapt_all  # one by one
-
-
-class InputMixture(nn.Module):
-    """Σ_b share_b · Q_b(x), in a layer's place for an input quantizer.
-
-    Args:
-        quantizers: One for each candidate of the choice, calibrated.
-        choice: How much of each.
-    """
-
-    def __init__(self, quantizers: Iterable[ActivationQuantizer], choice: Choice) -> None:
+    def __init__(self, quantizers: Iterable[Quantizer], choice: Choice) -> None:
         super().__init__()
         self.quantizers = nn.ModuleList(quantizers)
         self.choice = choice
 
     def forward(self, x: Tensor) -> Tensor:
-        """The mixture of an input's quantized forms, of its shape."""
-        return mixed((quantizer(x) for quantizer in self.quantizers), self.choice.shares())
+        """The mixture of a tensor's quantized forms, of its shape."""
+        shares = self.choice.shares()
+        parts = (share * q(x) for share, q in zip(shares, self.quantizers, strict=True))
+        total: Tensor = reduce(torch.add, parts)
+        return total
+
+    @torch.no_grad()
+    def adapt(self, weight: Tensor) -> None:
+        """Lets each codebook follow the weight; see :class:`~.base.WeightQuantizer`."""
+        for quantizer in self.quantizers:
+            quantizer.adapt(weight)  # type: ignore[operator]
+
+    adapt_all = WeightQuantizer.adapt_all  # one by one
 
     @torch.no_grad()
     def regularize(self) -> None:
-        """Lets each quantizer add to the gradients of its own parameters."""
+        """Lets each quantizer of inputs add to the gradients of its own parameters."""
         for quantizer in self.quantizers:
-            if isinstance(quantizer, ActivationQuantizer):
-                quantizer.regularize()
+            quantizer.regularize()  # type: ignore[operator]
 
 
 def mix_layer(
@@ -167,12 +138,12 @@ def mix_layer(
         quantize_layer(model, LayerBits(name, bits, bits), *make, inputs, seed)
         for bits in choice.weights.widths
     ]
-    weights = WeightMixture((form[name].weight_quantizer for form in forms), choice.weights)
+    weights = Mixture((form[name].weight_quantizer for form in forms), choice.weights)
     return {
         other: quantized(
             model.get_submodule(other),
             weights,  # type: ignore[arg-type]
-            InputMixture((form[other].input_quantizer for form in forms), choice.inputs),  # type: ignore[arg-type]
+            Mixture((form[other].input_quantizer for form in forms), choice.inputs),  # type: ignore[arg-type]
         )
         for other in forms[0]
     }

@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from adq_train.quantization.base import EvenWeightQuantizer, check_choice, check_finite
+from adq_train.quantization.base import EvenWeightQuantizer, check_choice
 from adq_train.quantization.functional import StraightThrough, at_least_float32, quantiles
 from adq_train.quantization.thresholds import SMALLEST_WIDTH, ThresholdQuantizer, uniform_range
 
@@ -65,17 +65,12 @@ class N2uqActivationQuantizer(ThresholdQuantizer):
         self.log_step = nn.Parameter(torch.zeros(()))
         self.log_input_scale = nn.Parameter(torch.zeros(()), requires_grad=learn_input_scale)
 
-    @torch.no_grad()
-    def calibrate(self, values: Tensor, seed: int = 0) -> None:
+    def fit(self, values: Tensor, seed: int) -> None:
         """Initialises thresholds and step from a sample of inputs.
 
         A sample with negative values gets a signed range: the code ``zero_point`` stands for 0.
-
-        Raises:
-            ValueError: A value is NaN or infinite.
         """
-        check_finite("inputs", values)
-        sample = values.detach().float().flatten()
+        sample = values.float().flatten()
         start, step, zero_point = uniform_range(sample, self.num_steps)
         widths = step.expand(self.num_steps)
         if self.initialization == "quantile":

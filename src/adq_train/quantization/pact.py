@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from adq_train.quantization.base import RangedActivationQuantizer, check_finite
+from adq_train.quantization.base import RangedActivationQuantizer
 from adq_train.quantization.functional import (
     StraightThrough,
     at_least_float32,
@@ -69,15 +69,9 @@ class PactActivationQuantizer(RangedActivationQuantizer):
         self.decay = decay
         self.alpha = nn.Parameter(torch.ones(()))
 
-    @torch.no_grad()
-    def calibrate(self, values: Tensor, seed: int = 0) -> None:
-        """Initialises α from a sample of inputs; negative values make the range signed.
-
-        Raises:
-            ValueError: A value is NaN or infinite.
-        """
-        check_finite("inputs", values)
-        sample = values.detach().float().flatten()
+    def fit(self, values: Tensor, seed: int) -> None:
+        """Initialises α from a sample of inputs; negative values make the range signed."""
+        sample = values.float().flatten()
         self.set_signed(bool(sample.min() < 0))
         self.alpha.copy_(best_clip(sample, -self.low, self.high) * self.high)
 

@@ -6,9 +6,10 @@ import csv
 import io
 import shlex
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from typing import Any
 
+from adq_train.allocation.budget import Figures
 from adq_train.reporting import published
 from adq_train.reporting.gather import Run
 from adq_train.reporting.groups import Row
@@ -17,13 +18,7 @@ from adq_train.reporting.tables import Report, plain
 
 FIGURES = ("fp_top1_percent", "ptq_top1_percent", "qat_top1_percent", "qat_top5_percent")
 FINALS = ("final_train_loss", "final_validation_top1_percent")  # of the last epoch of QAT
-COSTS = (
-    "average_weight_bits",
-    "average_weight_bits_all_layers",
-    "average_activation_bits",
-    "model_size_bytes",
-    "bops",
-)
+COSTS = tuple(x.name for x in fields(Figures))
 ORIGINS = ("commit", "python", "torch", "device", "command")
 COLUMNS = ("data", "model", "row", "seed", "state", "note", *FIGURES, *FINALS,
            "num_test_images", *COSTS, "seconds", "path", *ORIGINS)  # fmt: skip

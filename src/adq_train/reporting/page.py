@@ -19,7 +19,6 @@ from matplotlib.figure import Figure
 from adq_train.reporting import figures, plots
 from adq_train.reporting.groups import Row, Section
 from adq_train.reporting.tables import (
-    HEADINGS,
     LEAD_HEADINGS,
     READING,
     WORDS,
@@ -27,6 +26,7 @@ from adq_train.reporting.tables import (
     cells,
     compared_with,
     heading,
+    headings,
     lead_table,
     others,
 )
@@ -87,6 +87,7 @@ class Part:
     heading: str
     common: str
     leads: list[list[Cell]]
+    headings: list[Cell]
     table: list[TableRow]
     compared_with: str
     others: list[str]
@@ -113,7 +114,6 @@ def render(report: Report) -> str:
         report=report,
         finished=sum(run.state == "done" for run in report.runs),
         problems=report.problems(),
-        headings=[_cell(index, text) for index, text in enumerate(HEADINGS)],
         lead_headings=[
             _cell(*cell, words=LEAD_WORDS, verdict_at=6) for cell in enumerate(LEAD_HEADINGS)
         ],
@@ -126,7 +126,7 @@ def render(report: Report) -> str:
 
 def _part(section: Section, report: Report) -> Part:
     rows = [row for row in section.rows if row.runs]
-    table = zip(section.rows, cells(section, report.known), strict=True)
+    texts = cells(section, report.known)
     references = section.references_in_use()
     return Part(
         heading=heading(section),
@@ -135,9 +135,10 @@ def _part(section: Section, report: Report) -> Part:
             [_cell(*cell, words=LEAD_WORDS, verdict_at=6) for cell in enumerate(texts)]
             for texts in lead_table(section)
         ],
+        headings=[_cell(*cell) for cell in enumerate(headings(texts))],
         table=[
-            TableRow(row.name in references, [_cell(*cell) for cell in enumerate(texts)])
-            for row, texts in table
+            TableRow(row.name in references, [_cell(*cell) for cell in enumerate(of)])
+            for row, of in zip(section.rows, texts, strict=True)
         ],
         compared_with=compared_with(section),
         others=others(section, report.known),

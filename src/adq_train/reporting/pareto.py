@@ -6,21 +6,15 @@ import csv
 import io
 import math
 from collections.abc import Sequence
+from dataclasses import fields
 
 from matplotlib.figure import Figure
 from rich.table import Table
 
+from adq_train.allocation.budget import Figures
 from adq_train.artifacts import BitAllocation
 
-COLUMNS = (
-    "average_weight_bits",
-    "average_weight_bits_all_layers",
-    "average_activation_bits",
-    "model_size_bytes",
-    "bops",
-    "objective",
-    "optimal",
-)
+COLUMNS = (*(x.name for x in fields(Figures)), "objective", "optimal")
 
 
 def to_csv(allocations: Sequence[BitAllocation]) -> str:

@@ -21,13 +21,13 @@ WORDS = (0, 9, 10)  # columns of text; the others are numbers
 HEADINGS = (
     "run",
     "n",
+    "top-1, %",
+    "to reference, points",
+    "float top-1, %",
     "bits W / A",
     "bits W, all layers",
     "weights",
-    "float top-1, %",
-    "top-1, %",
     "final training loss",
-    "to reference, points",
     "what the seeds support",
     "published top-1",
 )
@@ -161,17 +161,22 @@ def _unequal(difference: Difference) -> str:
 
 
 def cells(section: Section, known: Sequence[published.Published]) -> list[list[str]]:
-    """The table of a section, a list of texts for each row, in the order of ``HEADINGS``."""
+    """The table of a section, a list of texts for each row, in the order of :data:`HEADINGS`.
+
+    The last column is left out where nothing is published.
+    """
     figures = published.for_section(section, list(known))
+    beside = [published.for_row(row, figures) for row in section.rows]
+    references, count = section.references_in_use(), len(HEADINGS) if any(beside) else -1
     return [
-        _cells(
-            row,
-            row.name in section.references_in_use(),
-            difference,
-            published.for_row(row, figures),
-        )
-        for row, difference in zip(section.rows, section.differences, strict=True)
+        _cells(row, row.name in references, difference, found)[:count]
+        for row, difference, found in zip(section.rows, section.differences, beside, strict=True)
     ]
+
+
+def headings(rows: Sequence[Sequence[str]]) -> tuple[str, ...]:
+    """Those of the columns that :func:`cells` gives."""
+    return HEADINGS[: len(rows[0])] if rows else HEADINGS
 
 
 def _cells(
@@ -198,13 +203,13 @@ def _cells(
     return [
         row.name,
         str(len(row.runs)),
+        plus_minus(row.summary("qat_top1_percent")),
+        NONE if difference is None else f"{difference.mean:+.2f}",
+        plus_minus(row.summary("fp_top1_percent")),
         f"{weights.mean:.2f} / {activations.mean:.2f}",
         f"{every.mean:.2f}",
         kilobytes(size.mean),
-        plus_minus(row.summary("fp_top1_percent")),
-        plus_minus(row.summary("qat_top1_percent")),
         plus_minus(row.summary("final_train_loss"), ".3g") + (", taught" if row.taught else ""),
-        NONE if difference is None else f"{difference.mean:+.2f}",
         wording(difference, is_reference),
         "; ".join(f"{x}, {x.source}" for x in figures) or NONE,
     ]
@@ -254,7 +259,8 @@ def markdown(report: Report) -> str:
         if lead := lead_table(section):
             lines += ["Ours beside the best rival, at equal bytes:", ""]
             lines += [*_markdown_table(LEAD_HEADINGS, lead, (1, 3, 6)), ""]
-        lines += [*_markdown_table(HEADINGS, cells(section, report.known), WORDS), ""]
+        rows = cells(section, report.known)
+        lines += [*_markdown_table(headings(rows), rows, WORDS), ""]
         if compared_with(section):
             lines += [escaped(compared_with(section)), ""]
         left = others(section, report.known)

@@ -18,7 +18,7 @@ from adq_train.errors import UserError
 from adq_train.quantization.base import Makers
 from adq_train.quantization.edges import EDGES
 from adq_train.quantization.layers import same_weight
-from adq_train.quantization.prepare import prepare
+from adq_train.quantization.prepare import collect_inputs, prepare
 from adq_train.quantization.target import Target
 from adq_train.run.artifact_files import float_key
 from adq_train.run.manifest import differences
@@ -26,7 +26,6 @@ from adq_train.settings.schema import Config
 from adq_train.states import load_state
 from adq_train.storage.files import sha256
 from adq_train.training.batch_norm import reestimate_batch_norm
-from adq_train.training.calibration import inputs_of
 from adq_train.training.checkpoint_folder import CheckpointFolder
 
 log = logging.getLogger(__name__)
@@ -173,7 +172,7 @@ def continued(
         log.info("init_from: %s is calibrated anew (%s)", quantizer, why)
     quantized, taken = copy.deepcopy(model), source.state_dict()
     load_state(quantized, {name: taken[name] for name in quantized.state_dict()})
-    inputs = inputs_of(source, allocation, images, config.seed)
+    inputs = collect_inputs(source, [x.name for x in allocation.layers], images, config.seed)
     prepare(quantized, allocation, *make, inputs, config.seed)
     own = tuple(f"{quantizer}." for quantizer in anew)
     state = quantized.state_dict()

@@ -109,8 +109,10 @@ class ReadsAhead(Protocol):
         ...
 
 
-class WeightMetric(ABC):
-    """What the metrics have in common that look at weights alone."""
+class Metric(ABC):
+    """What the metrics have in common."""
+
+    tensors: str = "weights"  # what they quantize; of some a field, one of forms.TENSORS
 
     @property
     @abstractmethod
@@ -118,12 +120,12 @@ class WeightMetric(ABC):
         """The metric's name in ``sensitivity.json``."""
 
     def check(self, layers: Sequence[LayerInfo], bit_widths: Sequence[int], apart: bool) -> None:
-        """Refuses to tell the effects of weights and inputs apart; see :class:`ReadsAhead`.
+        """Refuses to tell apart what is not measured apart; see :class:`ReadsAhead`.
 
         Raises:
-            UserError: That is asked for.
+            UserError: Effects are asked for apart, and ``tensors`` is not ``separate``.
         """
-        if apart:
+        if apart and self.tensors != "separate":
             raise UserError(not_apart(self.name))
 
 

@@ -19,7 +19,7 @@ from adq_train.nested import entries, length, tensors
 from adq_train.progress import Progress
 from adq_train.sensitivity.base import (
     Conditions,
-    WeightMetric,
+    Metric,
     layer_weights,
     logits_with,
     plain_copy,
@@ -77,7 +77,7 @@ def squared_gradients(
 
 
 @dataclass(frozen=True)
-class Fisher(WeightMetric):
+class Fisher(Metric):
     """Ω[l, b] = Σ_i F_ii (ΔW_i)², F_ii = mean over images of (∂ loss / ∂ W_i)² (method.md 3).
 
     Half of it would be the second-order rise of the loss, were F the Hessian; the factor ½ is the

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 from torch import Tensor, nn
 
-from adq_train.allocation.allocator import not_apart
 from adq_train.artifacts import LayerBits, LayerInfo, LayerSensitivity
-from adq_train.errors import UserError
 from adq_train.quantization.layers import QuantLayer, quantized
 from adq_train.quantization.prepare import quantize_layer
 from adq_train.sensitivity.base import Conditions
@@ -19,26 +16,6 @@ TENSORS = ("both", "weights", "activations", "separate")
 
 Key = tuple[str, int]  # what is quantized, and at how many bits
 Forms = dict[Key, dict[str, nn.Module]]  # of a layer, and of those that share its weight
-
-
-class FormMetric(ABC):
-    """What the metrics have in common that try quantized forms on images."""
-
-    tensors: str  # one of TENSORS; a field of the metric's own
-
-    @property
-    @abstractmethod
-    def name(self) -> str:
-        """The metric's name in ``sensitivity.json``."""
-
-    def check(self, layers: Sequence[LayerInfo], bit_widths: Sequence[int], apart: bool) -> None:
-        """Refuses to tell apart what is quantized at once; see :class:`~.base.ReadsAhead`.
-
-        Raises:
-            UserError: Effects are asked for apart, and ``tensors`` is not ``separate``.
-        """
-        if apart and self.tensors != "separate":
-            raise UserError(not_apart(self.name))
 
 
 def parts(tensors: str) -> tuple[str, ...]:

@@ -17,8 +17,8 @@ from adq_train.progress import Progress
 from adq_train.quantization.base import check_choice
 from adq_train.quantization.prepare import collect_inputs
 from adq_train.quantization.watch import Call, intercepted
-from adq_train.sensitivity.base import Conditions, plain_copy
-from adq_train.sensitivity.forms import TENSORS, FormMetric, Forms, Key, quantized_forms, row
+from adq_train.sensitivity.base import Conditions, Metric, plain_copy
+from adq_train.sensitivity.forms import TENSORS, Forms, Key, quantized_forms, row
 from adq_train.sensitivity.outputs import num_columns, rounding, summary
 
 REMEDY = "take sensitivity=perturbation, which needs no gradients"
@@ -179,7 +179,7 @@ def by_called_layer(forms: Mapping[str, Forms]) -> dict[str, list[tuple[str, Key
 
 
 @dataclass(frozen=True)
-class Gradient(FormMetric):
+class Gradient(Metric):
     """Ω[l, b] = ½ · mean over images of δᵀ F δ, the divergence of the outputs to second order.
 
     δ = J_l Δz_l is the change of the logits to first order, with Δz_l the change of the output of

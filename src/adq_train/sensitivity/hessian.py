@@ -19,7 +19,7 @@ from adq_train.progress import Progress
 from adq_train.quantization.layers import quantized_kind
 from adq_train.sensitivity.base import (
     Conditions,
-    WeightMetric,
+    Metric,
     layer_weights,
     logits_with,
     plain_copy,
@@ -97,7 +97,7 @@ def curvatures(
 
 
 @dataclass(frozen=True)
-class Hessian(WeightMetric):
+class Hessian(Metric):
     """Ω[l, b] = (Tr H_l / n_l) · ‖ΔW_l‖², the average trace (HAWQ-V2, arXiv 1911.03852).
 
     H_l is the block of the Hessian of the mean cross-entropy over the calibration images, n_l the

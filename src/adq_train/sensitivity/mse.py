@@ -8,11 +8,11 @@ from dataclasses import dataclass
 from torch import nn
 
 from adq_train.artifacts import LayerInfo, LayerSensitivity
-from adq_train.sensitivity.base import Conditions, WeightMetric, layer_weight, weight_error
+from adq_train.sensitivity.base import Conditions, Metric, layer_weight, weight_error
 
 
 @dataclass(frozen=True)
-class Mse(WeightMetric):
+class Mse(Metric):
     """Ω[l, b] = ‖ΔW‖² / ‖W‖², with ΔW the error of the weight quantizer in use (method.md 3).
 
     Between 0 and about 1, whatever the scale of the weights. Weights that are all zero and stay

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from adq_train.data.base import Batch
 from adq_train.errors import UserError
+from adq_train.quantization.layer_weights import evaluating
 from adq_train.sensitivity.noise import NOISE, Found
 from adq_train.training.health import origin
 
@@ -31,9 +32,7 @@ def float_outputs(model: nn.Module, batches: Sequence[Batch]) -> list[Tensor]:
     Raises:
         UserError: An output is NaN or infinite; says how many and in which layer it begins.
     """
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
+    with evaluating(model):
         outputs: list[Tensor] = [model(images) for images, _ in batches]
         bad = [~x.isfinite().reshape(len(x), -1).all(1) for x in outputs]
         count = sum(int(x.sum()) for x in bad)
@@ -46,9 +45,6 @@ def float_outputs(model: nn.Module, batches: Sequence[Batch]) -> list[Tensor]:
                 "it with a smaller learning rate; mask a class with -1e4 instead of -inf"
             )
         return outputs
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
 
 
 def caveat(outputs: Sequence[Tensor], targets: Sequence[Tensor]) -> str | None:

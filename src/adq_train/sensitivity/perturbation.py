@@ -15,8 +15,8 @@ from adq_train.errors import UserError
 from adq_train.nested import few
 from adq_train.quantization.base import check_choice
 from adq_train.quantization.prepare import collect_inputs, replaced
-from adq_train.sensitivity.base import Conditions, plain_copy
-from adq_train.sensitivity.forms import TENSORS, FormMetric, Forms, Key, quantized_forms, row
+from adq_train.sensitivity.base import Conditions, Metric, plain_copy
+from adq_train.sensitivity.forms import TENSORS, Forms, Key, quantized_forms, row
 from adq_train.sensitivity.outputs import num_columns, rounding, summary
 from adq_train.sensitivity.reuse import Runs, make_runs
 from adq_train.training.batch_norm import (
@@ -45,7 +45,7 @@ class Reference:
 
 
 @dataclass(frozen=True)
-class Perturbation(FormMetric):
+class Perturbation(Metric):
     """Ω[l, b] with only layer l at b bits, on the calibration images (method.md 3).
 
     Layers are measured one after the other, each on all images, so that the finished ones can be

@@ -6,7 +6,7 @@ import copy
 import logging
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
-from typing import Any, Protocol
+from typing import Any, get_args
 
 import torch
 from torch import Tensor, fx, nn
@@ -14,7 +14,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from adq_train.errors import first_line
 from adq_train.nested import few, tensors
-from adq_train.quantization.layers import QuantLayer, quantized_kind
+from adq_train.quantization.graph import Tracer
+from adq_train.quantization.layers import QuantLayer
 from adq_train.task import RUN
 
 log = logging.getLogger(__name__)
@@ -22,18 +23,9 @@ log = logging.getLogger(__name__)
 Values = dict[fx.Node, Any]
 
 
-class Tracer(fx.Tracer):
-    """Lists a network's operations.
-
-    A batch norm of any kind is one, as its mode may change, a layer that can be quantized, as it
-    may be replaced, and torch's attention, which cannot be looked into.
-    """
-
-    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        """Whether a module is one operation."""
-        whole = (_BatchNorm, QuantLayer, nn.MultiheadAttention)
-        own = isinstance(m, whole) or quantized_kind(m) is not None
-        return own or super().is_leaf_module(m, module_qualified_name)
+# A batch norm of any kind is one operation, as its mode may change, a quantized layer, as it may be
+# replaced, and torch's attention, which cannot be looked into.
+WHOLE = (_BatchNorm, *get_args(QuantLayer), nn.MultiheadAttention)
 
 
 class Trial(fx.Interpreter):
@@ -47,17 +39,6 @@ class Trial(fx.Interpreter):
         result = super().run_node(n)
         self.in_place |= any(x._version != version for x, version in before)
         return result
-
-
-class Runs(Protocol):
-    """Outputs of a network on fixed batches."""
-
-    def from_layer(self, name: str, index: int) -> Callable[[], Tensor]:
-        """What gives the logits (N, num_classes) of batch ``index``, as often as it is called.
-
-        Only the layer ``name``, and what is called after it, may be changed between the calls.
-        """
-        ...
 
 
 class WholeRuns:
@@ -148,6 +129,9 @@ class PartialRuns:
         return result
 
 
+Runs = WholeRuns | PartialRuns
+
+
 def make_runs(model: nn.Module, batches: Sequence[Tensor], limit_bytes: int) -> Runs:
     """Partial runs where the network's operations can be listed, whole ones elsewhere.
 
@@ -161,7 +145,7 @@ def make_runs(model: nn.Module, batches: Sequence[Tensor], limit_bytes: int) -> 
     if not limit_bytes:
         return WholeRuns(model, batches)
     some = few(batches[0], 2)
-    tracer = Tracer()
+    tracer = Tracer(WHOLE)
     tracer.traced_func_name = RUN if hasattr(model, RUN) else "forward"
     try:
         graph = tracer.trace(model)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import types
 import typing
@@ -19,6 +20,27 @@ class Within(NamedTuple):
         if self.maximum == math.inf:
             return f"at least {self.minimum:g}"
         return f"{self.minimum:g} … {self.maximum:g}"
+
+
+def strict_json(text: str | bytes) -> Any:
+    """JSON without NaN, infinity or a name that is there twice.
+
+    Raises:
+        ValueError: It is something else, or has numbers too large for a float.
+    """
+
+    def finite(number: str) -> float:
+        if not math.isfinite(float(number)):
+            raise ValueError(f"{number} is not a finite number")
+        return float(number)
+
+    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        names = [name for name, _ in pairs]
+        if len(set(names)) < len(names):
+            raise ValueError(f"{next(x for x in names if names.count(x) > 1)!r} is there twice")
+        return dict(pairs)
+
+    return json.loads(text, parse_float=finite, parse_constant=finite, object_pairs_hook=once)
 
 
 def decode(kind: Any, value: Any, where: str = "") -> Any:

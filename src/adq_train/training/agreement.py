@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-from torch import nn
-
 from adq_train.errors import UserError
 from adq_train.states import weights_digest
-from adq_train.training.distributed import Ranks
 from adq_train.training.hook import Hook
 from adq_train.training.trainer import Trainer
 
@@ -20,19 +17,11 @@ class RanksAgree(Hook):
         Raises:
             UserError: A process differs from rank 0.
         """
-        require_same_weights(trainer.ranks, trainer.model, trainer.steps)
-
-
-def require_same_weights(ranks: Ranks, model: nn.Module, step: int) -> None:
-    """Checks that all processes hold the same bits.
-
-    Raises:
-        UserError: A process differs from rank 0.
-    """
-    digests = ranks.all_gather(weights_digest(model))
-    odd = [str(rank) for rank, digest in enumerate(digests) if digest != digests[0]]
-    if odd:
-        raise UserError(
-            f"trainer.check_ranks: after step {step} the model of rank {', '.join(odd)} differs "
-            "from that of rank 0; the last checkpoint is from before; please report this"
-        )
+        digests = trainer.ranks.all_gather(weights_digest(trainer.model))
+        odd = [str(rank) for rank, digest in enumerate(digests) if digest != digests[0]]
+        if odd:
+            raise UserError(
+                f"trainer.check_ranks: after step {trainer.steps} the model of rank "
+                f"{', '.join(odd)} differs from that of rank 0; the last checkpoint is from "
+                "before; please report this"
+            )

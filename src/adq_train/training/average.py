@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from adq_train.quantization.base import WeightQuantizer
@@ -26,13 +25,6 @@ def decay_at(step: int, decay: float) -> float:
         decay: γ, in [0, 1).
     """
     return min(decay, (1 + step) / (10 + step))
-
-
-@torch.no_grad()
-def move_towards(averages: Iterable[Tensor], values: Iterable[Tensor], decay: float) -> None:
-    """Every average a becomes γ a + (1 - γ) v of its value v, in place."""
-    update: Callable[..., None] = get_ema_multi_avg_fn(decay)  # type: ignore[no-untyped-call]
-    update(tuple(averages), tuple(values), 0)
 
 
 class WeightAverage(Hook):
@@ -70,11 +62,10 @@ class WeightAverage(Hook):
             for buffer, _ in module.named_buffers()
         }
         mine, theirs = dict(self.model.named_buffers()), dict(model.named_buffers())
-        move_towards(
-            [*self.model.parameters(), *(mine[x] for x in own)],
-            [*model.parameters(), *(theirs[x] for x in own)],
-            decay_at(step, self.decay),
-        )
+        averages = *self.model.parameters(), *(mine[x] for x in own)
+        values = *model.parameters(), *(theirs[x] for x in own)
+        # a ← γ a + (1 - γ) v
+        get_ema_multi_avg_fn(decay_at(step, self.decay))(averages, values, 0)  # type: ignore[no-untyped-call]
         for name in theirs.keys() - codebooks - set(own):
             mine[name].copy_(theirs[name])
         self._upkeep.after_step()

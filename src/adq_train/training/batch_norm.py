@@ -11,6 +11,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from adq_train.data.base import Batches
 from adq_train.errors import UserError
+from adq_train.quantization.layer_weights import evaluating
 from adq_train.quantization.watch import run_with_hooks
 
 
@@ -126,12 +127,6 @@ def reestimate_batch_norm(model: nn.Module, batches: Iterable[Tensor]) -> None:
     Raises:
         UserError: A batch has one value per channel, which has no variance.
     """
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        with averaged_statistics(batch_norms(model).values()):
-            for images in batches:
-                model(images)
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
+    with evaluating(model), averaged_statistics(batch_norms(model).values()):
+        for images in batches:
+            model(images)

@@ -9,18 +9,9 @@ from torch import Tensor, nn
 from adq_train.artifacts import BitAllocation
 from adq_train.quantization.base import Makers
 from adq_train.quantization.copies import copied
-from adq_train.quantization.layers import same_weight
 from adq_train.quantization.prepare import collect_inputs, prepare
 from adq_train.quantization.target import FLOAT, Target
 from adq_train.training.batch_norm import reestimate_batch_norm
-
-
-def inputs_of(
-    model: nn.Module, allocation: BitAllocation, images: Sequence[Tensor], seed: int
-) -> dict[str, Tensor]:
-    """Samples of what the allocated layers see; see :func:`~.prepare.collect_inputs`."""
-    names = [name for x in allocation.layers for name in same_weight(model, x.name)]
-    return collect_inputs(model, names, images, seed)
 
 
 def calibrated(
@@ -46,7 +37,8 @@ def calibrated(
             the layer is named.
     """
     quantized = copied(model)
-    prepare(quantized, allocation, *make, inputs_of(model, allocation, images, seed), seed)
+    inputs = collect_inputs(model, [x.name for x in allocation.layers], images, seed)
+    prepare(quantized, allocation, *make, inputs, seed)
     reestimate_batch_norm(quantized, images)
     target.connect(quantized)
     target.calibrate(quantized, images, seed)

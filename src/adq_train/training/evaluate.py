@@ -10,6 +10,7 @@ from torch.nn import functional as F
 
 from adq_train.data.base import Batches
 from adq_train.errors import UserError
+from adq_train.quantization.layer_weights import evaluating
 from adq_train.training.distributed import ALONE, Ranks
 
 
@@ -36,19 +37,18 @@ def evaluate(model: nn.Module, batches: Batches, ranks: Ranks = ALONE) -> Evalua
     Raises:
         UserError: There are no images.
     """
-    was_training = model.training
-    model.eval()
     # Sums stay on the device until the end: reading them would stall a GPU at every batch.
     totals = torch.zeros(4, dtype=torch.float64)
-    for images, targets in batches.epoch(0, ranks.own):
-        if not len(targets):
-            continue
-        logits = model(images)
-        loss = F.cross_entropy(logits, targets, reduction="sum").double()
-        ranked = logits.topk(min(5, logits.shape[1])).indices == targets[:, None]
-        counts = ranked[:, 0].sum().double(), ranked.sum().double(), loss.new_tensor(len(targets))
-        totals = totals.to(loss.device) + torch.stack([loss, *counts])
-    model.train(was_training)
+    with evaluating(model):
+        for images, targets in batches.epoch(0, ranks.own):
+            if not len(targets):
+                continue
+            logits = model(images)
+            loss = F.cross_entropy(logits, targets, reduction="sum").double()
+            ranked = logits.topk(min(5, logits.shape[1])).indices == targets[:, None]
+            top1, top5 = ranked[:, 0].sum().double(), ranked.sum().double()
+            counts = top1, top5, loss.new_tensor(len(targets))
+            totals = totals.to(loss.device) + torch.stack([loss, *counts])
     total_loss, top1, top5, count = ranks.all_reduce_sum(totals.cpu()).tolist()
     if not count:
         raise UserError("data: there are no images to evaluate on; hold out at least one")

@@ -11,27 +11,6 @@ from adq_train.training.hook import Hook
 from adq_train.training.trainer import Trainer
 
 
-def blended(
-    images: Tensor, targets: Tensor, transform: v2.Transform, seed: int
-) -> tuple[Tensor, Tensor]:
-    """A batch as a random transform makes it; the same seed gives the same batch.
-
-    Args:
-        images: (N, C, H, W).
-        targets: (N,) int64.
-        transform: Draws from PyTorch's default generator, which is left as it was.
-        seed: Of the draw.
-
-    Returns:
-        What the transform makes of both.
-    """
-    with torch.random.fork_rng(devices=[]):
-        # The CPU's alone: torch.manual_seed would restart a GPU's dropout with every batch.
-        torch.default_generator.manual_seed(seed)
-        mixed: tuple[Tensor, Tensor] = transform(images, targets)
-        return mixed
-
-
 class Mixing(Hook):
     """Mixup (Zhang et al. 2018, arXiv 1710.09412), cutmix (Yun et al. 2019, arXiv 1905.04899).
 
@@ -65,5 +44,8 @@ class Mixing(Hook):
         """
         if self.transform is None or not len(images):
             return images, targets
-        seed = derived_seed(trainer.seed, "mixing", trainer.steps)
-        return blended(images, targets, self.transform, seed)
+        with torch.random.fork_rng(devices=[]):
+            # The CPU's alone: torch.manual_seed would restart a GPU's dropout with every batch.
+            torch.default_generator.manual_seed(derived_seed(trainer.seed, "mixing", trainer.steps))
+            mixed: tuple[Tensor, Tensor] = self.transform(images, targets)
+            return mixed
