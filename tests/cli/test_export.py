@@ -67,7 +67,7 @@ def test_the_report_states_sizes(finished_run, program, tmp_path):
     code, out, _ = program("adq-export", finished_run, f"output={output}", "fold_batch_norm=true")
     assert code == 0
     assert "folded    7 batch norms" in out
-    assert f"promised  {report['promised_bytes']:,}" not in out
+    assert f"size      {report['file_bytes']:,}" not in out
 
 
 def test_every_form_has_the_accuracy_of_the_run(exported, program):

@@ -65,11 +65,8 @@ class ExportReport:
                 f": weights {self.sizes.codes:,}, tables {self.sizes.tables:,}, "
                 f"float values {self.sizes.floats:,}, header and index {rest:,}"
             )
-        over = 100 * (self.file_bytes / self.promised_bytes - 1)
         lines += [
             f"size      {self.file_bytes:,} bytes{parts}",
-            f"promised  {self.promised_bytes:,} bytes (allocation.json's weights, tables and float "
-            f"values); the file is {over:+.1f} %",
             f"float32   {kilobytes(self.float32_bytes)}, "
             f"{self.float32_bytes / self.file_bytes:.1f} times as large",
         ]

@@ -187,7 +187,8 @@ def run(trial: nn.Module, image: Any) -> object:
     except Exception as error:  # its forward() may fail in any way
         raise UserError(
             f"model: its forward() fails on {described_input(image)} "
-            f"({type(error).__name__}: {error}); it must take one tensor (N, …)"
+            f"({type(error).__name__}: {error}); it must take that one tensor; "
+            "a constructor that names in_channels or num_classes gets those of the data"
         ) from error
 
 
@@ -274,5 +275,5 @@ def check_logits(output: object, count: int, num_classes: int | None = None) -> 
     if num_classes is not None and output.shape != (count, num_classes):
         raise UserError(
             f"model: its output for {count} input(s) has shape {tuple(output.shape)}, but the data "
-            f"has {num_classes} classes; let its constructor take num_classes, or give its setting"
+            f"has {num_classes} classes; let its constructor take num_classes"
         )

@@ -61,6 +61,6 @@ class ProgressBar(Hook):
         self.progress.advance(
             f"loss {report.train_loss:.3f}, validation {report.validation_top1_percent:.1f} %, "
             f"{duration(left)} left",
-            f", {report.images_per_second:.0f} images/s, {report.data_wait_percent:.0f} % of it "
-            f"waiting for data, peak {report.peak_memory_bytes / 1e6:.0f} MB",
+            f", {report.images_per_second:.0f} images/s, {report.data_wait_percent:.0f} % of the "
+            f"time waiting for data, memory at most {report.peak_memory_bytes / 1e6:.0f} MB",
         )
