@@ -34,7 +34,7 @@ from torch import Tensor, nn
 
 from adq_train.artifacts import LayerBits
 from adq_train.data.base import ALL, ImageData
-from adq_train.quantization import functional, gpu_kernels
+from adq_train.quantization import gpu_kernels, steps
 from adq_train.quantization.adq import AdqWeightQuantizer
 from adq_train.quantization.describe import describe_layers
 from adq_train.quantization.n2uq import N2uqActivationQuantizer
@@ -239,10 +239,10 @@ def kernel_row(bench: Bench, bits: int) -> Row:
     off = [float((a - b).abs().max() / b.abs().max().clamp_min(1e-30)) for a, b in pairs]
     edges = quantizer.edges().detach()
     widths, levels = edges.diff(), quantizer.levels()
-    tables = edges, functional.midpoints(edges), widths, levels
+    tables = edges, steps.midpoints(edges), widths, levels
     value = x.detach()
-    forward = bench.milliseconds(lambda: functional.staircase(value, tables[1], levels), 20)
-    backward = bench.milliseconds(lambda: functional.step_gradients(value, *tables, grad), 20)
+    forward = bench.milliseconds(lambda: steps.staircase(value, tables[1], levels), 20)
+    backward = bench.milliseconds(lambda: steps.step_gradients(value, *tables, grad), 20)
     return {
         "largest_relative_difference": off,
         "repeats": all(map(torch.equal, first, second)),

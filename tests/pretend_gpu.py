@@ -17,7 +17,7 @@ from torch.nn.utils import clip_grad
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map
 
-from adq_train.quantization import functional, gpu_kernels
+from adq_train.quantization import gpu_kernels, steps
 
 # Operations whose result or its size the CPU must know; bincount reads the largest index.
 READS = {
@@ -166,14 +166,14 @@ class Kernels:
 
     def staircase(self, x, borders, values):
         self.found.launch("staircase")
-        return PretendTensor(functional.staircase(x.inner, on_cpu(borders), on_cpu(values)))
+        return PretendTensor(steps.staircase(x.inner, on_cpu(borders), on_cpu(values)))
 
     def step_gradients(self, x, grad, *tables):
         *tables, of_input = tables
         for name in ("sums", "gradients of parameters"):
             self.found.launch(name)
         tables = [on_cpu(t) for t in tables]
-        grad_x, *others = functional.step_gradients(x.inner, *tables, grad.inner, of_input)
+        grad_x, *others = steps.step_gradients(x.inner, *tables, grad.inner, of_input)
         row = torch.cat([y.view(-1) for y in others])
         return PretendTensor(grad_x if of_input else grad_x[:0]), PretendTensor(row)
 

@@ -12,7 +12,7 @@ from unittest import mock
 import pytest
 import torch
 
-from adq_train.quantization import functional, kernel_cache, kernels
+from adq_train.quantization import kernel_cache, kernels, steps
 
 pytestmark = pytest.mark.skipif(kernels.library() is None, reason="no C compiler here")
 
@@ -334,4 +334,4 @@ def test_the_plain_path_serves_where_the_kernels_are_none(cache, monkeypatch):
     monkeypatch.setattr(kernels, "loaded", kernels.loaded.__wrapped__)
     x, borders = torch.randn(9), torch.linspace(-1, 1, 3)
     expected = torch.arange(4.0)[torch.bucketize(x, borders)]
-    assert torch.equal(functional.staircase(x, borders, torch.arange(4.0)), expected)
+    assert torch.equal(steps.staircase(x, borders, torch.arange(4.0)), expected)

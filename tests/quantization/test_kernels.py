@@ -13,13 +13,13 @@ from torch import Tensor
 
 from adq_train.quantization import kernels
 from adq_train.quantization.adq import AdqWeightQuantizer
-from adq_train.quantization.functional import (
+from adq_train.quantization.fitting import order_statistics
+from adq_train.quantization.functional import midpoints
+from adq_train.quantization.steps import (
     GeneralizedSTE,
     interval_edges,
     interval_sums,
     interval_sums_by_mask,
-    midpoints,
-    order_statistics,
     staircase,
     step_gradients,
 )

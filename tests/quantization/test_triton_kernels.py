@@ -17,12 +17,8 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from adq_train.quantization import gpu_kernels, kernels
-from adq_train.quantization.functional import (
-    GeneralizedSTE,
-    interval_edges,
-    midpoints,
-    step_gradients,
-)
+from adq_train.quantization.functional import midpoints
+from adq_train.quantization.steps import GeneralizedSTE, interval_edges, step_gradients
 
 triton = pytest.importorskip("triton")
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"

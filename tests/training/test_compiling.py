@@ -12,9 +12,9 @@ from training_helpers import IMAGES, network, take, trainer_of
 
 from adq_train.quantization.adq import AdqWeightQuantizer
 from adq_train.quantization.base import Quantizer
-from adq_train.quantization.functional import GeneralizedSTE
 from adq_train.quantization.layers import quantized
 from adq_train.quantization.n2uq import N2uqActivationQuantizer
+from adq_train.quantization.steps import GeneralizedSTE
 from adq_train.training.compiling import compiled, compiler_problem
 
 needs_compiler = pytest.mark.skipif(

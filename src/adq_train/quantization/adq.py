@@ -15,16 +15,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from adq_train.quantization.base import WeightQuantizer, check_choice, is_pruned
-from adq_train.quantization.functional import (
-    CodebookSTE,
-    assign,
-    at_least_float32,
-    at_ranks,
-    best_clip,
-    cell_statistics,
-    lloyd_max,
-    midpoints,
-)
+from adq_train.quantization.fitting import at_ranks, best_clip, cell_statistics, lloyd_max
+from adq_train.quantization.functional import assign, at_least_float32, midpoints
+from adq_train.quantization.steps import CodebookSTE
 
 INITIALIZATIONS = ("quantile", "uniform", "kmeans", "random")
 LEVEL_SETS = ("symmetric", "full", "no_zero")

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from adq_train.quantization.functional import lloyd_max
+from adq_train.quantization.fitting import lloyd_max
 from adq_train.quantization.thresholds import SMALLEST_WIDTH, ThresholdQuantizer, uniform_range
 
 

@@ -13,13 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from adq_train.quantization.base import RangedActivationQuantizer, WeightQuantizer
-from adq_train.quantization.functional import (
-    CodebookSTE,
-    assign,
-    at_least_float32,
-    best_codebook_scale,
-    positive,
-)
+from adq_train.quantization.fitting import best_codebook_scale
+from adq_train.quantization.functional import assign, at_least_float32, positive
+from adq_train.quantization.steps import CodebookSTE
 
 
 def apot_levels(bit_width: int) -> Tensor:

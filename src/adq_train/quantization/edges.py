@@ -10,7 +10,7 @@ from torch import Tensor, fx, nn
 
 from adq_train.errors import UserError
 from adq_train.quantization.copies import below
-from adq_train.quantization.functional import best_clip
+from adq_train.quantization.fitting import best_clip
 from adq_train.quantization.graph import Graph, place
 from adq_train.quantization.layer_weights import evaluating
 from adq_train.quantization.lsq import StepQuantizer

@@ -1,6 +1,6 @@
 """Whether the GPU's fast path can be used: triton_kernels.py, where Triton is installed and works.
 
-Without it functional.py computes the same in plain PyTorch. ``ADQ_TRAIN_KERNELS=0`` turns it off,
+Without it steps.py computes the same in plain PyTorch. ``ADQ_TRAIN_KERNELS=0`` turns it off,
 as it does the CPU's.
 """
 

@@ -292,7 +292,7 @@ static int interval_sums(const void *x, const void *grad, void *grad_x, size_t s
     return 0;
 }
 
-/* All gradients of functional.GeneralizedSTE. x, grad, grad_x (size; grad_x is NULL where it is
+/* All gradients of steps.GeneralizedSTE. x, grad, grad_x (size; grad_x is NULL where it is
  * not wanted), all float32 or (half) bfloat16; count < MOST; edges (count + 1); thresholds and
  * widths (count); levels (count + 1); gradients of start, widths and levels in one row
  * (2 count + 2). Returns 0, or 1 without memory. */

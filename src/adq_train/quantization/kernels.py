@@ -1,6 +1,6 @@
 """The CPU's fast path: kernels.c, compiled on first use, where a C compiler is at hand.
 
-Without one, and for other devices and dtypes, functional.py computes the same in plain PyTorch.
+Without one, and for other devices and dtypes, steps.py computes the same in plain PyTorch.
 ``ADQ_TRAIN_KERNELS=0`` turns the fast path off.
 """
 
@@ -124,7 +124,7 @@ def usable(x: Tensor) -> bool:
 
 
 def staircase(x: Tensor, borders: Tensor, values: Tensor) -> Tensor:
-    """``values[i]`` for i the number of borders below ``x``; see functional.staircase.
+    """``values[i]`` for i the number of borders below ``x``; see steps.staircase.
 
     Args:
         x: Any shape, contiguous.
@@ -149,7 +149,7 @@ def step_gradients(
     levels: Tensor,
     of_input: bool = True,
 ) -> tuple[Tensor, Tensor]:
-    """All gradients of :class:`~.functional.GeneralizedSTE`.
+    """All gradients of :class:`~.steps.GeneralizedSTE`.
 
     Args:
         x: Any shape, contiguous; float32 or bfloat16.

@@ -8,12 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from adq_train.quantization.base import RangedActivationQuantizer, WeightQuantizer
-from adq_train.quantization.functional import (
-    at_least_float32,
-    positive,
-    round_ste,
-    scale_gradient,
-)
+from adq_train.quantization.functional import at_least_float32, positive, round_ste, scale_gradient
 
 
 def lsq(x: Tensor, step: Tensor, low: int, high: int, num_elements: int) -> Tensor:

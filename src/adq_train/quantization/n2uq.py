@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from adq_train.quantization.base import EvenWeightQuantizer, check_choice
-from adq_train.quantization.functional import StraightThrough, at_least_float32, quantiles
+from adq_train.quantization.fitting import quantiles
+from adq_train.quantization.functional import StraightThrough, at_least_float32
 from adq_train.quantization.thresholds import SMALLEST_WIDTH, ThresholdQuantizer, uniform_range
 
 INITIALIZATIONS = ("mse", "quantile")

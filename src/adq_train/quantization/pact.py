@@ -6,12 +6,8 @@ import torch
 from torch import Tensor, nn
 
 from adq_train.quantization.base import RangedActivationQuantizer
-from adq_train.quantization.functional import (
-    StraightThrough,
-    at_least_float32,
-    best_clip,
-    positive,
-)
+from adq_train.quantization.fitting import best_clip
+from adq_train.quantization.functional import StraightThrough, at_least_float32, positive
 
 
 def pact(x: Tensor, alpha: Tensor, low: int, high: int) -> Tensor:

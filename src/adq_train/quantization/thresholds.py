@@ -8,13 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from adq_train.quantization.base import ActivationQuantizer
-from adq_train.quantization.functional import (
-    GeneralizedSTE,
-    at_least_float32,
-    best_clip,
-    interval_edges,
-    midpoints,
-)
+from adq_train.quantization.fitting import best_clip
+from adq_train.quantization.functional import at_least_float32, midpoints
+from adq_train.quantization.steps import GeneralizedSTE, interval_edges
 
 # Widths stay this much wider than nothing, as a share of the mean width, when data repeats values.
 SMALLEST_WIDTH = 1e-2

@@ -204,7 +204,7 @@ def _parameter_gradients(
 
 
 def staircase(x: Tensor, borders: Tensor, values: Tensor) -> Tensor:
-    """``values[i]`` for i the number of borders below ``x``; see functional.staircase.
+    """``values[i]`` for i the number of borders below ``x``; see steps.staircase.
 
     Args:
         x: Any shape, contiguous; float32, bfloat16 or float16.
@@ -230,7 +230,7 @@ def step_gradients(
     levels: Tensor,
     of_input: bool = True,
 ) -> tuple[Tensor, Tensor]:
-    """All gradients of :class:`~.functional.GeneralizedSTE`.
+    """All gradients of :class:`~.steps.GeneralizedSTE`.
 
     Args:
         x: Any shape, contiguous; float32, bfloat16 or float16.
