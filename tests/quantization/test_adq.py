@@ -16,6 +16,8 @@ from adq_train.quantization.adq import (
     INITIALIZATIONS,
     LEVEL_SETS,
     AdqWeightQuantizer,
+    _side_quantiles,
+    _with_zero,
     random_codebook,
     revive_dead_level,
     side_sizes,
@@ -67,8 +69,7 @@ def test_number_of_levels_and_the_zero(initialization):
 
 
 def quantile_codebook(weights, bits, level_set):
-    weight = weights[None]
-    return calibrated(weight, bits, initialization="quantile", level_set=level_set).levels()
+    return _with_zero(_side_quantiles([weights], bits, level_set), level_set)[0]
 
 
 def test_quantile_codebook_of_known_weights():

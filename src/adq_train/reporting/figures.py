@@ -19,6 +19,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from adq_train.reporting.groups import Row, Section
+from adq_train.reporting.names import told_apart
 from adq_train.reporting.statistics import Summary, summarize
 
 GREY = "#718096"
@@ -68,12 +69,12 @@ def height(names: Iterable[str]) -> float:
 
 
 def methods(rows: Sequence[Row]) -> dict[str, list[int]]:
-    """The rows that differ in nothing but their budgets, by what they share."""
-    found: dict[str, list[int]] = {}
+    """The rows that differ in nothing but their budgets, by the least that tells them apart."""
+    found: dict[tuple[str, ...], list[int]] = {}
     for index, row in enumerate(rows):
         words = [word for word in row.name.split() if not word.startswith("budget.")]
-        found.setdefault(" ".join(words) or "budgets", []).append(index)
-    return found
+        found.setdefault(tuple(words), []).append(index)
+    return dict(zip(told_apart(found), found.values(), strict=True))
 
 
 def draw_float(panel: Axes, rows: Sequence[Row], colors: Sequence[Any]) -> None:

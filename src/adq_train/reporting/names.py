@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from adq_train.reporting.gather import Run
@@ -107,6 +107,20 @@ def _word(name: str, settings: Mapping[str, Any]) -> str:
         return f"{name.removesuffix('._target_')}={short(settings[name])}"
     value = settings[name]
     return f"{name}={'null' if value is None else str(value).replace(' ', '')}"
+
+
+def told_apart(rows: Iterable[tuple[str, ...]]) -> list[str]:
+    """Names of rows without the settings that they can do without, for a legend.
+
+    Args:
+        rows: The overrides of each, ``key=value``; no two rows have the same.
+    """
+    found = [{word.split("=")[0]: word for word in words} for words in rows]
+    for key in dict.fromkeys(key for row in found for key, word in row.items() if "=" in word):
+        without = [{k: x for k, x in row.items() if k != key} for row in found]
+        if len({tuple(row.values()) for row in without}) == len(found) and all(without):
+            found = without
+    return [" ".join(row.values()) or "budgets" for row in found]
 
 
 def terms(name: str) -> frozenset[str]:

@@ -1,0 +1,35 @@
+"""Names in a legend: as short as they can be, and no two alike."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from adq_train.reporting.names import told_apart
+
+ROWS = st.sets(
+    st.tuples(*(st.sampled_from([f"{key}=1", f"{key}=2", f"{key}=3"]) for key in "abc")),
+    min_size=1,
+)
+
+
+@pytest.mark.parametrize(
+    ("rows", "expected"),
+    [
+        (["s=1 c=x", "s=1 c=y", "s=2 c=z"], ["c=x", "c=y", "c=z"]),
+        (["a=1 b=1", "a=1 b=2", "a=2 b=1"], ["a=1 b=1", "a=1 b=2", "a=2 b=1"]),
+        (["", "a=1"], ["budgets", "a=1"]),
+        (["as configured"], ["as configured"]),
+        (["a=1"], ["a=1"]),
+    ],
+)
+def test_a_setting_that_tells_nothing_more_is_left_out(rows, expected):
+    assert told_apart([tuple(row.split()) for row in rows]) == expected
+
+
+@given(ROWS)
+def test_names_stay_apart_and_none_is_empty(rows):
+    names = told_apart(rows)
+    assert len(set(names)) == len(rows)
+    for name, row in zip(names, rows, strict=True):
+        assert set(name.split()) <= set(row)
+        assert name
