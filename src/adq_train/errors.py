@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from difflib import get_close_matches
+from difflib import SequenceMatcher, get_close_matches
 
 
 class UserError(Exception):
@@ -24,8 +24,12 @@ class ConfigError(UserError):
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
     """A hint `` (did you mean 'x'?)`` for the nearest known word, or an empty string."""
-    near = get_close_matches(word, list(known), n=1, cutoff=0.6)
-    return f" (did you mean '{near[0]}'?)" if near else ""
+    near = get_close_matches(word, list(known), n=5, cutoff=0.6)
+
+    def likeness(x: str) -> tuple[float, int]:
+        return SequenceMatcher(None, x, word).ratio(), sum(map(str.__eq__, x, word))
+
+    return f" (did you mean '{max(near, key=likeness)}'?)" if near else ""
 
 
 def first_line(error: Exception) -> str:

@@ -1,10 +1,12 @@
 """Names in a legend: as short as they can be, and no two alike."""
 
+from types import SimpleNamespace
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from adq_train.reporting.names import told_apart
+from adq_train.reporting.names import model_name, told_apart
 
 ROWS = st.sets(
     st.tuples(*(st.sampled_from([f"{key}=1", f"{key}=2", f"{key}=3"]) for key in "abc")),
@@ -33,3 +35,15 @@ def test_names_stay_apart_and_none_is_empty(rows):
     for name, row in zip(names, rows, strict=True):
         assert set(name.split()) <= set(row)
         assert name
+
+
+@pytest.mark.parametrize(
+    ("model", "name"),
+    [
+        ({"_target_": "adq_train.models.CifarResNetModel", "depth": 20, "width": 16}, "resnet20"),
+        ({"_target_": "adq_train.models.TorchvisionModel", "name": "resnet18"}, "resnet18"),
+        ({"_target_": "mine.networks.TwoBranch"}, "TwoBranch"),
+    ],
+)
+def test_models_are_named_as_their_users_know_them(model, name):
+    assert model_name(SimpleNamespace(config={"model": model})) == name

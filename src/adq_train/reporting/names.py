@@ -34,7 +34,9 @@ def model_name(run: Run) -> str:
     if "depth" in model:
         width = model.get("width", 16)
         return f"resnet{model['depth']}" + ("" if width == 16 else f", width {width}")
-    return str(model.get("name", short(model["_target_"])))
+    target = str(model["_target_"])
+    own = short(target) if target.startswith("adq_train.") else target.rsplit(".", 1)[-1]
+    return str(model.get("name", own))
 
 
 def model_key(run: Run) -> str:
