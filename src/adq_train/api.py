@@ -181,7 +181,7 @@ def taking(recipe: Callable[Settings, Recipe]) -> Callable[..., Quantize[Setting
             **named: Settings.kwargs,
         ) -> nn.Module:
             known = inspect.signature(recipe).parameters
-            for name in named.keys() - known.keys():
+            for name in [x for x in named if x not in known]:
                 hint = did_you_mean(name, known) or f"; it takes {', '.join(known)}"
                 raise TypeError(f"{function.__name__}() has no argument {name!r}{hint}")
             return function(model, calibration_batches, recipe(*given, **named))
@@ -215,7 +215,7 @@ def quantize(model: nn.Module, calibration_batches: Iterable[object], recipe: Re
             :class:`Recipe`.
 
     Returns:
-        The copy, in evaluation mode: call its ``train()`` before training goes on.
+        The copy, in evaluation mode; call its ``train()`` before training goes on.
 
     Raises:
         UserError: A model that is no ``nn.Module``, whose layers cannot be replaced, or that is

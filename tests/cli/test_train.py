@@ -151,10 +151,6 @@ ERRORS = {
         ["weight_quantizer.dekay=0.9"],
         "weight_quantizer.dekay: there is no such setting (did you mean 'weight_quantizer.decay'?)",
     ),
-    "an argument that no file has": (
-        ["model.dropout=0.2"],
-        "; +model.dropout=… passes it to what model names",
-    ),
     "no choice": (["ablation=null"], "ablation=None: there is no such choice"),
     "no override at all": (
         ["trainer.epochs"],

@@ -86,6 +86,10 @@ WRONG = {
         r"(?s)model\.layers: Net has no such setting; it takes width; ~model.layers leaves it out"
         r".*model\.widht: .*did you mean 'width'",
     ),
+    "a setting that no file has": (
+        ["model.widht=8"],
+        r"model\.widht: there is no such setting .*width'.*; where own_model\.network\.Net takes it, write \+model\.w",
+    ),
     "other classes": (["+model.num_classes=9"], r"model\.num_classes: is 9, but the data has 4; l"),
     "another class": (["model._target_=own_model.network.Nett"], "has no Nett .did you mean 'Net'"),
     "a constructor that fails": (["model.width=-1"], r"model: Net cannot be built \(RuntimeError"),

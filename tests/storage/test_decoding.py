@@ -3,7 +3,7 @@ from typing import Annotated
 
 import pytest
 
-from adq_train.storage.decoding import Within, decode
+from adq_train.storage.decoding import Within, decode, strict_json
 
 
 @dataclass(frozen=True)
@@ -62,3 +62,27 @@ def test_what_is_wrong_is_named(change, message):
 def test_what_is_missing_is_named(name):
     with pytest.raises(ValueError, match=f"^{name} is missing$"):
         decode(Outer, {key: value for key, value in GOOD.items() if key != name})
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('{"a": 1, "b": 2, "a": 3}', "'a' is there twice"),
+        ('[{"x": {"y": 1, "y": 1}}]', "'y' is there twice"),
+        ("[NaN]", "NaN is not a finite number"),
+        ("[-Infinity]", "-Infinity is not a finite number"),
+        ("[1e999]", "1e999 is not a finite number"),
+        ("[1", "Expecting"),
+    ],
+)
+def test_what_strict_json_does_not_have(text, message):
+    with pytest.raises(ValueError, match=message):
+        strict_json(text)
+
+
+def test_a_repeated_name_is_found_in_one_pass_over_many():
+    # Searched for by counting each name, this would take hours.
+    names = "".join(f'"{i}": 0, ' for i in range(500_000))
+    with pytest.raises(ValueError, match="'499999' is there twice"):
+        strict_json("{" + names + '"499999": 0}')
+    assert strict_json(b'{"a": [1, 2.5, {"b": null}]}') == {"a": [1, 2.5, {"b": None}]}

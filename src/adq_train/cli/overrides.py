@@ -285,11 +285,11 @@ def _value_problems(
     """
     key = override.key_or_group
     if not override.is_add() and key not in known:
-        group = key.split(".")[0]
-        add = (
-            f"; +{key}=… passes it to what {group} names" if group in GROUPS and "." in key else ""
-        )
-        yield f"{key}: there is no such setting{did_you_mean(key, known)}{add}"
+        hint, group = did_you_mean(key, known), key.split(".")[0]
+        target = OmegaConf.select(cfg, f"{group}._target_") if group in GROUPS else None
+        if isinstance(target, str) and not target.startswith("adq_train."):
+            hint += f"; where {target} takes it, write +{key}=…"
+        yield f"{key}: there is no such setting{hint}"
         return
     if _is_rare(override) or not judged:
         return  # Hydra and the signature check of the group look at these

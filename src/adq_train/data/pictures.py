@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import stat
-from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -83,8 +82,12 @@ def read_picture(path: str, mode: str, resize: int | None = None) -> Image.Image
         with Path(path).open("rb") as content, Image.open(content, formats=FORMATS) as file:
             _check_size(file.width, file.height, resize)
             file.load()
-            with suppress(Exception):  # whatever its tags are damaged like; the pixels are intact
+            try:
                 ImageOps.exif_transpose(file, in_place=True)
+            except MemoryError:
+                raise
+            except Exception:  # whatever its tags are damaged like; the pixels are intact
+                pass
             image = _eight_bits(file)
             if image.has_transparency_data:
                 image = image.convert("RGBA")

@@ -109,7 +109,7 @@ def integer_network(network: nn.Module) -> fx.GraphModule:
     try:
         bare = list(edges(graph))
     except UserError as error:
-        raise UserError(f"format: this one is for networks of target=int8; {error}") from error
+        raise UserError(f"format: this one is for runs with target=int8, and {error}") from error
     for node in bare:
         raise UserError(
             f"format: the network is not one of target=int8: nothing quantizes what {place(node)} "

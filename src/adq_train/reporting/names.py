@@ -118,7 +118,9 @@ def told_apart(rows: Iterable[tuple[str, ...]]) -> list[str]:
         rows: The overrides of each, ``key=value``; no two rows have the same.
     """
     found = [{word.split("=")[0]: word for word in words} for words in rows]
-    for key in dict.fromkeys(key for row in found for key, word in row.items() if "=" in word):
+    keys = dict.fromkeys(key for row in found for key, word in row.items() if "=" in word)
+    # What says most is left out last: a comparison, a choice of a group, a setting.
+    for key in sorted(keys, key=lambda key: (key in ("comparison", "ablation"), "." not in key)):
         without = [{k: x for k, x in row.items() if k != key} for row in found]
         if len({tuple(row.values()) for row in without}) == len(found) and all(without):
             found = without

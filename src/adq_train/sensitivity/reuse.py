@@ -23,8 +23,8 @@ log = logging.getLogger(__name__)
 Values = dict[fx.Node, Any]
 
 
-# A batch norm of any kind is one operation, as its mode may change, a quantized layer, as it may be
-# replaced, and torch's attention, which cannot be looked into.
+# Operations besides the layers that can be quantized: a batch norm of any kind, as its mode may
+# change, a quantized layer, as it may be replaced, and torch's attention, which nothing looks into.
 WHOLE = (_BatchNorm, *get_args(QuantLayer), nn.MultiheadAttention)
 
 

@@ -35,10 +35,12 @@ def strict_json(text: str | bytes) -> Any:
         return float(number)
 
     def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        names = [name for name, _ in pairs]
-        if len(set(names)) < len(names):
-            raise ValueError(f"{next(x for x in names if names.count(x) > 1)!r} is there twice")
-        return dict(pairs)
+        found: dict[str, Any] = {}
+        for name, value in pairs:
+            if name in found:
+                raise ValueError(f"{name!r} is there twice")
+            found[name] = value
+        return found
 
     return json.loads(text, parse_float=finite, parse_constant=finite, object_pairs_hook=once)
 
