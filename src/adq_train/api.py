@@ -172,6 +172,7 @@ class Quantize(Protocol[Settings]):
 
 def taking(recipe: Callable[Settings, Recipe]) -> Callable[..., Quantize[Settings]]:
     """Gives a function of a recipe the recipe's settings instead: names, types and defaults."""
+    settings = inspect.signature(recipe).parameters
 
     def decorated(function: Callable[..., nn.Module]) -> Quantize[Settings]:
         def quantize(
@@ -180,17 +181,15 @@ def taking(recipe: Callable[Settings, Recipe]) -> Callable[..., Quantize[Setting
             *given: Settings.args,
             **named: Settings.kwargs,
         ) -> nn.Module:
-            known = inspect.signature(recipe).parameters
-            for name in [x for x in named if x not in known]:
-                hint = did_you_mean(name, known) or f"; it takes {', '.join(known)}"
+            for name in [x for x in named if x not in settings]:
+                hint = did_you_mean(name, settings) or f"; it takes {', '.join(settings)}"
                 raise TypeError(f"{function.__name__}() has no argument {name!r}{hint}")
             return function(model, calibration_batches, recipe(*given, **named))
 
         functools.update_wrapper(quantize, function)
         signature = inspect.signature(function)
         own = [x for x in signature.parameters.values() if x.name != "recipe"]
-        settings = inspect.signature(recipe).parameters.values()
-        told = signature.replace(parameters=[*own, *settings])
+        told = signature.replace(parameters=[*own, *settings.values()])
         quantize.__signature__ = told  # type: ignore[attr-defined]
         return quantize
 

@@ -88,7 +88,8 @@ WRONG = {
     ),
     "a setting that no file has": (
         ["model.widht=8"],
-        r"model\.widht: there is no such setting .*width'.*; where own_model\.network\.Net takes it, write \+model\.w",
+        r"model\.widht: there is no such setting .*width'.*; where own_model\.network\.Net takes "
+        r"it, write \+model\.w",
     ),
     "other classes": (["+model.num_classes=9"], r"model\.num_classes: is 9, but the data has 4; l"),
     "another class": (["model._target_=own_model.network.Nett"], "has no Nett .did you mean 'Net'"),

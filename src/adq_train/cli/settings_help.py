@@ -34,15 +34,16 @@ def settings_text(section: str | None = None) -> str:
             hint = f"; it is a group, whose settings adq-train --cfg job {section}=CHOICE shows"
         raise ConfigError([f"--settings: there is no section {section}{hint}"])
     chosen = known if section is None else {section: known[section]}
-    lines = [line for name, of in chosen.items() for line in _section(name, of)]
+    own = _configured()
+    lines = [line for name, of in chosen.items() for line in _section(name, of, own.get(name, {}))]
     more = "Settings of groups (data, model, optimizer …): adq-train --cfg job GROUP=CHOICE"
     return "\n".join([*lines, more])
 
 
-def _section(name: str, of: Any) -> Iterator[str]:
+def _section(name: str, of: Any, configured: dict[str, Any]) -> Iterator[str]:
     yield from textwrap.wrap(f"{name}: {(of.__doc__ or '').splitlines()[0]}", WIDTH)
     prefix = "" if of is Config else f"{name}."
-    defaults = vars(of()) | _configured().get(name, {})
+    defaults = vars(of()) | configured
     for setting, what in about(of).items():
         if of is Config and setting in (*GROUPS, *SECTIONS):
             continue

@@ -8,10 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from adq_train.quantization.base import (
-    EvenWeightQuantizer,
-    RangedActivationQuantizer,
-)
+from adq_train.quantization.base import EvenWeightQuantizer, RangedActivationQuantizer
 from adq_train.quantization.functional import StraightThrough, at_least_float32, round_ste
 
 

@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import reduce
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 
 from adq_train.artifacts import LayerBits
 from adq_train.quantization.base import (
+    ActivationQuantizer,
     MakeActivationQuantizer,
     MakeWeightQuantizer,
     Quantizer,
@@ -95,16 +97,16 @@ class Mixture(nn.Module):
     @torch.no_grad()
     def adapt(self, weight: Tensor) -> None:
         """Lets each codebook follow the weight; see :class:`~.base.WeightQuantizer`."""
-        for quantizer in self.quantizers:
-            quantizer.adapt(weight)  # type: ignore[operator]
+        for quantizer in cast("Iterable[WeightQuantizer]", self.quantizers):
+            quantizer.adapt(weight)
 
     adapt_all = WeightQuantizer.adapt_all  # one by one
 
     @torch.no_grad()
     def regularize(self) -> None:
         """Lets each quantizer of inputs add to the gradients of its own parameters."""
-        for quantizer in self.quantizers:
-            quantizer.regularize()  # type: ignore[operator]
+        for quantizer in cast("Iterable[ActivationQuantizer]", self.quantizers):
+            quantizer.regularize()
 
 
 def mix_layer(

@@ -96,7 +96,11 @@ class PartialRuns:
         self.kept_bytes: dict[int, int] = {}
 
     def from_layer(self, name: str, index: int) -> Callable[[], Tensor]:
-        """The operations from the first call of the layer on."""
+        """What gives the logits (N, num_classes) of batch ``index``, as often as it is called.
+
+        It runs the operations from the first call of the layer on: only the layer ``name``, and
+        what is called after it, may be changed between the calls.
+        """
         start = self.first_call[name]
         position, values = self.kept.pop(index, (0, {}))
         self.kept_bytes.pop(index, None)
