@@ -22,7 +22,7 @@ from adq_train.quantization.edges import edges
 from adq_train.quantization.graph import Graph, Operation, place
 from adq_train.quantization.int8_grid import int8_codes, int8_step
 from adq_train.quantization.layer_weights import used_weight
-from adq_train.quantization.layers import QuantConv2d, QuantLayer, QuantLinear, subclass_of
+from adq_train.quantization.layers import QuantConv2d, QuantLayer, QuantLinear, float_kind
 from adq_train.quantization.prepare import keep_weights
 
 # Of int32: a bias leaves as much again for the sum that it is added to.
@@ -231,9 +231,9 @@ def integer_layer(
         return IntegerLinear(*parts)
     if isinstance(layer, QuantConv2d):
         return IntegerConv2d(*parts, layer, _padding(name, layer))
-    kind = subclass_of(layer) or type(layer).__bases__[0]
     raise UserError(
-        f"format: {name} is a {kind.__name__}; integer networks have Conv2d and Linear layers"
+        f"format: {name} is a {float_kind(layer).__name__}; integer networks have Conv2d and "
+        "Linear layers"
     )
 
 

@@ -17,7 +17,7 @@ from adq_train.errors import UserError
 from adq_train.quantization.attention import with_new_names
 from adq_train.quantization.copies import own_copy
 from adq_train.quantization.edges import EDGES, edge_quantizers
-from adq_train.quantization.layers import subclass_of
+from adq_train.quantization.layers import is_subclass
 from adq_train.quantization.prepare import keep_weights, quantized_layers, swap
 from adq_train.quantization.products import has_products
 from adq_train.quantization.target import AttentionTarget, Int8Target, target_of
@@ -109,7 +109,7 @@ def float_state(network: nn.Module, layers: Mapping[str, Any]) -> dict[str, Tens
         if module in modules:
             biases.add(f"{name}.bias")
             # A subclass may have values of its own.
-            parts = ("weight_quantizer.", "input_quantizer.") if subclass_of(module) else ("",)
+            parts = ("weight_quantizer.", "input_quantizer.") if is_subclass(module) else ("",)
             apart += [f"{name}.{part}" for part in parts]
             weights.add(f"{name}.weight")
     for name, tensor in named:

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from adq_train.deploy.layer_tables import LayerTables, Staircase, WeightTable, uniform_grid
 from adq_train.quantization.layer_weights import computing_with
-from adq_train.quantization.layers import float_form, subclass_of
+from adq_train.quantization.layers import float_form, is_subclass
 
 # Up to this many thresholds, comparing with each is faster than a search.
 FEW = 15
@@ -219,6 +219,6 @@ def packed_layer(
     weight = DenseWeight(tables.weight) if dense else Weight(tables.weight)
     if isinstance(layer, nn.Embedding):
         return PackedEmbedding(weight)
-    if subclass_of(layer):
+    if is_subclass(layer):
         return PackedSubclass(float_form(layer), weight, Steps(tables.input))
     return PackedLayer(layer, weight, Steps(tables.input))

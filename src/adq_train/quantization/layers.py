@@ -20,6 +20,15 @@ Operation = Callable[[Tensor, Tensor, Tensor | None], Tensor]
 APART_IN_BFLOAT16 = 7
 
 
+class QuantLayer(nn.Module):
+    """What all quantized layers are: a float layer with a quantizer on weight and input."""
+
+    weight: Tensor
+    bias: Any  # a Tensor, or None; base classes say it differently
+    weight_quantizer: WeightQuantizer
+    input_quantizer: ActivationQuantizer
+
+
 def _between_quantized(layer: QuantLayer, operation: Operation, x: Tensor) -> Tensor:
     """The float layer's own operation, with its input and its weight quantized.
 
@@ -44,48 +53,36 @@ def _in_its_own_type(layer: QuantLayer, operation: Operation, x: Tensor) -> Tens
     return operation(x, weight, None if bias is None else bias.float()).to(dtype)
 
 
-class QuantConv1d(nn.Conv1d):
+class QuantConv1d(QuantLayer, nn.Conv1d):
     """A Conv1d whose weight and input are quantized."""
-
-    weight_quantizer: WeightQuantizer
-    input_quantizer: ActivationQuantizer
 
     def forward(self, input: Tensor) -> Tensor:
         """Maps (N, C_in, L) to (N, C_out, L_out)."""
         return _between_quantized(self, self._conv_forward, input)
 
 
-class QuantConv2d(nn.Conv2d):
+class QuantConv2d(QuantLayer, nn.Conv2d):
     """A Conv2d whose weight and input are quantized."""
-
-    weight_quantizer: WeightQuantizer
-    input_quantizer: ActivationQuantizer
 
     def forward(self, input: Tensor) -> Tensor:
         """Maps (N, C_in, H, W) to (N, C_out, H_out, W_out)."""
         return _between_quantized(self, self._conv_forward, input)
 
 
-class QuantConv3d(nn.Conv3d):
+class QuantConv3d(QuantLayer, nn.Conv3d):
     """A Conv3d whose weight and input are quantized."""
-
-    weight_quantizer: WeightQuantizer
-    input_quantizer: ActivationQuantizer
 
     def forward(self, input: Tensor) -> Tensor:
         """Maps (N, C_in, D, H, W) to (N, C_out, D_out, H_out, W_out)."""
         return _between_quantized(self, self._conv_forward, input)
 
 
-class QuantConvTranspose2d(nn.ConvTranspose2d):
+class QuantConvTranspose2d(QuantLayer, nn.ConvTranspose2d):
     """A ConvTranspose2d whose weight and input are quantized.
 
     Its weight is (C_in, C_out / groups, kH, kW), so a quantizer with one scale for each row of
     the weight has one for each input channel here.
     """
-
-    weight_quantizer: WeightQuantizer
-    input_quantizer: ActivationQuantizer
 
     def forward(self, input: Tensor, output_size: list[int] | None = None) -> Tensor:
         """Maps (N, C_in, H, W) to (N, C_out, H_out, W_out)."""
@@ -99,28 +96,20 @@ class QuantConvTranspose2d(nn.ConvTranspose2d):
         return _between_quantized(self, operation, input)
 
 
-class QuantLinear(nn.Linear):
+class QuantLinear(QuantLayer, nn.Linear):
     """A Linear whose weight and input are quantized."""
-
-    weight_quantizer: WeightQuantizer
-    input_quantizer: ActivationQuantizer
 
     def forward(self, input: Tensor) -> Tensor:
         """Maps (N, …, in_features) to (N, …, out_features)."""
         return _between_quantized(self, F.linear, input)
 
 
-class QuantSubclass(nn.Module):
+class QuantSubclass(QuantLayer):
     """A subclass of one of these layers, in which its own ``forward()`` meets quantized tensors.
 
     What it computes of its weight, as weight standardisation does, it computes of the quantized
     one. Whether that has any effect, :func:`~.subclasses.refusal` finds out.
     """
-
-    weight: Tensor
-    bias: Tensor | None
-    weight_quantizer: WeightQuantizer
-    input_quantizer: ActivationQuantizer
 
     def forward(self, input: Tensor, *others: Any, **named: Any) -> Tensor:
         """Maps what the subclass maps."""
@@ -135,12 +124,10 @@ class QuantSubclass(nn.Module):
         return _between_quantized(self, operation, input)
 
 
-class QuantEmbedding(nn.Embedding):
+class QuantEmbedding(QuantLayer, nn.Embedding):
     """An Embedding whose weight is quantized; its input is indices, which stay as they are."""
 
-    bias: Tensor | None = None
-    weight_quantizer: WeightQuantizer
-    input_quantizer: ActivationQuantizer
+    bias = None
 
     def forward(self, input: Tensor) -> Tensor:
         """Maps indices (…) to rows of the weight (…, embedding_dim)."""
@@ -178,16 +165,6 @@ class Indices(ActivationQuantizer):
         """One, that stands for nothing, (1,)."""
         return self.level
 
-
-QuantLayer = (
-    QuantConv1d
-    | QuantConv2d
-    | QuantConv3d
-    | QuantConvTranspose2d
-    | QuantLinear
-    | QuantEmbedding
-    | QuantSubclass
-)
 
 # Exact types; subclasses become a :class:`QuantSubclass` each.
 QUANTIZED: dict[type[nn.Module], type[QuantLayer]] = {
@@ -251,18 +228,21 @@ def quantized(
     return new
 
 
-def subclass_of(layer: nn.Module) -> type[nn.Module] | None:
-    """The subclass whose own ``forward()`` a layer computes with, float or quantized, or None."""
-    if isinstance(layer, QuantSubclass):
-        _, _, kind, *_ = type(layer).__mro__
-        return kind
+def is_subclass(layer: nn.Module) -> bool:
+    """Whether a layer, float or quantized, computes with a ``forward()`` of its own."""
     form = quantized_kind(layer)
-    return type(layer) if form and issubclass(form, QuantSubclass) else None
+    return isinstance(layer, QuantSubclass) or bool(form and issubclass(form, QuantSubclass))
+
+
+def float_kind(layer: nn.Module) -> type[nn.Module]:
+    """The class that a quantized layer has without its quantizers; its own for any other."""
+    kinds = type(layer).__mro__
+    return kinds[kinds.index(QuantLayer) + 1] if isinstance(layer, QuantLayer) else kinds[0]
 
 
 def float_form(layer: nn.Module) -> nn.Module:
     """A quantized subclass of a layer without its quantizers; it shares the layer's parameters."""
-    kind = subclass_of(layer) or type(layer)
+    kind = float_kind(layer)
     new: nn.Module = kind.__new__(kind)
     new.__dict__.update({name: copy.copy(value) for name, value in vars(layer).items()})
     for name in ("weight_quantizer", "input_quantizer"):

@@ -6,7 +6,7 @@ import copy
 import logging
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
-from typing import Any, get_args
+from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
@@ -25,7 +25,7 @@ Values = dict[fx.Node, Any]
 
 # Operations besides the layers that can be quantized: a batch norm of any kind, as its mode may
 # change, a quantized layer, as it may be replaced, and torch's attention, which nothing looks into.
-WHOLE = (_BatchNorm, *get_args(QuantLayer), nn.MultiheadAttention)
+WHOLE = (_BatchNorm, QuantLayer, nn.MultiheadAttention)
 
 
 class Trial(fx.Interpreter):
