@@ -17,6 +17,7 @@ from adq_train.data.base import InputFormat, Pixels
 from adq_train.deploy.evaluable import Evaluable
 from adq_train.deploy.trained import open_run, trained_network
 from adq_train.errors import UserError
+from adq_train.reporting.summary import Counts, total_bytes
 
 
 @pytest.fixture(scope="module")
@@ -59,6 +60,8 @@ def test_the_report_states_sizes(finished_run, program, tmp_path):
     sizes = report["sizes"]
     assert sizes["codes"] == promised.model_size_bytes
     assert report["promised_bytes"] == sizes["codes"] + sizes["tables"] + sizes["floats"]
+    counts = json.loads((finished_run / "manifest.json").read_text())["model"]
+    assert report["promised_bytes"] == total_bytes(promised, Counts(**counts))
     assert report["file_bytes"] == output.stat().st_size
     assert report["compression"] == report["float32_bytes"] / report["file_bytes"]
     state = trained_network(open_run(finished_run)).state_dict()

@@ -38,7 +38,7 @@ def text_of(columns=120, **changes):
 
 
 def test_everything_that_inference_needs_is_counted():
-    tables = (256 + 256) + (4 + 4)
+    tables = (256 + 256 + 255) + (4 + 4 + 3)
     assert total_bytes(ALLOCATION, Counts(50)) == 351 + 4 * (tables + 50)
     assert total_bytes(ALLOCATION, Counts(50, 3)) == 351 + 4 * (tables + 53)
 

@@ -51,13 +51,14 @@ def kilobytes(count: float) -> str:
 
 
 def total_bytes(allocation: BitAllocation, counts: Counts) -> int:
-    """Everything that inference needs: packed weights, their levels, thresholds, float values.
+    """Everything that inference needs: packed weights, tables and float values.
 
     Args:
-        allocation: The bits; weights are packed, and 2^b levels and thresholds stay in float32.
+        allocation: The bits. Weights are packed; their 2^b levels, the 2^b levels of inputs and
+            the thresholds between these are tables in float32, as in a packed file.
         counts: Of the model.
     """
-    tables: int = sum(2**x.weight_bits + 2**x.activation_bits for x in allocation.layers)
+    tables: int = sum(2**x.weight_bits + 2 * 2**x.activation_bits - 1 for x in allocation.layers)
     values = tables + counts.num_float_values + counts.num_edges
     return allocation.model_size_bytes + FLOAT_BYTES * values
 
