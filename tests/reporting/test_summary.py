@@ -70,7 +70,8 @@ def test_sizes_are_compared_with_float32():
 
 def test_a_network_for_integers_says_so():
     assert "target" not in text_of()
-    assert "int8, with 3 values between layers at 8 bits" in text_of(counts=Counts(50, 3))
+    text = text_of(counts=Counts(50, 3, "int8"))
+    assert "int8, with 3 values besides the inputs of layers at 8 bits" in text
 
 
 def test_negative_sensitivities_are_shown_as_they_are():

@@ -85,8 +85,9 @@ def show(path: Path) -> None:
     if manifest.get("model") is None:
         raise UserError(f"{path / 'manifest.json'}: model is missing; delete the file and go on")
     model = manifest["model"]
-    target = str((config.get("target") or {}).get("_target_"))
-    counts = summary.Counts(model["num_float_values"], model.get("num_edges", 0), target)
+    # A run from before it was written down had no other target than int8.
+    edges = model.get("num_edges", 0), model.get("target", "int8")
+    counts = summary.Counts(model["num_float_values"], *edges)
     begun = "init_from" in (manifest.get("files") or {})
     trusted = tuple(map(str, config.get("trusted_packages") or ()))
     summary.show(summary.render(table, allocation, levels, result, counts, path, begun, trusted))

@@ -37,7 +37,7 @@ class Counts:
     Attributes:
         num_float_values: Parameters and statistics outside the quantized weights.
         num_edges: Values besides inputs of layers that are quantized too, each with a step.
-        target: The class of the target that wants them.
+        target: The name of the target that wants them.
     """
 
     num_float_values: int
@@ -199,10 +199,9 @@ def size_table(
             f"{kilobytes(count)}, {FLOAT_BYTES * of / count:.1f} times smaller than float32 "
             f"({kilobytes(FLOAT_BYTES * of)})",
         )
-    if counts.num_edges and counts.target.endswith("AttentionTarget"):
-        sizes.add_row("target", f"attention: {counts.num_edges} operands of its products at 8 bits")
-    elif counts.num_edges:
-        sizes.add_row("target", f"int8, with {counts.num_edges} values between layers at 8 bits")
+    if counts.num_edges:
+        besides = f"{counts.num_edges} values besides the inputs of layers at 8 bits"
+        sizes.add_row("target", f"{counts.target}, with {besides}")
     sizes.add_row("bit operations", f"{allocation.bops:.3g} per image")
     total = sum(result.seconds.values())
     long = [f"{name} {x:.1f}" for name, x in result.seconds.items() if x >= total / 50]

@@ -48,6 +48,7 @@ class _Data:
 class _Model:
     num_float_values: Count
     num_edges: Count = 0
+    target: str = ""
 
 
 @dataclass(frozen=True)

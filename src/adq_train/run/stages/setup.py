@@ -36,5 +36,6 @@ def facts(session: Session, command: list[str]) -> dict[str, Any]:
         "model": {
             "num_float_values": num_float_values(session.model, session.problem.layers),
             "num_edges": session.parts.target.num_edges(session.model),
+            "target": session.parts.target.name,
         },
     }
