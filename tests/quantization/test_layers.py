@@ -176,3 +176,14 @@ def test_autocast_leaves_levels_of_8_bits_apart(bits, dtype, monkeypatch):
     assert y.dtype == dtype
     y.sum().backward()
     assert x.grad.dtype == torch.float32
+
+
+def test_a_layer_prints_as_one_line_with_its_bits():
+    layer = quantized(nn.Linear(4, 2), AdqWeightQuantizer(3), N2uqActivationQuantizer(4))
+    assert repr(layer) == (
+        "QuantLinear(in_features=4, out_features=2, bias=True, "
+        "weight=AdqWeightQuantizer(bit_width=3), input=N2uqActivationQuantizer(bit_width=4))"
+    )
+    layer.inner = nn.ReLU()  # a layer with more within shows all of it
+    assert "(inner): ReLU()" in repr(layer)
+    assert "(weight_quantizer): AdqWeightQuantizer(bit_width=3)" in repr(layer)

@@ -28,6 +28,13 @@ class QuantLayer(nn.Module):
     weight_quantizer: WeightQuantizer
     input_quantizer: ActivationQuantizer
 
+    def __repr__(self) -> str:
+        """One line, where a layer has nothing within but its quantizers."""
+        if set(self._modules) != {"weight_quantizer", "input_quantizer"}:
+            return str(super().__repr__())
+        of = f"weight={self.weight_quantizer}, input={self.input_quantizer}"
+        return f"{type(self).__name__}({self.extra_repr()}, {of})"
+
 
 def _between_quantized(layer: QuantLayer, operation: Operation, x: Tensor) -> Tensor:
     """The float layer's own operation, with its input and its weight quantized.
