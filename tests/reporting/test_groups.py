@@ -231,7 +231,23 @@ def test_a_file_for_each_seed_is_one_row_and_said(tmp_path):
         make_run(tmp_path / str(seed), seed=seed, manifest={"checkpoint_sha256": f"{seed}" * 64})
     section = only(tmp_path)
     assert list(table(section).values()) == [[0, 1, 2]]
-    assert section.problems == ("each seed has a file of its own as pretrain.checkpoint",)
+    assert section.problems == ("each seed has its own pretrain.checkpoint",)
+
+
+def test_random_bits_of_one_draw_for_each_seed_are_one_row_and_said(tmp_path):
+    def make(name, seed, draw):
+        changes = {"allocator": {"_target_": "a.random.RandomAllocator", "seed": draw}}
+        overrides = ("allocator=random", f"allocator.seed={draw}")
+        make_run(tmp_path / name, 90 + draw, seed=seed, changes=changes, overrides=overrides)
+
+    for seed in range(3):
+        make_run(tmp_path / f"chosen{seed}", seed=seed, overrides=())
+        make(f"draw{seed}", seed, draw=seed)
+    section = only(tmp_path)
+    assert table(section) == {"as configured": [0, 1, 2], "allocator=random": [0, 1, 2]}
+    assert section.problems == ("each seed has its own allocator.seed",)
+    make("another", seed=0, draw=7)  # several draws of a seed are rows of their own
+    assert len(table(only(tmp_path))) == 5
 
 
 def test_rows_of_one_budget_that_use_other_bits_are_not_called_equal(tmp_path):

@@ -159,10 +159,11 @@ def _rows(runs: Sequence[Run]) -> tuple[list[Row], str, list[str]]:
     """The rows of one section, what all its runs share, and its problems."""
     settings = [settings_of(run) for run in runs]
     problems = []
-    for name in ("pretrain.checkpoint", "init_from", *settings_where(lambda x: x.path is INPUT)):
-        settings, of_seeds = _without_files_of_seeds(runs, settings, name)
+    files = "pretrain.checkpoint", "init_from", *settings_where(lambda x: x.path is INPUT)
+    for name in (*files, "allocator.seed"):
+        settings, of_seeds = _without_values_of_seeds(runs, settings, name)
         if of_seeds:
-            problems.append(f"each seed has a file of its own as {name}")
+            problems.append(f"each seed has its own {name}")
     known = {x["data.fingerprint"] for x in settings} - {None}
     for found in settings:
         if found["data.fingerprint"] is None and len(known) == 1:
@@ -205,26 +206,26 @@ def _rows(runs: Sequence[Run]) -> tuple[list[Row], str, list[str]]:
     return rows, common, problems
 
 
-def _without_files_of_seeds(
+def _without_values_of_seeds(
     runs: Sequence[Run], settings: Sequence[dict[str, Any]], name: str
 ) -> tuple[list[dict[str, Any]], bool]:
-    """The settings without a file where there is one for each seed: the seed tells it already.
+    """The settings without one that has a value for each seed: the seed tells it already.
 
     Returns:
-        The settings, and whether some runs really had a file for each seed. Where two seeds share
-        one and a third has another, or none, the file is a choice and stays.
+        The settings, and whether some runs really had a value for each seed. Where two seeds share
+        one and a third has another, or none, it is a choice and stays.
     """
     others = [{k: v for k, v in found.items() if k != name} for found in settings]
     keys = [json.dumps(found, sort_keys=True, default=str) for found in others]
-    pairs: dict[str, set[tuple[int, str | None]]] = {}
+    pairs: dict[str, set[tuple[int, Any]]] = {}
     for run, key, found in zip(runs, keys, settings, strict=True):
         pairs.setdefault(key, set()).add((run.seed, found.get(name)))
     seeds = {key: {seed for seed, _ in found} for key, found in pairs.items()}
-    files = {key: {file for _, file in found} for key, found in pairs.items()}
-    own = {key for key in pairs if len(pairs[key]) == len(seeds[key]) == len(files[key]) > 1}
-    own -= {key for key in own if None in files[key]}
+    values = {key: {value for _, value in found} for key, found in pairs.items()}
+    own = {key for key in pairs if len(pairs[key]) == len(seeds[key]) == len(values[key]) > 1}
+    own -= {key for key in own if None in values[key]}
     fewer = [
-        other if key in own or len(files[key]) == 1 else found
+        other if key in own or len(values[key]) == 1 else found
         for key, found, other in zip(keys, settings, others, strict=True)
     ]
     return fewer, bool(own)

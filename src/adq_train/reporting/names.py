@@ -71,10 +71,10 @@ def names_of(
     Returns:
         A name for each group; how many overrides it has beyond the common ones; what is common.
     """
-    chosen = {
-        key: min((overrides_of(run) for run in runs), key=lambda x: (len(x), x))
-        for key, runs in groups.items()
-    }
+    chosen = {}
+    for key, runs in groups.items():
+        first, *others = [overrides_of(run) for run in runs]
+        chosen[key] = [x for x in first if all(x in other for other in others)]
     common = set.intersection(*map(set, chosen.values()))
     own = {key: [x for x in found if x not in common] for key, found in chosen.items()}
     names = {key: " ".join(found) or AS_IS for key, found in own.items()}
