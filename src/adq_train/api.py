@@ -251,7 +251,7 @@ def quantize(model: nn.Module, calibration_batches: Iterable[object], recipe: Re
     counted = achieved(quantized, task.sample, problem.pinned, task.count or 1)
     require_achieved(allocation, counted)
     _give_back(quantized, type(model), task.kind)
-    return carrying(quantized, table, allocation, quantizers, recipe.target)
+    return carrying(quantized.eval(), table, allocation, quantizers, recipe.target)
 
 
 def require_float(model: nn.Module) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from difflib import SequenceMatcher, get_close_matches
 
@@ -32,6 +33,7 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
     return f" (did you mean '{max(near, key=likeness)}'?)" if near else ""
 
 
-def first_line(error: Exception) -> str:
-    """What an error of a library says, in one line."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+def first_line(error: BaseException) -> str:
+    """What an error of a library says, in one line without colours."""
+    told = re.sub("\x1b\\[[0-9;]*m", "", str(error)).strip()
+    return (told or type(error).__name__).splitlines()[0]

@@ -93,6 +93,8 @@ class Format:
         packages: What that extra brings, as they are imported.
         exact: Whether the file is promised to be the trained network, bit for bit. Then it is
             compared on random images, otherwise on the test set.
+        as_trained: Whether it is made from the trained network's own tables; then what it is
+            compared with must be that network bit for bit, unless batch norms are folded.
         integer: Whether the file is an integer network, which rounds more than the trained one
             does: on how many images that shows is reported.
         float16: Whether ``float_type`` is a choice.
@@ -108,6 +110,7 @@ class Format:
     extra: str = ""
     packages: tuple[str, ...] = ()
     exact: bool = False
+    as_trained: bool = False
     integer: bool = False
     float16: bool = False
     num_images: int | None = None
@@ -143,7 +146,7 @@ FORMATS = {
         ),
         Format(
             "onnx", ".onnx", "onnx", "onnxruntime", "standard ONNX operations, codes and lookups",
-            "export", ("onnx", "onnxscript", "onnxruntime"),
+            "export", ("onnx", "onnxscript", "onnxruntime"), as_trained=True,
         ),
         Format(
             "qdq", ".qdq.onnx", "qdq", "onnxruntime", "int8 ONNX, fast on CPUs (target=int8)",

@@ -147,7 +147,8 @@ def onnx_bytes(
                 verbose=False,
             )
     except Exception as error:  # the exporter raises whatever it meets
-        raise UserError(f"torch.onnx cannot export this model: {first_line(error)}") from error
+        reason = first_line(error.__cause__ or error)  # torch.onnx says what to do, not why
+        raise UserError(f"torch.onnx cannot export this model: {reason}") from error
     assert program is not None
     proto = program.model_proto
     for node in proto.graph.node:  # stack traces, several times the size of a small model

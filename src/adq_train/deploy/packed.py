@@ -337,7 +337,7 @@ def _parsed(
     if target not in TARGETS:
         raise ValueError(f"edges of {target!r}")
     kept = {
-        str(name): floats.take(math.prod(_shape(shape))).float().view(_shape(shape))
+        str(name): floats.take(math.prod(_shape(shape, least=0))).float().view(shape)
         for name, shape in index["floats"]
     }
     if len(kept) < len(index["floats"]):
@@ -370,7 +370,8 @@ def _edge(step: float, low: int, high: int) -> Edge:
     return Edge(step, low, high)
 
 
-def _shape(sizes: Any) -> tuple[int, ...]:
-    if not sizes or not all(type(size) is int and size >= 1 for size in sizes):
+def _shape(sizes: Any, least: int = 1) -> tuple[int, ...]:
+    known = type(sizes) is list and len(sizes) >= least
+    if not known or not all(type(size) is int and size >= least for size in sizes):
         raise ValueError(f"a shape of {sizes}")
     return tuple(sizes)

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from adq_train.deploy.layer_tables import LayerTables, Staircase, WeightTable, uniform_grid
 from adq_train.quantization.layer_weights import computing_with
-from adq_train.quantization.layers import float_form, is_subclass
+from adq_train.quantization.layers import float_form, is_subclass, transposed
 
 # Up to this many thresholds, comparing with each is faster than a search.
 FEW = 15
@@ -153,15 +153,13 @@ class PackedLayer(nn.Module):
         self.weight = weight
         self.steps = steps
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor, output_size: list[int] | None = None) -> Tensor:
         """Maps an input of the float layer's shape to its output."""
-        x, weight = self.steps(x), self.weight()
+        x, weight = self.steps(input), self.weight()
         if isinstance(self.layer, nn.Linear):
             return F.linear(x, weight, self.layer.bias)
         if isinstance(self.layer, nn.ConvTranspose2d):
-            of = self.layer
-            geometry: Any = (of.stride, of.padding, of.output_padding, of.groups, of.dilation)
-            return F.conv_transpose2d(x, weight, of.bias, *geometry)
+            return transposed(self.layer, x, weight, self.layer.bias, output_size)
         assert isinstance(self.layer, nn.Conv1d | nn.Conv2d | nn.Conv3d)
         output: Tensor = self.layer._conv_forward(x, weight, self.layer.bias)
         return output
@@ -183,10 +181,10 @@ class PackedSubclass(nn.Module):
         self.weight = weight
         self.steps = steps
 
-    def forward(self, x: Tensor, *others: Any, **named: Any) -> Tensor:
+    def forward(self, input: Tensor, *others: Any, **named: Any) -> Tensor:
         """Maps what the float layer maps."""
         with computing_with(self.layer, {"weight": self.weight()}):
-            output: Tensor = self.layer(self.steps(x), *others, **named)
+            output: Tensor = self.layer(self.steps(input), *others, **named)
             return output
 
 
@@ -201,9 +199,9 @@ class PackedEmbedding(nn.Module):
         super().__init__()
         self.weight = weight
 
-    def forward(self, indices: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
         """Maps indices (…) to rows of the weight (…, embedding_dim)."""
-        return F.embedding(indices, self.weight())
+        return F.embedding(input, self.weight())
 
 
 def packed_layer(

@@ -21,6 +21,8 @@ from adq_train.nested import few, mapped
 ROUNDING_IMAGES = 512
 # Of the largest value, where values are compared and not classes.
 VALUES_ROUND = 1e-5
+# Of the root mean square of all outputs: more is no rounding of a network worth to be exported.
+MOST_ROUNDING = 0.5
 
 
 @dataclass(frozen=True)
@@ -69,6 +71,8 @@ def write_checked(
     path.write_bytes(written.content)
     trained = source.network if kind.integer else None
     first = writer.reference(source)
+    if not kind.exact:
+        require_trained(first, source, kind.as_trained and not source.tables.folded)
     second = packed_form.run(path, source) if kind.exact else FileHere(path, kind.runtime)
     agreement = compare(first, second, batches, written.resolution, trained)
     if not kind.exact:
@@ -162,6 +166,29 @@ def rounding_of(network: nn.Module, batches: Iterable[Any]) -> float:
     except RuntimeError:  # a forward() with float32 of its own
         return 0.0
     return max(map(float, distances), default=0.0)
+
+
+@torch.no_grad()
+def require_trained(reference: nn.Module, source: Source, exactly: bool) -> None:
+    """Refuses what a file is compared with if that is not the trained network, on the example.
+
+    Args:
+        reference: A network in the form of the file.
+        source: The trained one.
+        exactly: Bit for bit; else up to rounding, which moves outputs by less than their size.
+
+    Raises:
+        UserError: States the difference.
+    """
+    trained, found = source.network(source.example), reference(source.example)
+    difference = (trained - found).double()
+    share = float(difference.square().mean().sqrt() / trained.double().square().mean().sqrt())
+    if share > (0.0 if exactly else MOST_ROUNDING):
+        raise UserError(
+            "the network of the file is not the trained one (its outputs are off by "
+            f"{share:.2%} of their size); no file was written; is there a forward hook, or a value "
+            "outside of the model's parameters and buffers, that changes what layers compute?"
+        )
 
 
 def require_same_classes(agreement: Agreement, tolerance: float, runtime: str) -> None:

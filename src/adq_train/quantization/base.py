@@ -11,6 +11,9 @@ from torch import Tensor, nn
 
 from adq_train.quantization.functional import midpoints
 
+# In a row of fewer weights all of them may be zero by accident.
+FEWEST_ZEROS = 8
+
 
 class Quantizer(nn.Module, ABC):
     """Maps a tensor to few levels and lets gradients through.
@@ -198,5 +201,10 @@ def check_choice(name: str, value: str, allowed: tuple[str, ...]) -> None:
 
 
 def is_pruned(weights: Tensor) -> bool:
-    """Whether at least a thousandth of some weights is exactly zero, which is no accident."""
-    return bool((weights == 0).float().mean() >= 1e-3)
+    """Whether zeros among some weights are no accident: a thousandth of them, or a whole row.
+
+    Such a row is a filter that was pruned, or an embedding's padding.
+    """
+    zero = weights == 0
+    rows = zero.flatten(1) if weights.dim() > 1 and weights[0].numel() >= FEWEST_ZEROS else None
+    return bool(zero.float().mean() >= 1e-3 or (rows is not None and rows.all(1).any()))

@@ -109,6 +109,20 @@ class Tracer(fx.Tracer):
         return own or super().is_leaf_module(m, module_qualified_name)
 
 
+def _first_size(size: Any) -> bool:
+    """Whether a value is the first size of a tensor: ``x.size(0)``, ``x.shape[0]``."""
+    if not isinstance(size, fx.Node):
+        return False
+    if size.op == "call_method" and size.target == "size":
+        return bool(size.args[1:] == (0,))
+    if size.target is not operator.getitem or size.args[1] != 0:
+        return False
+    sizes = size.args[0]
+    assert isinstance(sizes, fx.Node)
+    shape = sizes.target is getattr and sizes.args[1] == "shape"
+    return bool(sizes.target == "size" or shape)
+
+
 class Graph:
     """The graph of a network's ``forward()``, in evaluation mode.
 
@@ -162,7 +176,7 @@ class Graph:
         """Makes flatten(1) of ``x.view(x.size(0), -1)``, which asks for the size of a batch."""
         for node in list(self.fx.nodes):
             named = node.op == "call_method" and node.target in ("view", "reshape")
-            if named and len(node.args) == 3 and node.args[2] == -1:
+            if named and len(node.args) == 3 and node.args[2] == -1 and _first_size(node.args[1]):
                 with self.fx.inserting_before(node):
                     flat = self.fx.call_function(torch.flatten, (node.args[0], 1))
                 flat.meta = dict(node.meta)

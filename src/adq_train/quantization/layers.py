@@ -60,6 +60,20 @@ def _in_its_own_type(layer: QuantLayer, operation: Operation, x: Tensor) -> Tens
     return operation(x, weight, None if bias is None else bias.float()).to(dtype)
 
 
+def transposed(
+    layer: nn.ConvTranspose2d,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    output_size: list[int] | None,
+) -> Tensor:
+    """A transposed convolution in a layer's geometry: (N, C_in, H, W) to (N, C_out, H', W')."""
+    geometry: Any = (layer.stride, layer.padding, layer.kernel_size, 2, layer.dilation)
+    padding = layer._output_padding(x, output_size, *geometry)
+    at: Any = (layer.stride, layer.padding, padding, layer.groups, layer.dilation)
+    return F.conv_transpose2d(x, weight, bias, *at)
+
+
 class QuantConv1d(QuantLayer, nn.Conv1d):
     """A Conv1d whose weight and input are quantized."""
 
@@ -93,12 +107,9 @@ class QuantConvTranspose2d(QuantLayer, nn.ConvTranspose2d):
 
     def forward(self, input: Tensor, output_size: list[int] | None = None) -> Tensor:
         """Maps (N, C_in, H, W) to (N, C_out, H_out, W_out)."""
-        geometry: Any = (self.stride, self.padding, self.kernel_size, 2, self.dilation)
-        padding = self._output_padding(input, output_size, *geometry)
 
         def operation(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-            at: Any = (self.stride, self.padding, padding, self.groups, self.dilation)
-            return F.conv_transpose2d(x, weight, bias, *at)
+            return transposed(self, x, weight, bias, output_size)
 
         return _between_quantized(self, operation, input)
 

@@ -80,15 +80,20 @@ class Products:
         """
         scale = query.shape[-1] ** -0.5 if scale is None else scale
         scores = (self.query(query) @ self.key(key).transpose(-2, -1)) * scale
-        if mask is not None:
-            scores = scores + mask
-        weights = scores.softmax(-1)
-        if mask is not None:  # as torch does: where every key is masked, none counts
-            weights = weights.masked_fill((scores == -torch.inf).all(-1, keepdim=True), 0.0)
+        weights = scores.softmax(-1) if mask is None else _masked_softmax(scores + mask)
         weights = self.weights(weights)
         weights = F.dropout(weights, dropout) if dropout else weights
         context = weights @ self.value(value)
         return context.to(query.dtype), weights.to(query.dtype)
+
+
+def _masked_softmax(scores: Tensor) -> Tensor:
+    """Weights (…, L, S) that are zero, as torch's, in a row in which every key is masked (-inf).
+
+    Filled before the softmax too: there such a row's weights would be NaN, and so its gradients.
+    """
+    empty = (scores == -torch.inf).all(-1, keepdim=True)
+    return scores.masked_fill(empty, 0.0).softmax(-1).masked_fill(empty, 0.0)
 
 
 OPERANDS = tuple(field.name for field in fields(Products))
