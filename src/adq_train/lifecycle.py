@@ -92,6 +92,38 @@ def carried_by(model: nn.Module) -> Quantized:
     return found
 
 
+def _require_finite(model: nn.Module) -> None:
+    """Refuses a network that training has broken, which its classes need not show.
+
+    Raises:
+        UserError: A parameter is NaN or infinite, or a state is no tensor; it is named.
+    """
+    for name, value in model.state_dict().items():
+        if not isinstance(value, Tensor):
+            raise UserError(
+                f"model: {name} is a {type(value).__name__}; a file holds tensors alone, so keep "
+                "what get_extra_state() returns elsewhere"
+            )
+    for name, value in model.named_parameters():
+        if not value.isfinite().all():
+            raise UserError(
+                f"model: {name} holds NaN or infinite values; go back to where training was finite"
+            )
+
+
+def _require_float32(network: nn.Module) -> None:
+    """Refuses a network that computes in another type; files hold float32.
+
+    Raises:
+        UserError: Names a parameter.
+    """
+    for name, value in network.named_parameters():
+        if value.is_floating_point() and value.dtype != torch.float32:
+            raise UserError(
+                f"model: {name} is of {value.dtype}, and files are of float32; export model.float()"
+            )
+
+
 def save(model: nn.Module, path: str | Path) -> None:
     """Writes a quantized network with all that training goes on from, for :func:`load`.
 
@@ -100,10 +132,12 @@ def save(model: nn.Module, path: str | Path) -> None:
         path: The file, in the safetensors format: weights, quantizers, bits, sensitivities.
 
     Raises:
-        UserError: The model is not quantized, or the file cannot be written.
+        UserError: The model is not quantized, holds NaN or infinite values, or something else than
+            tensors, or the file cannot be written.
     """
     model = unwrapped(model)
     carried = carried_by(model)
+    _require_finite(model)
     every = model.state_dict()
     state = {name: every[name].cpu().contiguous().clone() for name, *_ in tied_names(every)}
     metadata = {
@@ -224,10 +258,12 @@ def export(
         How the file's outputs agree with the network's on the example.
 
     Raises:
-        UserError: The model is not quantized or cannot be exported, or the file's outputs are
+        UserError: The model is not quantized, holds NaN or infinite values or is not in float32,
+            or cannot be exported, or the file's outputs are
             other ones; no file is left then.
     """
     carried_by(model)
+    _require_finite(model)
     path = Path(path)
     kind = FORMATS.get(format) if format else format_of(path)
     if kind is None:
@@ -238,6 +274,7 @@ def export(
         )
     network = own_copy(model).cpu().eval()
     example = mapped(lambda x: x.detach().cpu(), example)
+    _require_float32(network)
     task = prepare_task(network, [example if forward else (example, None)], Task(forward, output))
     if task.count is not None and not kind.exact:
         raise UserError(

@@ -151,6 +151,11 @@ def onnx_bytes(
         raise UserError(f"torch.onnx cannot export this model: {reason}") from error
     assert program is not None
     proto = program.model_proto
+    if not proto.graph.input[0].type.tensor_type.shape.dim[0].dim_param:
+        raise UserError(
+            "torch.onnx fixes the size of a batch, which forward() asks for as a number; write "
+            "x.shape[0] instead of len(x) or int(x.shape[0]), or torch.flatten(x, 1)"
+        )
     for node in proto.graph.node:  # stack traces, several times the size of a small model
         node.ClearField("metadata_props")
         node.ClearField("doc_string")

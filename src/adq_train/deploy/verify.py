@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from adq_train.deploy import packed_form
 from adq_train.deploy.apart import FileHere
 from adq_train.deploy.formats import Format, Source, Written
-from adq_train.errors import UserError
+from adq_train.errors import UserError, first_line
 from adq_train.nested import few, mapped
 
 # Images on which the effect of rounding is measured, where there is a difference to judge.
@@ -74,7 +74,13 @@ def write_checked(
     if not kind.exact:
         require_trained(first, source, kind.as_trained and not source.tables.folded)
     second = packed_form.run(path, source) if kind.exact else FileHere(path, kind.runtime)
-    agreement = compare(first, second, batches, written.resolution, trained)
+    try:
+        agreement = compare(first, second, batches, written.resolution, trained)
+    except (AttributeError, IndexError, RuntimeError, TypeError) as error:
+        raise UserError(
+            f"the file cannot be run beside the network ({first_line(error)}); no file was "
+            "written; does forward() use a layer's weight itself?"
+        ) from error
     if not kind.exact:
         require_same_classes(agreement, tolerance, kind.runtime)
     elif source.float_type is torch.float32 and not source.tables.folded:

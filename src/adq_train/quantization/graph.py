@@ -147,6 +147,9 @@ class Graph:
         self.leaves: tuple[type[nn.Module], ...] = (Quantizer, *leaves, *self.layers)
         self.fx = self._traced()
         self._flatten_views()
+        for node in self.fx.nodes:
+            if node.op == "call_module" and not node.args and set(node.kwargs) == {"input"}:
+                node.args, node.kwargs = (node.kwargs["input"],), {}
 
     def _traced(self) -> fx.Graph:
         """The graph, which must be the same in training as in evaluation."""
