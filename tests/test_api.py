@@ -323,3 +323,16 @@ def test_pruned_weights_stay_zero_in_training(caplog):
     with caplog.at_level("WARNING"):
         adq_train.quantize(model, [x], average_bits=3, make_weight_quantizer=N2uqWeightQuantizer)
     assert "2: 50 % of its weights are exactly zero and do not stay so" in caplog.messages[-1]
+
+
+def test_the_copy_is_in_evaluation_mode_whatever_the_model_is_in():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Dropout())
+    model = model.append(nn.Linear(144, 3)).train()
+    x = torch.randn(16, 1, 8, 8)
+    quantized = adq_train.quantize(model, [x], first_last_bits=None, bits={"*": 4})
+    assert model.training
+    assert not any(module.training for module in quantized.modules())
+    before = {name: value.clone() for name, value in quantized.state_dict().items()}
+    assert torch.equal(quantized(x), quantized(x))
+    assert all(torch.equal(value, before[name]) for name, value in quantized.state_dict().items())

@@ -316,3 +316,111 @@ def test_a_network_that_has_the_attribute_itself_is_refused(images):
     network.adq = nn.Linear(2, 2)
     with pytest.raises(UserError, match="model: its attribute adq"):
         adq_train.quantize(network, [images])
+
+
+class Small(nn.Module):
+    """Two convolutions and a classifier, called in some other way."""
+
+    def __init__(self, way=None):
+        super().__init__()
+        self.first, self.second = nn.Conv2d(1, 8, 3), nn.Conv2d(8, 8, 3)
+        self.head, self.way = nn.Linear(128, 5), way
+        if way == "scalar":
+            self.scale = nn.Parameter(torch.tensor(2.0))
+
+    def forward(self, x):
+        x = torch.relu(self.first(x))
+        x = self.second(input=x) if self.way == "named" else self.second(x)
+        x = x.view(len(x), -1) if self.way == "len" else torch.flatten(torch.relu(x), 1)
+        x = self.head(x)
+        return x * self.scale if self.way == "scalar" else x
+
+
+def small(images, way=None, **options):
+    torch.manual_seed(0)
+    return adq_train.quantize(Small(way), [images], average_bits=3, **options)
+
+
+FORMATS = [("float", "packed"), ("float", "onnx"), ("int8", "qdq"), ("int8", "tflite")]
+
+
+@pytest.mark.parametrize(("target", "format"), FORMATS)
+def test_a_file_that_loses_a_hook_is_refused(images, tmp_path, target, format):
+    model = small(images, target=target)
+    export(model, tmp_path / "whole", images, format=format)
+    model.second.register_forward_hook(lambda module, inputs, output: 3 * output + 1)
+    with pytest.raises(UserError, match="no file was written"):
+        export(model, tmp_path / "x", images, format=format)
+    assert not (tmp_path / "x").exists()
+
+
+@pytest.mark.parametrize(("target", "format"), FORMATS)
+def test_a_layer_may_be_called_by_the_name_of_its_input(images, tmp_path, target, format):
+    model = small(images, "named", target=target)
+    assert export(model, tmp_path / "x", images, format=format).different == 0
+
+
+def test_a_parameter_without_dimensions_is_packed(images, tmp_path):
+    model = small(images, "scalar")
+    export(model, tmp_path / "x", images, format="packed")
+    assert adq_train.load_packed(tmp_path / "x", network=Small("scalar")).scale == 2
+
+
+def test_an_output_size_is_packed(tmp_path):
+    class Up(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.down, self.up = nn.Conv2d(1, 4, 3, stride=2), nn.ConvTranspose2d(4, 3, 3, stride=2)
+
+        def forward(self, x):
+            return self.up(self.down(x), output_size=x.shape[2:])
+
+    images = torch.randn(8, 1, 8, 8)
+    model = adq_train.quantize(Up(), [images], first_last_bits=None, bits={"*": 4})
+    assert model(images).shape == (8, 3, 8, 8)
+    assert export(model, tmp_path / "x", images, format="packed").largest_difference == 0
+
+
+@pytest.mark.parametrize("number", [2, 16])
+def test_an_onnx_file_of_one_batch_size_is_refused(images, tmp_path, number):
+    with pytest.raises(UserError, match=r"fixes the size of a batch.*x\.shape\[0\]"):
+        export(small(images, "len"), tmp_path / "x", images[:number], format="onnx")
+
+
+@pytest.mark.parametrize("name", ["second.weight", "second.input_quantizer.log_widths"])
+def test_broken_values_are_not_written(images, tmp_path, name):
+    model = small(images)
+    with torch.no_grad():
+        model.get_parameter(name).fill_(torch.nan)
+    for write in (adq_train.save, functools.partial(export, example=images, format="onnx")):
+        with pytest.raises(UserError, match=f"{name} holds NaN"):
+            write(model, tmp_path / "x")
+    assert not (tmp_path / "x").exists()
+
+
+def test_what_is_no_tensor_is_not_written(images, tmp_path):
+    class Extra(Small):
+        def get_extra_state(self):
+            return {"seen": 3}
+
+    model = adq_train.quantize(Extra(), [images], average_bits=3)
+    with pytest.raises(UserError, match="_extra_state is a dict"):
+        adq_train.save(model, tmp_path / "x")
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_only_float32_is_exported(images, tmp_path, dtype):
+    with pytest.raises(UserError, match=r"export model\.float\(\)"):
+        export(small(images).to(dtype), tmp_path / "x", images.to(dtype), format="packed")
+
+
+def test_a_weight_that_forward_uses_itself_is_refused_in_one_line(images, tmp_path):
+    class Tied(Small):
+        def forward(self, x):
+            return super().forward(x) @ self.head.weight
+
+    torch.manual_seed(0)
+    model = adq_train.quantize(Tied(), [images], average_bits=3)
+    for format, told in (("packed", "cannot be run beside"), ("onnx", "unsupported operand")):
+        with pytest.raises(UserError, match=told):
+            export(model, tmp_path / "x", images, format=format)

@@ -214,3 +214,12 @@ def test_a_layer_that_is_never_called_stays_as_it_is(tmp_path, caplog):
     adq_train.export(model, tmp_path / "b.safetensors", TOKENS)
     packed = adq_train.load_packed(tmp_path / "b.safetensors", network=Functional)
     assert torch.equal(packed(TOKENS), model(TOKENS))
+
+
+@pytest.mark.parametrize("bits", [2, 4, 8])
+def test_padding_stays_zero_among_many_words(bits):
+    torch.manual_seed(0)
+    layer = nn.Embedding(2000, 16, padding_idx=0)
+    quantizer = AdqWeightQuantizer(bits)
+    quantizer.calibrate(layer.weight.detach())
+    assert (quantizer(layer.weight)[0] == 0).all()

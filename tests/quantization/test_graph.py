@@ -118,3 +118,34 @@ def test_a_place_says_what_calls_it():
     network = nn.Sequential(nn.Conv2d(2, 2, 1), Says(torch.sigmoid))
     graph = Graph(network)
     assert place(list(graph)[-2]) == "sigmoid (node sigmoid in 1)"
+
+
+@pytest.mark.parametrize(
+    ("function", "kind"),
+    [
+        (lambda x: x.view(x.size(0), -1), "flatten"),
+        (lambda x: x.reshape(x.shape[0], -1), "flatten"),
+        (lambda x: x.view(x.size()[0], -1), "flatten"),
+        (lambda x: x.view(x.size(1), -1), None),
+        (lambda x: x.view(x.shape[0] * 2, -1), None),
+        (lambda x: x.view(8, -1), None),
+    ],
+)
+def test_a_view_is_a_flattening_where_it_keeps_the_first_size(function, kind):
+    found = [node.target for node in Graph(Says(function)).fx.nodes]
+    assert (torch.flatten in found) == (kind == "flatten")
+    assert ("view" in found or "reshape" in found) == (kind is None)
+
+
+def test_an_input_given_by_name_is_the_first_operand():
+    class Named(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(2, 2)
+
+        def forward(self, x):
+            return self.layer(input=x)
+
+    (node,) = [x for x in Graph(Named()) if x.op == "call_module"]
+    assert node.kwargs == {}
+    assert [x.op for x in node.args] == ["placeholder"]

@@ -197,3 +197,20 @@ def test_connecting_again_replaces():
     plain = Net()
     plain.load_state_dict(net.state_dict())
     torch.testing.assert_close(net(X), plain(X))
+
+
+def test_a_row_in_which_every_key_is_masked_has_the_gradients_of_torch():
+    query, key, value = (torch.randn(B, n, E, requires_grad=True) for n in (L, S, S))
+    mask = torch.zeros(B, L, S)
+    mask[0, 1], mask[1, :, 2] = -torch.inf, -torch.inf
+    inputs = query, key, value
+    context = AS_IS.attend(*inputs, mask)[0]
+    expected = F.scaled_dot_product_attention(*inputs, mask)
+    assert (context[0, 1] == 0).all()
+    torch.testing.assert_close(context, expected)
+    weights = torch.randn(context.shape)
+    found = torch.autograd.grad((context * weights).sum(), inputs)
+    shown = expected.where(mask.amax(-1, keepdim=True) == 0, 0.0)  # torch's own may be NaN there
+    for a, b in zip(found, torch.autograd.grad((shown * weights).sum(), inputs), strict=True):
+        assert a.isfinite().all()
+        torch.testing.assert_close(a, b)
