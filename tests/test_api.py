@@ -336,3 +336,31 @@ def test_the_copy_is_in_evaluation_mode_whatever_the_model_is_in():
     before = {name: value.clone() for name, value in quantized.state_dict().items()}
     assert torch.equal(quantized(x), quantized(x))
     assert all(torch.equal(value, before[name]) for name, value in quantized.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        ({"first_last_bits": 1}, r"first_last_bits: must be one or more of 2 … 8, got \[1\]"),
+        ({"first_last_bits": 16}, "first_last_bits"),
+        ({"pinned": {"0": 16}}, r"pinned\.0"),
+        ({"pinned": {"0": "4"}}, r"pinned\.0"),
+        ({"pinned": ["0"]}, r"pinned: must be a mapping by name, got \['0'\]"),
+        ({"candidates": {"0": 3}}, r"candidates\.0: must be a list of some of 2 … 8, got 3"),
+        ({"average_bits": float("nan")}, "average_bits: must be more than 0, got nan"),
+        ({"average_bits": "3"}, "average_bits: must be a number"),
+        ({"budget": "0.1x"}, "budget: must be a mapping"),
+        ({"tied": "no"}, "tied: must be True or False, got 'no'"),
+        ({"full_precision": "head"}, r"full_precision: must be a list of names, got 'head'"),
+    ],
+)
+def test_arguments_of_another_kind_are_refused(options, told):
+    with pytest.raises(UserError, match=told):
+        adq_train.quantize(nn.Linear(2, 2), [torch.randn(4, 2)], **options)
+
+
+def test_no_batches_and_inference_mode_are_refused():
+    with pytest.raises(UserError, match="calibration_batches: it is one NoneType"):
+        adq_train.quantize(nn.Sequential(nn.Linear(2, 2)), None)
+    with torch.inference_mode(), pytest.raises(UserError, match="cannot be trained"):
+        adq_train.quantize(nn.Sequential(nn.Linear(2, 2)), [torch.randn(4, 2)])

@@ -20,7 +20,7 @@ from adq_train.allocation.fixed import FixedAllocator
 from adq_train.allocation.ilp import IlpAllocator
 from adq_train.artifacts import LayerSensitivity, SensitivityTable, require_finite
 from adq_train.errors import UserError, did_you_mean
-from adq_train.lifecycle import carrying
+from adq_train.lifecycle import carrying, require_trainable
 from adq_train.options import Sensitivity
 from adq_train.quantization.adq import AdqWeightQuantizer
 from adq_train.quantization.base import (
@@ -104,6 +104,26 @@ class Recipe:
     full_precision: Sequence[str] = ()
     seed: int = 0
     target: str = "float"
+
+    def __post_init__(self) -> None:
+        """Refuses what is of another kind than asked for.
+
+        Raises:
+            UserError: Names the argument.
+        """
+        for name in ("budget", "bits", "pinned", "candidates"):
+            options.require(name, getattr(self, name), Mapping, "a mapping by name")
+        for name in ("tied", "strict"):
+            options.require(name, getattr(self, name), bool, "True or False")
+        options.require("average_bits", self.average_bits, (int, float), "a number")
+        names = self.full_precision
+        if isinstance(names, str):
+            raise UserError(f"full_precision: must be a list of names, got {names!r}; put it in []")
+        bits = {f"pinned.{name}": x for name, x in (self.pinned or {}).items()}
+        if self.first_last_bits is not None:
+            bits["first_last_bits"] = self.first_last_bits
+        for name, width in bits.items():
+            options.widths(name, [width])
 
     def limits(self) -> BudgetConfig:
         """The budget.
@@ -222,6 +242,7 @@ def quantize(model: nn.Module, calibration_batches: Iterable[object], recipe: Re
             reached, a layer without a sensitivity, Ω that is 0 throughout, or weights, inputs or
             outputs that are NaN or infinite. It names what is wrong and the remedy.
     """
+    require_trainable()
     require_float(model)
     limits, widths = recipe.limits(), recipe.widths()
     model, platform = own_copy(model), target_of(recipe.target)

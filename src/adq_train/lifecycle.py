@@ -92,6 +92,19 @@ def carried_by(model: nn.Module) -> Quantized:
     return found
 
 
+def require_trainable() -> None:
+    """Refuses torch.inference_mode(), in which a network's new tensors could never be trained.
+
+    Raises:
+        UserError: It is on.
+    """
+    if torch.is_inference_mode_enabled():
+        raise UserError(
+            "torch.inference_mode() is on, and what is made in it cannot be trained; call this "
+            "outside of it, or use torch.no_grad()"
+        )
+
+
 def _require_finite(model: nn.Module) -> None:
     """Refuses a network that training has broken, which its classes need not show.
 
@@ -208,7 +221,11 @@ def load(
         )
     except ConfigError as error:
         raise UserError(f"{path} is damaged ({error}); write it again") from error
-    model = own_copy(network if isinstance(network, nn.Module) else network()).cpu()
+    require_trainable()
+    made = network if isinstance(network, nn.Module) else network()
+    if not isinstance(made, nn.Module):
+        raise UserError(f"network: must be a network or give one, got {made!r}")
+    model = own_copy(made).cpu()
     try:
         restored(model, allocation, target.makers(make), state, target)
     except (KeyError, RuntimeError, AttributeError, TypeError, ValueError) as error:

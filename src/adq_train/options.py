@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import fields
 
 from torch import Tensor
@@ -39,6 +39,8 @@ def limits(budget: Mapping[str, float | str], average_bits: float | None) -> Bud
             raise UserError(f"budget.{name}: there is no such limit{hint}")
         if not isinstance(amount, str) and not amount > 0:
             raise UserError(f"budget.{name}: must be more than 0, got {amount}")
+    if average_bits is not None and not average_bits > 0:
+        raise UserError(f"average_bits: must be more than 0, got {average_bits}")
     if average_bits is None:
         return BudgetConfig(**budget)
     if "average_weight_bits" in budget:
@@ -52,10 +54,22 @@ def widths(name: str, given: Sequence[int]) -> list[int]:
     Raises:
         UserError: One is no bit-width, or there are none.
     """
-    found = sorted(set(given))
+    if not isinstance(given, Iterable) or isinstance(given, str):
+        raise UserError(f"{name}: must be a list of some of 2 … 8, got {given!r}")
+    found = list(given)
     if not found or not all(type(x) is int and 2 <= x <= 8 for x in found):
-        raise UserError(f"{name}: must be one or more of 2 … 8, got {list(given)}")
-    return found
+        raise UserError(f"{name}: must be one or more of 2 … 8, got {found}")
+    return sorted(set(found))
+
+
+def require(name: str, value: object, kind: type | tuple[type, ...], what: str) -> None:
+    """Refuses an argument of another kind.
+
+    Raises:
+        UserError: Names the argument, what it must be, and what it got.
+    """
+    if value is not None and not isinstance(value, kind):
+        raise UserError(f"{name}: must be {what}, got {value!r}")
 
 
 def problem(layers: Sequence[LayerInfo], bits: BitsConfig, budget: BudgetConfig) -> Problem:

@@ -118,7 +118,7 @@ def pairs_of(given: Iterable[object], task: Task) -> list[Pair]:
     Raises:
         UserError: Names the first batch that is of another form.
     """
-    if isinstance(given, Tensor | Mapping):
+    if isinstance(given, Tensor | Mapping) or not isinstance(given, Iterable):
         raise UserError(
             f"calibration_batches: it is one {type(given).__name__}; give a list of batches, "
             "[inputs]"

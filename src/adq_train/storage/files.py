@@ -37,6 +37,8 @@ def written_whole(path: Path) -> Iterator[Path]:
     Raises:
         UserError: The disk is full or the folder cannot be written; ``path`` is as it was.
     """
+    if not path.name:
+        raise UserError(f"{str(path)!r} is a folder; give the name of a file")
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     mine: int | None = None
     try:
