@@ -1,6 +1,6 @@
 """Five minutes: a network of one's own to 2.5 bits, with pictures of why, and a file to take away.
 
-    python examples/five_minutes.py             # writes to five_minutes/ in this folder
+    python examples/five_minutes.py             # writes to five_minutes/ in the current folder
 
 Replace data() and network() by your own; the rest stays.
 """

@@ -221,7 +221,7 @@ def quantize(model: nn.Module, calibration_batches: Iterable[object], recipe: Re
     """A quantized copy of a network of any task, with more bits where they matter.
 
     Measures the sensitivity of every convolution and linear layer, chooses the bit-widths that
-    make its sum smallest within the budget (an integer program, method.md 3), and initialises
+    make its sum smallest within the budget (an integer program), and initialises
     codebooks, thresholds and batch norm's statistics from the batches. Print the result to see
     each layer's bits; ``result.adq`` has the sensitivities, and the bits with sizes and averages.
 

@@ -119,7 +119,7 @@ A = TypeVar("A", bound=Artifact)
 
 @dataclass(frozen=True)
 class SensitivityTable(Artifact):
-    """The sensitivity of every quantizable layer at every candidate bit-width (method.md 3).
+    """The sensitivity of every quantizable layer at every candidate bit-width.
 
     Attributes:
         metric: The metric's name.

@@ -264,10 +264,9 @@ def export(
         path: The file.
         example: Inputs (N, …) of the network, normalised; the file is checked on them. For a packed
             file also a tuple of arguments, a mapping of named ones, or what ``forward`` takes.
-        format: A name in :data:`~.deploy.formats.FORMATS`: ``packed`` for
-            ``adq_train.load_packed(path, network=…)``, or one of those with one input, one output
-            and N free, as ``onnx``, and ``tflite`` for networks of ``target="int8"``; None: by
-            the ending of the file, as ``adq-export`` names it.
+        format: ``packed`` for ``adq_train.load_packed(path, network=…)``; with one input, one
+            output and N free ``onnx``, ``qonnx`` and, for networks of ``target="int8"``, ``qdq``,
+            ``tflite`` and ``tflm``; None: by the ending of the file, as ``adq-export`` names it.
         forward: ``forward(model, example)`` gives a result, as of :func:`~.api.quantize`.
         output: ``output(result)`` picks the tensors that are checked.
 

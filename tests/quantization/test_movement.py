@@ -52,8 +52,10 @@ def test_shares_of_where_it_began():
 )
 def test_what_is_said_at_the_end(rate, level, word, caplog, monkeypatch):
     monkeypatch.setattr(logging.getLogger("adq_train"), "propagate", True)
+    model = trained(rate)
+    caplog.clear()
     with caplog.at_level(logging.INFO, "adq_train"):
-        report_movement(trained(rate))
+        report_movement(model)
     (record,) = caplog.records
     assert record.levelname == level
     assert word in record.getMessage()

@@ -185,3 +185,15 @@ def test_sha256_of_more_than_one_block(tmp_path):
     content = bytes(range(256)) * 5000
     (tmp_path / "x").write_bytes(content)
     assert sha256(tmp_path / "x") == hashlib.sha256(content).hexdigest()
+
+
+def test_what_is_no_file_is_not_replaced(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "folder").mkdir()
+    for name, kind in (("pipe", "device or a pipe"), ("folder", "folder")):
+        with pytest.raises(UserError, match=f"it is a {kind}"), written_whole(tmp_path / name):
+            pytest.fail("nothing is to be written")
+    with pytest.raises(UserError, match="it is a folder"), written_whole(Path()):
+        pytest.fail("nothing is to be written")
+    assert sorted(x.name for x in tmp_path.iterdir()) == ["folder", "pipe"]
+    assert (tmp_path / "pipe").is_fifo()

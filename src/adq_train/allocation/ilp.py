@@ -17,7 +17,7 @@ from adq_train.errors import UserError
 
 @dataclass(frozen=True)
 class IlpAllocator(Allocator):
-    """Minimises Σ_l Ω[l, bits_l] within the budget, with HiGHS (method.md 3).
+    """Minimises Σ_l Ω[l, bits_l] within the budget, with HiGHS.
 
     One binary variable for each layer and option (a bit-width, or a pair of widths for weights and
     input), exactly one of them set per layer; so bit operations, a product of two widths, stay

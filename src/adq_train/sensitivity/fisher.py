@@ -78,7 +78,7 @@ def squared_gradients(
 
 @dataclass(frozen=True)
 class Fisher(Metric):
-    """Ω[l, b] = Σ_i F_ii (ΔW_i)², F_ii = mean over images of (∂ loss / ∂ W_i)² (method.md 3).
+    """Ω[l, b] = Σ_i F_ii (ΔW_i)², F_ii = mean over images of (∂ loss / ∂ W_i)².
 
     Half of it would be the second-order rise of the loss, were F the Hessian; the factor ½ is the
     same for all layers and left out. ΔW is the error of the weight quantizer in use; F is the

@@ -13,7 +13,7 @@ from adq_train.sensitivity.base import Conditions, Metric, layer_weight, weight_
 
 @dataclass(frozen=True)
 class Mse(Metric):
-    """Ω[l, b] = ‖ΔW‖² / ‖W‖², with ΔW the error of the weight quantizer in use (method.md 3).
+    """Ω[l, b] = ‖ΔW‖² / ‖W‖², with ΔW the error of the weight quantizer in use.
 
     Between 0 and about 1, whatever the scale of the weights. Weights that are all zero and stay
     so cost 0.

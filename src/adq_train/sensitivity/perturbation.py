@@ -46,7 +46,7 @@ class Reference:
 
 @dataclass(frozen=True)
 class Perturbation(Metric):
-    """Ω[l, b] with only layer l at b bits, on the calibration images (method.md 3).
+    """Ω[l, b] with only layer l at b bits, on the calibration images.
 
     Layers are measured one after the other, each on all images, so that the finished ones can be
     kept. What lies before a layer is not computed again for it: its values stay in memory from

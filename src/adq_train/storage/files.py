@@ -35,10 +35,12 @@ def written_whole(path: Path) -> Iterator[Path]:
     Where ``path`` is a link, the link is replaced, not followed.
 
     Raises:
-        UserError: The disk is full or the folder cannot be written; ``path`` is as it was.
+        UserError: The disk is full, the folder cannot be written, or ``path`` is a folder, a
+            device or a pipe, which would be replaced; ``path`` is as it was.
     """
-    if not path.name:
-        raise UserError(f"{str(path)!r} is a folder; give the name of a file")
+    if not path.name or (path.exists() and not path.is_symlink() and not path.is_file()):
+        kind = "folder" if path.is_dir() else "device or a pipe"
+        raise UserError(f"cannot write {path}: it is a {kind}; give the name of a file")
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     mine: int | None = None
     try:
