@@ -71,10 +71,10 @@ def write_checked(
     path.write_bytes(written.content)
     trained = source.network if kind.integer else None
     first = writer.reference(source)
-    if not kind.exact:
-        require_trained(first, source, kind.as_trained and not source.tables.folded)
     second = packed_form.run(path, source) if kind.exact else FileHere(path, kind.runtime)
     try:
+        if not kind.exact:
+            require_trained(first, source, kind.as_trained and not source.tables.folded)
         agreement = compare(first, second, batches, written.resolution, trained)
     except (AttributeError, IndexError, RuntimeError, TypeError) as error:
         raise UserError(
