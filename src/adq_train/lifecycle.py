@@ -26,7 +26,7 @@ from adq_train.quantization.prepare import quantized_layers
 from adq_train.quantization.restore import restored
 from adq_train.quantization.target import target_of
 from adq_train.settings.building import build
-from adq_train.states import state_digest, tied_names
+from adq_train.states import state_digest, tied_names, value_problem
 from adq_train.storage.files import written_whole
 from adq_train.storage.stamps import digest
 from adq_train.task import Forward, Output, Task, prepare_task
@@ -118,9 +118,10 @@ def _require_finite(model: nn.Module) -> None:
                 "what get_extra_state() returns elsewhere"
             )
     for name, value in model.named_parameters():
-        if not value.isfinite().all():
+        if problem := value_problem(name, value):
             raise UserError(
-                f"model: {name} holds NaN or infinite values; go back to where training was finite"
+                f"model: {name} holds NaN or infinite values ({problem}); go back to where "
+                "training was finite"
             )
 
 
