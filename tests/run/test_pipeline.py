@@ -148,6 +148,7 @@ EVERYTHING = (
     "trainer.mixup_alpha=0.2",
     "trainer.cutmix_alpha=1",
     "trainer.weight_average_decay=0.9",
+    "trainer.oscillation_damping=0.01",
     "trainer.batch_norm_reestimation=64",
     "trainer.skip_nonfinite_steps=1",
     "trainer.channels_last=true",

@@ -302,6 +302,12 @@ class TrainerConfig:
         minimum=0,
         below=1,
     )
+    oscillation_damping: float = setting(
+        0.0,
+        "Weight at the end of QAT of a loss that draws weights to their levels; 0: none.",
+        RESULT,
+        minimum=0,
+    )
     batch_norm_reestimation: int | str = setting(
         0,
         "Training images that give batch norm's statistics anew before each evaluation, in QAT in "

@@ -14,6 +14,7 @@ from adq_train.training.agreement import RanksAgree
 from adq_train.training.average import WeightAverage
 from adq_train.training.checkpoint_folder import CheckpointFolder
 from adq_train.training.checkpointing import Checkpoints
+from adq_train.training.damping import Damping
 from adq_train.training.health import FiniteWatch
 from adq_train.training.hook import Hook
 from adq_train.training.mixing import Mixing
@@ -74,10 +75,11 @@ def training_hooks(session: Session, model: nn.Module, stage: str) -> list[Hook]
     """
     trainer, qat = session.config.trainer, stage == QAT
     alphas = {"mixup_alpha": trainer.mixup_alpha, "cutmix_alpha": trainer.cutmix_alpha}
-    decay = trainer.weight_average_decay
+    decay, damping = trainer.weight_average_decay, trainer.oscillation_damping
     return [
         *([session.teacher] if session.teacher and qat else []),
         Mixing(session.data.num_classes, **alphas),
+        *([Damping(model, damping)] if damping and qat else []),
         FiniteWatch(stage, trainer.skip_nonfinite_steps),
         *([WeightAverage(model, decay)] if decay else []),
         ReestimateBatchNorm(trainer.batch_norm_reestimation, trainer.eval_batch_size if qat else 1),

@@ -1,0 +1,54 @@
+"""Oscillation damping: weights are drawn to the levels that they are nearest to."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from adq_train.quantization.layer_weights import used_weight
+from adq_train.quantization.prepare import weight_quantizers
+from adq_train.training.hook import Hook
+from adq_train.training.trainer import Trainer
+
+
+def damping_loss(model: nn.Module) -> Tensor:
+    """Σ (ŵ − clip(w))² over all quantized weights w, (), with gradients to w alone.
+
+    Nagel et al., "Overcoming Oscillations in Quantization-Aware Training" (arXiv 2203.08086): ŵ is
+    what quantization makes of w, and weights beyond the outermost levels count as those levels.
+
+    Args:
+        model: Prepared and calibrated.
+    """
+    total = torch.zeros((), device=next(model.parameters()).device)
+    for quantizer, layer in weight_quantizers(model).items():
+        weight = used_weight(layer)
+        with torch.no_grad():
+            levels, scale = quantizer.levels(), quantizer.output_scale(weight)
+            nearest = quantizer(weight)
+        total = (
+            total + (nearest - weight.clamp(levels[0] * scale, levels[-1] * scale)).square().sum()
+        )
+    return total
+
+
+class Damping(Hook):
+    """Adds the gradients of :func:`damping_loss`, with a weight that rises from 0.
+
+    Args:
+        model: Prepared and calibrated.
+        weight: λ of the last step; of the share t of all steps it is λ (1 − cos πt) / 2.
+    """
+
+    def __init__(self, model: nn.Module, weight: float) -> None:
+        self.model, self.weight = model, weight
+
+    def on_gradients(self, trainer: Trainer, batch: tuple[Tensor, Tensor], loss: Tensor) -> bool:
+        """Adds them; they are the same in every process."""
+        done = trainer.steps / (trainer.settings.epochs * len(trainer.data.train))
+        with torch.enable_grad():
+            weight = self.weight * (1 - math.cos(math.pi * done)) / 2
+            (weight * damping_loss(self.model)).backward()  # type: ignore[no-untyped-call]
+        return True

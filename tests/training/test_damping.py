@@ -1,0 +1,50 @@
+"""Oscillation damping: its loss against a loop over weights, and what it does to a training."""
+
+import pytest
+import torch
+from training_helpers import dense, network, trainer_of
+
+from adq_train.quantization.prepare import quantized_layers
+from adq_train.training.damping import Damping, damping_loss
+
+
+def errors(model):
+    """Mean squared distance of weights to what they are quantized to, relative to their squares."""
+    found = {}
+    for name, layer in quantized_layers(model).items():
+        weight = layer.weight.detach()
+        error = (layer.weight_quantizer(weight) - weight).square().sum() / weight.square().sum()
+        found[name] = float(error)
+    return found
+
+
+def test_the_loss_and_its_gradient_are_those_of_a_loop_over_the_weights():
+    model = network()
+    damping_loss(model).backward()
+    total = 0.0
+    for layer in quantized_layers(model).values():
+        levels = layer.weight_quantizer.levels()
+        outside = 0
+        for value, gradient in zip(
+            layer.weight.detach().flatten(), layer.weight.grad.flatten(), strict=True
+        ):
+            inside = levels[0] <= value <= levels[-1]
+            outside += not inside
+            distance = (value - levels[(levels - value).abs().argmin()]) * inside
+            total += float(distance) ** 2
+            torch.testing.assert_close(gradient, 2 * distance)
+        assert outside
+    assert damping_loss(model).item() == pytest.approx(total, rel=1e-5)
+    others = [p for n, p in model.named_parameters() if not n.endswith("weight")]
+    assert all(p.grad is None for p in others)
+
+
+def test_it_draws_weights_to_their_levels():
+    ends = []
+    for weight in (0.0, 1.0):
+        model = dense()
+        trainer = trainer_of(model, Damping(model, weight), epochs=20)
+        trainer.fit()
+        ends.append(errors(model))
+    for name, free in ends[0].items():
+        assert ends[1][name] < 0.7 * free, name
