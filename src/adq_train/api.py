@@ -51,8 +51,8 @@ class Recipe:
 
     Attributes:
         bit_widths: Candidates, 2 … 8.
-        average_bits: Largest mean bits per weight over the layers whose bits are chosen; 2.81 where
-            neither it nor ``budget`` nor ``bits`` is given.
+        average_bits: Largest mean bits per weight over the layers whose bits are chosen; 2.81, or
+            the least of ``bit_widths``, where neither it nor ``budget`` nor ``bits`` is given.
         forward: ``forward(model, batch)`` gives the result of a batch, if not ``model(inputs)``.
         output: ``output(result)`` picks the tensor or tensors (N, …) that count; by default all of
             floating-point numbers. Logits have their classes on axis 1.
@@ -133,7 +133,7 @@ class Recipe:
         """
         average = self.average_bits
         if average is None and self.budget is None and self.bits is None:
-            average = AVERAGE_BITS
+            average = max(AVERAGE_BITS, min(options.widths("bit_widths", self.bit_widths)))
         return options.limits(self.budget or {}, average)
 
     def widths(self) -> BitsConfig:

@@ -120,12 +120,23 @@ def test_a_place_says_what_calls_it():
     assert place(list(graph)[-2]) == "sigmoid (node sigmoid in 1)"
 
 
+def _unpacked(x):
+    n, c, h, w = x.shape
+    return x.reshape(n, c * h * w)
+
+
 @pytest.mark.parametrize(
     ("function", "kind"),
     [
         (lambda x: x.view(x.size(0), -1), "flatten"),
         (lambda x: x.reshape(x.shape[0], -1), "flatten"),
         (lambda x: x.view(x.size()[0], -1), "flatten"),
+        (lambda x: x.view((x.shape[0], -1)), "flatten"),
+        (lambda x: x.view(-1, 400), "flatten"),
+        (lambda x: torch.reshape(x, (-1, x.shape[1] * x.shape[2])), "flatten"),
+        (_unpacked, "flatten"),
+        (lambda x: x.view(-1), None),
+        (lambda x: x.view(-1, 4, 4), None),
         (lambda x: x.view(x.size(1), -1), None),
         (lambda x: x.view(x.shape[0] * 2, -1), None),
         (lambda x: x.view(8, -1), None),

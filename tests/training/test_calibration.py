@@ -52,18 +52,40 @@ def test_quantizers_fit_inputs_of_a_network_whose_statistics_were_never_estimate
         assert torch.equal(stale.state_dict()[name], value), name
 
 
-def test_a_target_that_changes_shapes_is_refused():
+def test_int8_takes_a_view_with_the_number_of_features():
+    class Viewed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.last = nn.Conv2d(1, 4, 3, 4), nn.Linear(16, 2)
+
+        def forward(self, x):
+            return self.last(F.relu(self.first(x)).view(-1, 16))
+
+    x = torch.randn(16, 1, 8, 8)
+    network = Viewed()
+    found = adq_train.quantize(network, [x], (8,), first_last_bits=None, target="int8")
+    torch.testing.assert_close(found(x[:3]), network(x[:3]), atol=0.1, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("join", "reason"),
+    [
+        (lambda x: torch.flatten(x, 0, 1), r"outputs of shape \(80, 4\) instead of \(16, 20\)"),
+        (lambda x: x.view(-1, 6), "shapes cannot be multiplied"),
+    ],
+)
+def test_a_target_that_changes_shapes_is_refused(join, reason):
     class Steps(nn.Module):
         def __init__(self):
             super().__init__()
             self.first, self.last = nn.Linear(6, 8), nn.Linear(8, 4)
 
         def forward(self, x):
-            y = self.last(F.relu(self.first(torch.flatten(x, 0, 1))))
+            y = self.last(F.relu(self.first(join(x))))
             return y.view(x.size(0), -1)  # of another tensor: not flatten(y, 1)
 
     x = torch.randn(16, 5, 6)
     options = {"bits": {"*": 4}, "first_last_bits": None}
     assert adq_train.quantize(Steps(), [x], **options)(x).shape == (16, 20)
-    with pytest.raises(UserError, match=r"outputs of shape \(80, 4\) instead of \(16, 20\)"):
+    with pytest.raises(UserError, match=reason):
         adq_train.quantize(Steps(), [x], target="int8", **options)

@@ -123,6 +123,20 @@ def _first_size(size: Any) -> bool:
     return bool(sizes.target == "size" or shape)
 
 
+def _to_vectors(node: fx.Node) -> bool:
+    """Whether a node makes vectors (N, features): ``x.view(x.size(0), -1)``, ``x.view(-1, 400)``.
+
+    That 400 is the number of features is for the shape of a result to tell.
+    """
+    method = node.op == "call_method" and node.target in ("view", "reshape")
+    if not (method or node.target is torch.reshape):
+        return False
+    sizes: Any = node.args[1:]
+    if len(sizes) == 1 and isinstance(sizes[0], tuple | list):
+        sizes = sizes[0]
+    return len(sizes) == 2 and (sizes[0] == -1 or _first_size(sizes[0]))
+
+
 class Graph:
     """The graph of a network's ``forward()``, in evaluation mode.
 
@@ -176,10 +190,9 @@ class Graph:
         return graphs[1]
 
     def _flatten_views(self) -> None:
-        """Makes flatten(1) of ``x.view(x.size(0), -1)``, which asks for the size of a batch."""
+        """Makes flatten(1) of a reshape to a batch of vectors, which asks for sizes."""
         for node in list(self.fx.nodes):
-            named = node.op == "call_method" and node.target in ("view", "reshape")
-            if named and len(node.args) == 3 and node.args[2] == -1 and _first_size(node.args[1]):
+            if _to_vectors(node):
                 with self.fx.inserting_before(node):
                     flat = self.fx.call_function(torch.flatten, (node.args[0], 1))
                 flat.meta = dict(node.meta)
