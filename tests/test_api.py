@@ -1,6 +1,5 @@
 """Quantizing from Python, with networks that nobody here has written for it."""
 
-import copy
 import re
 import runpy
 from pathlib import Path
@@ -227,20 +226,26 @@ def small(*last, dtype=torch.float32):
     ).to(dtype)  # fmt: skip
 
 
-def test_networks_of_other_types_are_quantized_and_trained():
+@pytest.mark.parametrize("cast", ["before", "after"])
+@pytest.mark.parametrize(
+    ("dtype", "close"), [(torch.float64, 1e-4), (torch.bfloat16, 0.1), (torch.float16, 0.02)]
+)
+def test_networks_of_other_types_are_quantized_and_trained(dtype, close, cast):
     model, x = small(), torch.randn(16, 8)
-    expected = adq_train.quantize(model, [x], average_bits=3).eval()(x)
-    for dtype, close in ((torch.float64, 1e-4), (torch.bfloat16, 0.1), (torch.float16, 0.02)):
-        other = adq_train.quantize(copy.deepcopy(model).to(dtype), [x.to(dtype)], average_bits=3)
-        optimizer = torch.optim.SGD(adq_train.parameter_groups(other, lr=0.1, weight_decay=0.0))
-        adq_train.follow(other, optimizer)
-        logits = other(x.to(dtype))
-        assert logits.dtype == dtype
-        torch.testing.assert_close(logits.float(), expected, atol=close, rtol=close)
-        levels = other[2].weight_quantizer.levels().clone()
-        logits.float().square().mean().backward()
-        optimizer.step()
-        assert not torch.equal(other[2].weight_quantizer.levels(), levels)
+    quantized = adq_train.quantize(model, [x], average_bits=3)
+    expected = quantized(x)
+    if cast == "before":
+        quantized = adq_train.quantize(model.to(dtype), [x.to(dtype)], average_bits=3)
+    quantized.to(dtype)
+    optimizer = torch.optim.SGD(adq_train.parameter_groups(quantized, lr=0.1, weight_decay=0.0))
+    adq_train.follow(quantized, optimizer)
+    logits = quantized(x.to(dtype))
+    assert logits.dtype == dtype
+    torch.testing.assert_close(logits.float(), expected, atol=close, rtol=close)
+    levels = quantized[2].weight_quantizer.levels().clone()
+    logits.float().square().mean().backward()
+    optimizer.step()
+    assert not torch.equal(quantized[2].weight_quantizer.levels(), levels)
 
 
 def test_wrappers_are_taken_off():

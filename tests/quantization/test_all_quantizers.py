@@ -103,6 +103,19 @@ def test_every_choice_is_known_here():
     assert set(CHOICES) >= IDEMPOTENT
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@each_choice
+def test_a_cast_of_the_network_leaves_it_in_float32(group, name, dtype):
+    x = drawn(0, (4, 6))
+    quantizer = calibrated(group, name, 2, x)
+    state = {name: value.clone() for name, value in quantizer.state_dict().items()}
+    torch.nn.Sequential(quantizer).to(dtype)
+    for name, value in quantizer.state_dict().items():
+        assert value.dtype == state[name].dtype
+        assert torch.equal(value, state[name])
+    check_contract(group, quantizer, x)
+
+
 shapes = st.lists(st.integers(1, 6), min_size=2, max_size=4).map(tuple)
 draws = given(
     seed=st.integers(0, 2**31),

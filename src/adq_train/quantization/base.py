@@ -60,6 +60,15 @@ class Quantizer(nn.Module, ABC):
     def levels(self) -> Tensor:
         """The sorted values (K,), K ≤ 2^bit_width, that codes stand for, before any scale."""
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Quantizer:
+        """Levels and thresholds move with the network, but are not rounded to 16 bits with it."""
+
+        def kept(x: Tensor) -> Tensor:
+            y = fn(x)
+            return y if y.itemsize >= x.itemsize else x.to(y.device)
+
+        return super()._apply(kept, recurse)  # type: ignore[no-untyped-call, no-any-return]
+
     def extra_repr(self) -> str:
         """Shown by ``print(model)``."""
         return f"bit_width={self.bit_width}"
