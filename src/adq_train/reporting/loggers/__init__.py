@@ -139,7 +139,7 @@ def require(package: str) -> Any:
         return importlib.import_module(package)
     except ImportError as error:
         raise UserError(
-            f"logger: {package} is not installed ({error}); pip install {package}"
+            f"logger: {package} is not installed ({error}); pip install 'adq-train[{package}]'"
         ) from error
 
 
