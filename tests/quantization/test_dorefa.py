@@ -1,4 +1,5 @@
 import math
+from itertools import product
 
 import pytest
 import torch
@@ -36,9 +37,25 @@ def test_activations_are_the_papers_formula():
     for bits in BITS:
         inputs = (2 * torch.rand(60, dtype=torch.float64)).tolist()
         expected = [quantize_k(min(max(x, 0), 1), bits) for x in inputs]
-        quantizer = DorefaActivationQuantizer(bits)
+        quantizer = DorefaActivationQuantizer(bits, clip=1.0)
+        quantizer.calibrate(torch.tensor([5.0]))
         got = quantizer(torch.tensor(inputs, dtype=torch.float64))
         assert got.tolist() == pytest.approx(expected)
+
+
+def test_a_clip_that_is_not_given_has_the_least_squared_error():
+    for bits, sign in product((2, 3, 4, 5), (-1, 1)):
+        values = torch.randn(2000).abs() * 2 if sign > 0 else torch.randn(2000) * 2
+        quantizer = DorefaActivationQuantizer(bits)
+        quantizer.calibrate(values)
+        rivals = [DorefaActivationQuantizer(bits, clip=c / 20) for c in range(20, 150)]
+        for rival in rivals:
+            rival.calibrate(values)
+        least = min(float((q(values) - values).square().sum()) for q in rivals)
+        assert (quantizer(values) - values).square().sum() <= least * 1.01
+        other = DorefaActivationQuantizer(bits)
+        other.load_state_dict(quantizer.state_dict())
+        assert torch.equal(other.levels(), quantizer.levels())
 
 
 def test_levels():

@@ -1,4 +1,4 @@
-"""DoReFa-Net: weights through a tanh, activations clipped to 0 … 1.
+"""DoReFa-Net: weights through a tanh, activations clipped at a fixed value.
 
 Zhou et al. 2016 (arXiv 1606.06160).
 """
@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from adq_train.quantization.base import EvenWeightQuantizer, RangedActivationQuantizer
+from adq_train.quantization.fitting import best_clip
 from adq_train.quantization.functional import StraightThrough, at_least_float32, round_ste
 
 
@@ -73,44 +74,50 @@ class DorefaWeightQuantizer(EvenWeightQuantizer):
 
 
 class DorefaActivationQuantizer(RangedActivationQuantizer):
-    """DoReFa-Net's k-bit activations (section 2.4): quantize_k of the input clipped to [0, 1].
+    """DoReFa-Net's k-bit activations (section 2.4): quantize_k of an input clipped to [0, c], / c.
 
-    Nothing is learned and nothing calibrated but the sign. The paper has bounded activation
-    functions before it; elsewhere all that exceeds ``clip`` is lost. An input with negative values
-    gets the symmetric range of 2^k - 1 levels on [-clip, clip] (this project's choice).
+    Nothing is learned. The paper's c is 1, and its networks have bounded activation functions. In a
+    network of ReLUs most of an input may lie beyond 1, where no gradient is; so c is by default the
+    one of least squared error on the calibration sample (this project's choice). An input with
+    negative values gets the symmetric range of 2^k - 1 levels on [-c, c] (ours too).
 
     Args:
         bit_width: k, 2 … 8.
-        clip: End of the range, > 0, in the units of the input; 1 is the paper's.
+        clip: c, > 0, in the units of the input; 1 is the paper's. None: from calibration.
 
     Raises:
         ValueError: An argument lies outside its range.
     """
 
     is_uniform = True
+    end: Tensor
 
-    def __init__(self, bit_width: int, *, clip: float = 1.0) -> None:
+    def __init__(self, bit_width: int, *, clip: float | None = None) -> None:
         super().__init__(bit_width)
-        if not 0 < clip < float("inf"):
-            raise ValueError(f"clip must be positive and finite, got {clip}")
+        if clip is not None and not 0 < clip < float("inf"):
+            raise ValueError(f"clip must be positive and finite, or null, got {clip}")
         self.clip = clip
+        end = torch.tensor(1.0 if clip is None else float(clip))
+        self.register_buffer("end", end, persistent=clip is None)
 
     def fit(self, values: Tensor, seed: int) -> None:
-        """Makes the range signed where a sample of inputs has negative values."""
+        """Initialises c where it is not given; negative values make the range signed."""
         self.set_signed(bool(values.min() < 0))
+        if self.clip is None:
+            self.end.copy_(best_clip(values.float().flatten(), -self.low, self.high) * self.high)
 
     def forward(self, x: Tensor) -> Tensor:
         """Fake-quantized input of the same shape."""
-        return round_ste(self._positions(x)) * (self.clip / self.high)
+        return round_ste(self._positions(x)) * (self.end / self.high)
 
     def quantize(self, x: Tensor) -> Tensor:
         """Indices into :meth:`levels`, uint8."""
         return (self._positions(x).round() - self.low).to(torch.uint8)
 
     def levels(self) -> Tensor:
-        """The uniform levels: 2^k from 0 to ``clip``, or 2^k - 1 from -``clip`` to ``clip``."""
-        return self.codes() * (self.clip / self.high)
+        """The uniform levels: 2^k from 0 to c, or 2^k - 1 from -c to c."""
+        return self.codes() * (self.end / self.high)
 
     def _positions(self, x: Tensor) -> Tensor:
         """Codes before they are rounded, ``low`` … ``high``."""
-        return (at_least_float32(x) / self.clip * self.high).clamp(self.low, self.high)
+        return (at_least_float32(x) / self.end * self.high).clamp(self.low, self.high)

@@ -94,7 +94,9 @@ def test_no_tracker_is_imported_before_it_is_chosen(tmp_path):
 @pytest.mark.parametrize("name", ["mlflow", "wandb"])
 def test_a_missing_package_is_told(tmp_path, monkeypatch, name):
     monkeypatch.setitem(sys.modules, name, None)
-    with pytest.raises(UserError, match=f"logger: {name} is not installed .*pip install 'adq-train.{name}.'"):
+    with pytest.raises(
+        UserError, match=f"logger: {name} is not installed .*pip install 'adq-train.{name}.'"
+    ):
         started([name], tmp_path, QAT, [], 0)
 
 
