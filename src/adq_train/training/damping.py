@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 
 import torch
@@ -11,6 +12,8 @@ from adq_train.quantization.layer_weights import used_weight
 from adq_train.quantization.prepare import weight_quantizers
 from adq_train.training.hook import Hook
 from adq_train.training.trainer import Trainer
+
+log = logging.getLogger(__name__)
 
 
 def damping_loss(model: nn.Module) -> Tensor:
@@ -28,9 +31,8 @@ def damping_loss(model: nn.Module) -> Tensor:
         with torch.no_grad():
             levels, scale = quantizer.levels(), quantizer.output_scale(weight)
             nearest = quantizer(weight)
-        total = (
-            total + (nearest - weight.clamp(levels[0] * scale, levels[-1] * scale)).square().sum()
-        )
+        clipped = weight.clamp(levels[0] * scale, levels[-1] * scale)
+        total = total + (nearest - clipped).square().sum()
     return total
 
 
@@ -44,11 +46,25 @@ class Damping(Hook):
 
     def __init__(self, model: nn.Module, weight: float) -> None:
         self.model, self.weight = model, weight
+        self.before = self._distance()
+
+    @torch.no_grad()
+    def _distance(self) -> float:
+        """The loss as a share of Σ w²."""
+        layers = weight_quantizers(self.model).values()
+        squares = sum(float(used_weight(layer).square().sum()) for layer in layers)
+        return float(damping_loss(self.model)) / (squares or 1.0)
 
     def on_gradients(self, trainer: Trainer, batch: tuple[Tensor, Tensor], loss: Tensor) -> bool:
         """Adds them; they are the same in every process."""
         done = trainer.steps / (trainer.settings.epochs * len(trainer.data.train))
-        with torch.enable_grad():
-            weight = self.weight * (1 - math.cos(math.pi * done)) / 2
-            (weight * damping_loss(self.model)).backward()  # type: ignore[no-untyped-call]
+        weight = self.weight * (1 - math.cos(math.pi * done)) / 2
+        (weight * damping_loss(self.model)).backward()  # type: ignore[no-untyped-call]
         return True
+
+    def on_end(self, trainer: Trainer) -> None:
+        """Says how near to their levels the weights have come."""
+        log.info(
+            "oscillation damping: the squared distances of weights to their levels are %.2g of "
+            "their squares, after %.2g at the start", self._distance(), self.before,
+        )  # fmt: skip
