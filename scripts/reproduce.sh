@@ -24,10 +24,10 @@
 # run, the report names it, and the script ends with an error.
 # The float models are trained once, for all tables. On one core of an Intel Xeon (OMP_NUM_THREADS=1, so
 # that two sweeps can run side by side) a run of resnet8_narrow_fashion_mnist took 37 s, a taught one 58 s,
-# one of resnet8_fashion_mnist 71 s; the float models before them 80 and 165 s a seed. So the comparison of
-# the narrow network with five seeds, 125 runs, takes 84 minutes of one core. The others have not been timed.
+# one of resnet8_fashion_mnist 71 s; the float models before them 80 and 165 s a seed. The comparison of
+# the narrow network with five seeds, 125 runs at that time, took 84 minutes of one core. The others have not been timed.
 #
-# Runs for each seed: an ablation has 12, a comparison 25 and taught 10 more, an allocation 12.
+# Runs for each seed: an ablation has 12, a comparison 28 and taught 10 more, an allocation 12.
 set -euo pipefail
 
 usage() { sed -n '2,31s/^# \{0,1\}//p' "$0" >&2; exit 2; }
