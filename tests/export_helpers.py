@@ -127,6 +127,21 @@ class Mixed(nn.Module):
         return self.head(self.drop(x.view(x.size(0), -1)))
 
 
+class Shared(nn.Module):
+    """A convolution that is called twice, once for another value than that of its own making."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.again = nn.Conv2d(1, 4, 3), nn.Conv2d(4, 4, 3, padding=1)
+        self.head = nn.Linear(4, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = F.relu(self.first(x))
+        x = F.relu(x + self.again(x))
+        x = F.relu(x + self.again(x))
+        return self.head(x.mean((2, 3)))
+
+
 def networks() -> dict[str, nn.Module]:
     """Small networks that integers can compute."""
     torch.manual_seed(1)
@@ -134,4 +149,5 @@ def networks() -> dict[str, nn.Module]:
         "resnet": CifarResNet(8, 4, 5, 1),
         "preact": CifarResNet(8, 4, 5, 1, preact=True),
         "mixed": Mixed(),
+        "shared": Shared(),
     }

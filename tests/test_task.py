@@ -106,6 +106,26 @@ def test_outputs_of_several_tensors_weigh_the_same(model, given, caplog):
     assert not torch.equal(out["boxes"], before[0]["boxes"])
 
 
+def test_an_output_of_one_number_for_each_example_weighs_as_a_column_does():
+    class Critic(nn.Module):
+        def __init__(self, squeeze):
+            super().__init__()
+            torch.manual_seed(0)
+            self.body, self.squeeze = nn.Sequential(nn.Linear(6, 8), nn.ReLU()), squeeze
+            self.actor, self.critic = nn.Linear(8, 3), nn.Linear(8, 1)
+
+        def forward(self, x):
+            x = self.body(x)
+            value = self.critic(x)
+            return self.actor(x), value.squeeze(-1) if self.squeeze else value
+
+    x = torch.randn(32, 6)
+    options = {"average_bits": 3, "first_last_bits": None}
+    flat, column = (adq_train.quantize(Critic(s), [x], **options) for s in (True, False))
+    assert omega(flat) == omega(column)
+    assert flat(x)[1].shape == (32,)
+
+
 def test_a_loss_of_ones_own_is_what_rises(model, given):
     targets = [(torch.randint(3, (10,)), torch.randn(10, 2)) for _ in given]
     pairs = list(zip(given, targets, strict=True))

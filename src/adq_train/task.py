@@ -238,7 +238,7 @@ def _scales(parts: Sequence[Sequence[Tensor]]) -> list[float]:
 
 
 def _joined(parts: Sequence[Tensor], scales: Sequence[float]) -> Tensor:
-    flat = [x.flatten(1).float() * s for x, s in zip(parts, scales, strict=True)]
+    flat = [x.unsqueeze(-1).flatten(1).float() * s for x, s in zip(parts, scales, strict=True)]
     return torch.cat(flat, 1)
 
 

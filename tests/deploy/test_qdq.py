@@ -55,7 +55,7 @@ def test_onnxruntime_computes_the_integer_network(made, name):
 def test_no_layer_is_left_in_float(made, name):
     kinds = optimized_kinds(made[name][1].read_bytes())
     assert not set(kinds) & set(FLOAT_LAYERS)
-    assert kinds["QLinearConv"] == {"resnet": 7, "preact": 7, "mixed": 3}[name]
+    assert kinds["QLinearConv"] == {"resnet": 7, "preact": 7, "mixed": 3, "shared": 3}[name]
     assert kinds["QGemm"] == 1
     if name == "resnet":  # nothing is dequantized between the image and the logits
         assert (kinds["QuantizeLinear"], kinds["DequantizeLinear"]) == (1, 0)

@@ -242,6 +242,30 @@ def test_what_is_not_known_is_named(tmp_path, plain, images):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize(
+    ("function", "said"),
+    [
+        (lambda x: torch.cat(x.chunk(2, 1)[::-1], 1), "chunk"),
+        (lambda x: nn.functional.avg_pool2d(x, x.size(2)), "size"),
+    ],
+)
+def test_what_gives_no_tensor_is_named(tmp_path, images, function, said):
+    class Between(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.last = nn.Conv2d(1, 4, 3), nn.LazyLinear(5)
+
+        def forward(self, x):
+            return self.last(function(torch.relu(self.first(x))).flatten(1))
+
+    network = Between()
+    network(images)
+    model = adq_train.quantize(network, [images], average_bits=4, first_last_bits=None)
+    with pytest.raises(UserError, match=rf"qonnx does not know {said} \(node {said}\)"):
+        adq_train.export(model, tmp_path / "a.qonnx.onnx", images)
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_missing_package_says_how_to_get_it(monkeypatch, plain, images, tmp_path):
     monkeypatch.setitem(sys.modules, "qonnx", None)
     with pytest.raises(UserError, match=r"needs the package qonnx; .*adq-train\[fpga\]"):

@@ -52,6 +52,50 @@ def test_quantizers_fit_inputs_of_a_network_whose_statistics_were_never_estimate
         assert torch.equal(stale.state_dict()[name], value), name
 
 
+def pooled(spread, shift):
+    """A network whose batch norm expects values that are so much wider and so far elsewhere."""
+    torch.manual_seed(0)
+    network = nn.Sequential(
+        nn.Conv2d(3, 8, 3),
+        nn.BatchNorm2d(8),
+        nn.ReLU(),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Conv2d(8, 8, 1),
+        nn.Flatten(),
+        nn.Linear(8, 4),
+    )
+    with torch.no_grad():
+        values, norm = network[0](IMAGES), network[1]
+        deviation = values.std((0, 2, 3))
+        norm.running_mean.copy_(values.mean((0, 2, 3)) + shift * deviation)
+        norm.running_var.copy_((spread * deviation).square())
+    return network
+
+
+@pytest.mark.parametrize(("spread", "shift"), [(2, 0), (3, 0), (7, 0), (0.4, 0), (1, 1), (1, -2)])
+def test_thresholds_get_gradients_where_statistics_lag_behind(spread, shift, caplog):
+    options = {"bits": {"*": 3}, "first_last_bits": None}
+    expected = adq_train.quantize(pooled(1, 0), [IMAGES], **options)
+    assert not caplog.text
+    quantized = adq_train.quantize(pooled(spread, shift), [IMAGES], **options)
+    assert "not those of the calibration images (1)" in caplog.text
+    for name, value in expected.state_dict().items():
+        torch.testing.assert_close(quantized.state_dict()[name], value, msg=name)
+    F.cross_entropy(quantized.train()(IMAGES), torch.arange(64) % 4).backward()
+    assert all(p.grad.any() for p in quantized.parameters() if p.requires_grad)
+
+
+def test_a_layer_whose_inputs_become_one_level_is_named(caplog):
+    torch.manual_seed(0)
+    network = nn.Sequential(
+        nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8), nn.Linear(8, 2)
+    )
+    with torch.no_grad():
+        network[2].bias.fill_(-100.0)  # a layer that died
+    adq_train.quantize(network, [torch.randn(64, 8)], bits={"*": 3}, first_last_bits=None)
+    assert "all inputs of 4 are quantized to one level" in caplog.text
+
+
 def test_int8_takes_a_view_with_the_number_of_features():
     class Viewed(nn.Module):
         def __init__(self):

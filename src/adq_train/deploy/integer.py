@@ -117,8 +117,8 @@ def integer_network(network: nn.Module) -> fx.GraphModule:
         )
     calls = Counter(str(node.target) for node in graph if node.op == "call_module")
     folded = {}
-    for node in graph:
-        operation = graph.operation(node)
+    # All are read before one is replaced: a layer may be called again.
+    for node, operation in [(node, graph.operation(node)) for node in graph]:
         if operation.kind == "layer":
             norm = _norm_of(graph, node, calls)
             _replace_layer(graph, node, operation.module, norm)
@@ -147,7 +147,7 @@ def _replace_layer(graph: Graph, node: fx.Node, layer: Any, norm: fx.Node | None
     """Puts a Rescale and an integer layer in the place of a quantized one."""
     name = str(node.target)
     input_name = f"{name}_input"
-    if not isinstance(layer, OURS):  # called before
+    if not isinstance(graph.module(node), OURS):  # called before
         step = rescale(name, layer.input_quantizer)
         new = integer_layer(name, layer, step.step, graph.module(norm) if norm else None)
         graph.network.set_submodule(name, new)

@@ -20,6 +20,7 @@ from adq_train.deploy.packed_layers import PackedLayer, PackedSubclass, Rescale,
 from adq_train.deploy.qonnx_runtime import EXTRA
 from adq_train.errors import UserError
 from adq_train.quantization.graph import Graph, Operation, pair, place, shape_of
+from adq_train.quantization.layers import float_kind
 
 # The newest opset that FINN's and hls4ml's transformations are written for.
 OPSET, IR_VERSION = 13, 8
@@ -216,7 +217,8 @@ class _Walk:
         first = operation.inputs[0] if operation.inputs else node
         if operation.kind == "identity" or self.is_absorbed(node):
             return self.values[first]
-        found = _simple(operation, shape_of(first), shape_of(node))
+        other = operation.kind == "other"
+        found = None if other else _simple(operation, shape_of(first), shape_of(node))
         if found is None:
             raise UserError(
                 f"format: qonnx does not know {place(node)}; it knows convolutions, linear layers, "
@@ -299,11 +301,12 @@ class _Walk:
         name = f"{node.target}.weight"
         if isinstance(of, nn.Linear):
             return self.add("MatMul", [value, self.constant(name, weight.T)], output)
-        if not isinstance(of, nn.Conv1d | nn.Conv2d | nn.Conv3d) or of.padding_mode != "zeros":
-            what = getattr(of, "padding_mode", "zeros")
+        known = isinstance(of, nn.Conv1d | nn.Conv2d | nn.Conv3d)
+        if not known or of.padding_mode != "zeros":
+            padding = f" with padding_mode={of.padding_mode}" if known else ""
             raise UserError(
                 f"format: qonnx has Conv1d, Conv2d, Conv3d with zero padding, and Linear layers; "
-                f"{place(node)} is a {type(of).__name__} with padding_mode={what}; use format=onnx"
+                f"{place(node)} is a {float_kind(of).__name__}{padding}; use format=onnx"
             )
         before, after = _padding(of)
         return self.add(

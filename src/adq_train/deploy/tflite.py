@@ -89,7 +89,7 @@ class _Walk:
             except ValueError as error:
                 raise UserError(
                     f"format: LiteRT's integer kernels cannot run {place(node)}: {error}; use "
-                    "format=onnx"
+                    "format=qdq, or onnx for a network in float"
                 ) from error
         assert first is not None
         assert output is not None

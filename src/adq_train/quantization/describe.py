@@ -270,7 +270,8 @@ def check_logits(output: object, count: int, num_classes: int | None = None) -> 
     if not output.dim() or len(output) != count or not output.is_floating_point():
         raise UserError(
             f"model: its output for {count} input(s) has shape {tuple(output.shape)} and type "
-            f"{output.dtype}, not logits (N, …); wrap it in a module that returns those"
+            f"{output.dtype}, not logits (N, …); wrap it in a module that returns "
+            "those (squeeze() takes the first axis of one input away, squeeze(-1) does not)"
         )
     if num_classes is not None and output.shape != (count, num_classes):
         raise UserError(

@@ -75,7 +75,8 @@ def edges(graph: Graph) -> Iterator[fx.Node]:
             raise UserError(
                 f"target: int8 does not know {place(node)}{of}; it knows quantized layers, batch "
                 "norm, relu, relu6, pools, mean, flatten, slices, zero padding, dropout, additions "
-                "and concatenations; put one of these in its place, or take target=float, and "
+                "and concatenations; put one of these in its place, and a number where a size is "
+                "asked for; or take target=float, and "
                 "format=packed or onnx for the file"
             )
     for node in nodes:

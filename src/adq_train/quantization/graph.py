@@ -179,7 +179,7 @@ class Graph:
             reason = " ".join(str(error).split())
             raise UserError(
                 f"model: its forward() cannot be followed ({reason}); branches and loops must not "
-                "depend on values of tensors"
+                "depend on values or sizes of tensors, nor on whether an argument is None"
             ) from error
         for first, second in zip(*(list(x.nodes) for x in graphs), strict=False):
             if first.format_node() != second.format_node():
@@ -245,7 +245,9 @@ def _of_function(name: str, node: fx.Node) -> Operation:
     operands, rest = list(node.args[:count]), node.args[count:]
     operands += [node.kwargs[x] for x in ("input", "tensors", "other") if x in node.kwargs]
     if name == "cat":
-        operands = list(operands[0])  # type: ignore[arg-type]
+        if not isinstance(operands[0], tuple | list):
+            return other
+        operands = list(operands[0])
     defaults = KINDS[name].settings
     settings = {**defaults, **dict(zip(defaults, rest, strict=False))}
     settings |= {k: v for k, v in node.kwargs.items() if k in defaults}

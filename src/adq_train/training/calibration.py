@@ -5,23 +5,29 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
+from adq_train.allocation.patterns import listed
 from adq_train.artifacts import BitAllocation
 from adq_train.errors import UserError, first_line
 from adq_train.quantization.base import Makers
 from adq_train.quantization.copies import copied
 from adq_train.quantization.layer_weights import evaluating
-from adq_train.quantization.prepare import collect_inputs, prepare
+from adq_train.quantization.layers import Indices, QuantLayer
+from adq_train.quantization.prepare import collect_inputs, prepare, quantized_layers
 from adq_train.quantization.target import FLOAT, Target
+from adq_train.quantization.watch import run_with_hooks
 from adq_train.training.batch_norm import batch_norms, reestimate_batch_norm
 
 log = logging.getLogger(__name__)
 
-# Inputs so many times as large as expected lie beyond all thresholds, where no gradient is.
-FAR = 8
+# Inputs that are so much wider than expected, or so many deviations elsewhere, may all lie beyond
+# the outermost thresholds, where no gradient is.
+WIDE = 1.5
+ASIDE = 0.5
 _UNFOLLOWED = "target: the network cannot be followed"
 _REMEDY = "reshape batches by torch.flatten(x, 1), or use target=float"
 
@@ -48,47 +54,77 @@ def calibrated(
         UserError: Weights or inputs are NaN or infinite, or the target does not take the network;
             the layer is named.
     """
-
-    def made_from(network: nn.Module) -> nn.Module:
-        made = copied(network)
-        inputs = collect_inputs(network, [x.name for x in allocation.layers], images, seed)
-        prepare(made, allocation, *make, inputs, seed)
-        reestimate_batch_norm(made, images)
-        return made
-
-    quantized = made_from(model)
-    if stale := stale_batch_norms(model, quantized):
-        log.warning(
-            "batch norm's statistics in the float network are not those of the calibration images "
-            "(%s and %d more): they are estimated on these before the quantizers are placed",
-            stale[0], len(stale) - 1,
-        )  # fmt: skip
+    if batch_norms(model):
         fresh = copied(model)
         reestimate_batch_norm(fresh, images)
-        quantized = made_from(fresh)
+        if stale := stale_batch_norms(model, fresh):
+            log.warning(
+                "batch norm's statistics in the float network are not those of the calibration "
+                "images (%s): they are estimated on these before the quantizers are placed",
+                listed(stale),
+            )
+            model = fresh
+    quantized = copied(model)
+    inputs = collect_inputs(model, [x.name for x in allocation.layers], images, seed)
+    prepare(quantized, allocation, *make, inputs, seed)
+    reestimate_batch_norm(quantized, images)
+    if silent := silent_inputs(quantized, images[0]):
+        log.warning(
+            "all inputs of %s are quantized to one level, so that nothing before learns; look at "
+            "the float network there, or give it more calibration images or bits",
+            listed(silent),
+        )
     if target is not FLOAT:
         _connect(quantized, target, images, seed)
     return quantized
 
 
-def stale_batch_norms(model: nn.Module, quantized: nn.Module) -> list[str]:
+def stale_batch_norms(model: nn.Module, fresh: nn.Module) -> list[str]:
     """The batch norms with statistics so far from the images' that quantizers would miss them.
 
     Args:
         model: The float network.
-        quantized: A quantized copy whose statistics are those of the images. Quantization moves
-            them too, but not by a standard deviation that is :data:`FAR` times another one.
+        fresh: A copy whose statistics are those of the images. Few images move them too, but not
+            in most channels a deviation by :data:`WIDE`, or a mean by :data:`ASIDE` deviations.
     """
-    found = batch_norms(quantized)
+    found = batch_norms(fresh)
     stale = []
     for name, norm in batch_norms(model).items():
         before, after = norm.running_var, found[name].running_var
+        mean, now = norm.running_mean, found[name].running_mean
         assert before is not None
         assert after is not None
+        assert mean is not None
+        assert now is not None
         ratio = ((after + norm.eps) / (before + norm.eps)).log().median().abs()
-        if ratio > 2 * math.log(FAR):
+        aside = ((now - mean).abs() / (before + norm.eps).sqrt()).median()
+        if ratio > 2 * math.log(WIDE) or aside > ASIDE:
             stale.append(name)
     return stale
+
+
+@torch.no_grad()
+def silent_inputs(network: nn.Module, images: Tensor) -> list[str]:
+    """The layers with inputs that are all quantized to one level.
+
+    Args:
+        network: Prepared and calibrated.
+        images: One batch (N, …).
+    """
+    layers = quantized_layers(network)
+    seen: dict[str, set[int]] = {name: set() for name in layers}
+
+    def record(name: str, layer: QuantLayer, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        codes = layer.input_quantizer.quantize(inputs[0].float())
+        seen[name] |= {int(codes.min()), int(codes.max())} if codes.numel() else set()
+
+    hooks = {
+        name: partial(record, name)
+        for name, layer in layers.items()
+        if not isinstance(layer.input_quantizer, Indices)
+    }
+    run_with_hooks(network, images, hooks)
+    return [name for name, codes in seen.items() if len(codes) == 1]
 
 
 @torch.no_grad()
