@@ -12,6 +12,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import adq_train
+from adq_train.deploy.verify import Agreement
 from adq_train.errors import UserError
 from adq_train.lifecycle import _digest, export
 from adq_train.quantization.adq import AdqWeightQuantizer
@@ -412,6 +413,18 @@ def test_what_is_no_tensor_is_not_written(images, tmp_path):
 def test_only_float32_is_exported(images, tmp_path, dtype):
     with pytest.raises(UserError, match=r"export model\.float\(\)"):
         export(small(images).to(dtype), tmp_path / "x", images.to(dtype), format="packed")
+
+
+def test_a_runtime_may_differ_on_a_share_of_the_example(images, tmp_path, monkeypatch):
+    model = small(images)
+    one = Agreement(len(images), 1, 0.5)
+    monkeypatch.setattr("adq_train.deploy.verify.compare", lambda *_: one)
+    with pytest.raises(UserError, match=r"on 1 of .*more than tolerance=0\.001 allows"):
+        export(model, tmp_path / "m.onnx", images)
+    assert not list(tmp_path.iterdir())
+    assert export(model, tmp_path / "m.onnx", images, tolerance=1 / len(images)) == one
+    with pytest.raises(UserError, match="tolerance: must be a share from 0 to 1, got 2"):
+        export(model, tmp_path / "m.onnx", images, tolerance=2)
 
 
 def test_a_weight_that_forward_uses_itself_is_refused_in_one_line(images, tmp_path):

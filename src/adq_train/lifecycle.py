@@ -257,6 +257,7 @@ def export(
     *,
     forward: Forward | None = None,
     output: Output | None = None,
+    tolerance: float = 0.001,
 ) -> Agreement:
     """Writes a quantized network in a form that other programs run, and checks what it wrote.
 
@@ -270,6 +271,8 @@ def export(
             ``tflite`` and ``tflm``; None: by the ending of the file, as ``adq-export`` names it.
         forward: ``forward(model, example)`` gives a result, as of :func:`~.api.quantize`.
         output: ``output(result)`` picks the tensors that are checked.
+        tolerance: Share of the example's rows, 0 … 1, on which a runtime may give another top-1
+            class, or another value where there is one output; a packed file is equal in all.
 
     Returns:
         How the file's outputs agree with the network's on the example.
@@ -281,6 +284,8 @@ def export(
     """
     carried_by(model)
     _require_finite(model)
+    if not 0 <= tolerance <= 1:
+        raise UserError(f"tolerance: must be a share from 0 to 1, got {tolerance!r}")
     path = Path(path)
     kind = FORMATS.get(format) if format else format_of(path)
     if kind is None:
@@ -300,4 +305,4 @@ def export(
         )
     source = Source(network, tables_of_network(network), example, torch.float32)
     with written_whole(path) as temporary:
-        return write_checked(temporary, kind, source, [example])[1]
+        return write_checked(temporary, kind, source, [example], tolerance)[1]
