@@ -19,6 +19,7 @@ from adq_train.training.agreement import RanksAgree
 from adq_train.training.average import WeightAverage
 from adq_train.training.checkpoint_folder import CheckpointFolder
 from adq_train.training.checkpointing import Checkpoints
+from adq_train.training.damping import Damping
 from adq_train.training.distillation import Teacher
 from adq_train.training.health import FiniteWatch
 from adq_train.training.hook import Hook
@@ -141,6 +142,7 @@ def hooks_of(model, folder):
     return [
         Teacher(network(quantize=False), 2.0, 0.5),
         Mixing(4, mixup_alpha=0.5, cutmix_alpha=1.0),
+        Damping(model, 0.1),
         FiniteWatch(skip=2),
         WeightAverage(model, 0.8),
         ReestimateBatchNorm(7, 12),
