@@ -238,6 +238,7 @@ def _scales(parts: Sequence[Sequence[Tensor]]) -> list[float]:
 
 
 def _joined(parts: Sequence[Tensor], scales: Sequence[float]) -> Tensor:
+    # (N,) are columns too; reshape() would not know how wide a batch of no examples is.
     flat = [x.unsqueeze(-1).flatten(1).float() * s for x, s in zip(parts, scales, strict=True)]
     return torch.cat(flat, 1)
 

@@ -217,8 +217,9 @@ class _Walk:
         first = operation.inputs[0] if operation.inputs else node
         if operation.kind == "identity" or self.is_absorbed(node):
             return self.values[first]
-        other = operation.kind == "other"
-        found = None if other else _simple(operation, shape_of(first), shape_of(node))
+        found = None
+        if operation.kind != "other":  # what that gives need not be a tensor, with a shape
+            found = _simple(operation, shape_of(first), shape_of(node))
         if found is None:
             raise UserError(
                 f"format: qonnx does not know {place(node)}; it knows convolutions, linear layers, "

@@ -214,8 +214,8 @@ def require_same_classes(agreement: Agreement, tolerance: float, runtime: str) -
         share = agreement.different / agreement.num_images
         raise UserError(
             f"{runtime} gives another top-1 class, or value where there is one, on "
-            f"{agreement.different} of "
-            f"{agreement.num_images} images ({share:.2%}), more than tolerance={tolerance:g} "
+            f"{agreement.different} of {agreement.num_images} images ({share:.2%}), more than "
+            f"tolerance={tolerance:g} "
             f"allows, and {agreement.near_ties} near ties besides (largest difference of two "
             f"logits: {agreement.largest_difference:.3g}, of which rounding explains "
             f"{agreement.rounding:.3g}); no file was written"

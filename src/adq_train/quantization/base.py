@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from adq_train.quantization.fitting import best_clip
 from adq_train.quantization.functional import midpoints
 
 # In a row of fewer weights all of them may be zero by accident.
@@ -183,6 +184,11 @@ class RangedActivationQuantizer(ActivationQuantizer):
         """Chooses the signed or the unsigned range."""
         self.low, self.high = self.code_range(signed)
         self.zero_point.fill_(-self.low)
+
+    def fitted_step(self, values: Tensor) -> Tensor:
+        """The step () of least squared error on a sample, whose sign chooses the range first."""
+        self.set_signed(bool(values.min() < 0))
+        return best_clip(values.float().flatten(), -self.low, self.high)
 
     def codes(self) -> Tensor:
         """All codes, (high - low + 1,), in the dtype and on the device of the quantizer."""

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from adq_train.quantization.base import EvenWeightQuantizer, RangedActivationQuantizer
-from adq_train.quantization.fitting import best_clip
 from adq_train.quantization.functional import StraightThrough, at_least_float32, round_ste
 
 
@@ -102,9 +101,10 @@ class DorefaActivationQuantizer(RangedActivationQuantizer):
 
     def fit(self, values: Tensor, seed: int) -> None:
         """Initialises c where it is not given; negative values make the range signed."""
-        self.set_signed(bool(values.min() < 0))
         if self.clip is None:
-            self.end.copy_(best_clip(values.float().flatten(), -self.low, self.high) * self.high)
+            self.end.copy_(self.fitted_step(values) * self.high)
+        else:
+            self.set_signed(bool(values.min() < 0))
 
     def forward(self, x: Tensor) -> Tensor:
         """Fake-quantized input of the same shape."""

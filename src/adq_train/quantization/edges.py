@@ -10,7 +10,6 @@ from torch import Tensor, fx, nn
 
 from adq_train.errors import UserError
 from adq_train.quantization.copies import below
-from adq_train.quantization.fitting import best_clip
 from adq_train.quantization.graph import Graph, place
 from adq_train.quantization.layer_weights import evaluating
 from adq_train.quantization.lsq import StepQuantizer
@@ -49,8 +48,7 @@ class EdgeQuantizer(StepQuantizer):
 
     def fit(self, values: Tensor, seed: int) -> None:
         """The step of least squared error on a sample; negative values make the range signed."""
-        self.set_signed(bool(values.min() < 0))
-        self.log_step.copy_(best_clip(values.float(), -self.low, self.high).log())
+        self.log_step.copy_(self.fitted_step(values).log())
 
     def width(self) -> Tensor:
         """The step (), with its gradient."""

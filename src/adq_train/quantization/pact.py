@@ -6,7 +6,6 @@ import torch
 from torch import Tensor, nn
 
 from adq_train.quantization.base import RangedActivationQuantizer
-from adq_train.quantization.fitting import best_clip
 from adq_train.quantization.functional import StraightThrough, at_least_float32, positive
 
 
@@ -67,9 +66,7 @@ class PactActivationQuantizer(RangedActivationQuantizer):
 
     def fit(self, values: Tensor, seed: int) -> None:
         """Initialises α from a sample of inputs; negative values make the range signed."""
-        sample = values.float().flatten()
-        self.set_signed(bool(sample.min() < 0))
-        self.alpha.copy_(best_clip(sample, -self.low, self.high) * self.high)
+        self.alpha.copy_(self.fitted_step(values) * self.high)
 
     def forward(self, x: Tensor) -> Tensor:
         """Fake-quantized input of the same shape."""

@@ -90,14 +90,10 @@ def stale_batch_norms(model: nn.Module, fresh: nn.Module) -> list[str]:
     found = batch_norms(fresh)
     stale = []
     for name, norm in batch_norms(model).items():
-        before, after = norm.running_var, found[name].running_var
-        mean, now = norm.running_mean, found[name].running_mean
-        assert before is not None
-        assert after is not None
-        assert mean is not None
-        assert now is not None
-        ratio = ((after + norm.eps) / (before + norm.eps)).log().median().abs()
-        aside = ((now - mean).abs() / (before + norm.eps).sqrt()).median()
+        mean, now = (x.get_buffer("running_mean") for x in (norm, found[name]))
+        before, after = (x.get_buffer("running_var") + norm.eps for x in (norm, found[name]))
+        ratio = (after / before).log().median().abs()
+        aside = ((now - mean).abs() / before.sqrt()).median()
         if ratio > 2 * math.log(WIDE) or aside > ASIDE:
             stale.append(name)
     return stale

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import logging
 import math
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
 
+from adq_train.quantization.base import WeightQuantizer
 from adq_train.quantization.layer_weights import used_weight
+from adq_train.quantization.layers import QuantLayer
 from adq_train.quantization.prepare import weight_quantizers
 from adq_train.training.hook import Hook
 from adq_train.training.trainer import Trainer
@@ -16,24 +19,24 @@ from adq_train.training.trainer import Trainer
 log = logging.getLogger(__name__)
 
 
-def damping_loss(model: nn.Module) -> Tensor:
+def damping_loss(layers: Mapping[WeightQuantizer, QuantLayer]) -> Tensor:
     """Σ (ŵ − clip(w))² over all quantized weights w, (), with gradients to w alone.
 
     Nagel et al., "Overcoming Oscillations in Quantization-Aware Training" (arXiv 2203.08086): ŵ is
     what quantization makes of w, and weights beyond the outermost levels count as those levels.
 
     Args:
-        model: Prepared and calibrated.
+        layers: A layer of each weight quantizer, as :func:`~.prepare.weight_quantizers` gives them.
     """
-    total = torch.zeros((), device=next(model.parameters()).device)
-    for quantizer, layer in weight_quantizers(model).items():
+    losses = []
+    for quantizer, layer in layers.items():
         weight = used_weight(layer)
         with torch.no_grad():
             levels, scale = quantizer.levels(), quantizer.output_scale(weight)
             nearest = quantizer(weight)
         clipped = weight.clamp(levels[0] * scale, levels[-1] * scale)
-        total = total + (nearest - clipped).square().sum()
-    return total
+        losses.append((nearest - clipped).square().sum())
+    return torch.stack(losses).sum()
 
 
 class Damping(Hook):
@@ -45,21 +48,20 @@ class Damping(Hook):
     """
 
     def __init__(self, model: nn.Module, weight: float) -> None:
-        self.model, self.weight = model, weight
+        self.layers, self.weight = weight_quantizers(model), weight
         self.before = self._distance()
 
     @torch.no_grad()
     def _distance(self) -> float:
         """The loss as a share of Σ w²."""
-        layers = weight_quantizers(self.model).values()
-        squares = sum(float(used_weight(layer).square().sum()) for layer in layers)
-        return float(damping_loss(self.model)) / (squares or 1.0)
+        squares = sum(float(used_weight(x).square().sum()) for x in self.layers.values())
+        return float(damping_loss(self.layers)) / (squares or 1.0)
 
     def on_gradients(self, trainer: Trainer, batch: tuple[Tensor, Tensor], loss: Tensor) -> bool:
         """Adds them; they are the same in every process."""
         done = trainer.steps / (trainer.settings.epochs * len(trainer.data.train))
         weight = self.weight * (1 - math.cos(math.pi * done)) / 2
-        (weight * damping_loss(self.model)).backward()  # type: ignore[no-untyped-call]
+        (weight * damping_loss(self.layers)).backward()  # type: ignore[no-untyped-call]
         return True
 
     def on_end(self, trainer: Trainer) -> None:
