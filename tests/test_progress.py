@@ -86,4 +86,4 @@ def test_a_long_step_is_told_of_without_a_terminal(monkeypatch, caplog):
         for share in (0.2, 0.4, 0.6):
             steps.within(share)
     monkeypatch.undo()
-    assert [x.getMessage() for x in caplog.records] == ["  qat: 40 % of step 2 of 5"]
+    assert [x.getMessage() for x in caplog.records] == ["  qat: 40 % of epoch 2 of 5"]

@@ -13,7 +13,7 @@ from adq_train.messages import speaks
 log = logging.getLogger(__name__)
 
 SECONDS_BETWEEN_LINES = 10.0
-SECONDS_OF_SILENCE = 30.0  # within a step that is longer than that
+SECONDS_OF_SILENCE = 30.0  # within an epoch that is longer than that
 SECONDS_BETWEEN_FRAMES = 0.2
 FORMAT = "  {desc} |{bar:14}| {unit}"  # fits into 80 columns; tqdm puts a comma before its postfix
 
@@ -54,7 +54,7 @@ class Progress:
         return f"{self.what} {self.done:>{len(str(self.total))}}/{self.total}"
 
     def within(self, share: float) -> None:
-        """A step of some length is under way.
+        """An epoch is under way.
 
         Args:
             share: What is done of it, from 0 to 1.
@@ -67,7 +67,7 @@ class Progress:
         elif not self.terminal and now - self.last_line >= SECONDS_OF_SILENCE:
             self.last_line = now
             log.info(
-                "  %s: %.0f %% of step %d of %d", self.what, 100 * share, self.done + 1, self.total
+                "  %s: %.0f %% of epoch %d of %d", self.what, 100 * share, self.done + 1, self.total
             )
 
     def advance(self, text: str, more: str = "") -> None:
