@@ -99,12 +99,15 @@ def main() -> None:
     counts: Counter[str] = Counter()
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "model.qonnx.onnx")
-        path.write_bytes(qonnx.write(source).content)
-        file, reference = FileHere(path, "qonnx"), qonnx.reference(source)
+        written = qonnx.write(source)
+        path.write_bytes(written.content)
+        file = FileHere(path, "qonnx")
         for batch, _ in run.load_data().test.epoch(0):
             for images in batch.split(TOGETHER):
                 if counts["images"] < options.images:
-                    counts += compare(reference, file, images[: options.images - counts["images"]])
+                    counts += compare(
+                        written.reference, file, images[: options.images - counts["images"]]
+                    )
     names = ("images", "other_class", "codes", "other_codes_running_freely")
     names += ("other_codes_for_the_same_values", "sums", "other_sums")
     print(json.dumps({name: counts[name] for name in names}))

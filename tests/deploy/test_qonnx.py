@@ -60,9 +60,8 @@ def test_the_executor_gives_the_trained_network(written, images):
 
 
 def test_every_integer_on_the_way_is_the_code_of_our_layer(written, images):
-    source, path, _ = written
-    codes = {}
-    reference = qonnx.reference(source)
+    _, path, result = written
+    codes, reference = {}, result.reference
     for name, layer in reference.named_modules():
         if isinstance(layer, PackedLayer):
             layer.steps.register_forward_pre_hook(
@@ -132,7 +131,7 @@ def test_levels_off_every_grid_are_rounded_and_that_is_said(tmp_path, images):
     path.write_bytes(result.content)
     found = FileHere(path, "qonnx")(images)
     with torch.no_grad():
-        torch.testing.assert_close(found, qonnx.reference(source)(images), atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(found, result.reference(images), atol=1e-4, rtol=1e-4)
         assert float((found - source.network(images)).abs().max()) > 1e-3
 
 

@@ -25,6 +25,7 @@ class FixedAllocator(GivenAllocator):
             layer that is not pinned must be matched, and none twice.
     """
 
+    name = "fixed"
     bits: dict[str, int | list[int]]
 
     def __post_init__(self) -> None:
@@ -36,11 +37,6 @@ class FixedAllocator(GivenAllocator):
                     f"bits.{pattern} must be {SMALLEST} … {LARGEST}, or [weights, activations] of "
                     f"such, got {given!r}"
                 )
-
-    @property
-    def name(self) -> str:
-        """The allocator's name in ``allocation.json``."""
-        return "fixed"
 
     def bits_for(self, problem: Problem) -> dict[str, Bits]:
         """Bits of every mixed layer by name.

@@ -34,6 +34,7 @@ class FileAllocator(GivenAllocator):
         path: The file.
     """
 
+    name = "from_file"
     path: str
 
     def __post_init__(self) -> None:
@@ -41,11 +42,6 @@ class FileAllocator(GivenAllocator):
             _ = self.content
         except UserError as error:
             raise ValueError(f"path: {error}") from error
-
-    @property
-    def name(self) -> str:
-        """The allocator's name in ``allocation.json``."""
-        return "from_file"
 
     @cached_property
     def content(self) -> tuple[dict[str, Bits], dict[str, Any]]:

@@ -22,10 +22,7 @@ class GreedyAllocator(Allocator):
     end is reached when no raise is left.
     """
 
-    @property
-    def name(self) -> str:
-        """The allocator's name in ``allocation.json``."""
-        return "greedy"
+    name = "greedy"
 
     def choose(self, problem: Problem, table: SensitivityTable) -> tuple[dict[str, Bits], bool]:
         """Bits of every mixed layer by name; never proven optimal.

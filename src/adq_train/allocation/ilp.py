@@ -30,6 +30,7 @@ class IlpAllocator(Allocator):
             ``allocation.json`` says that it is not proven optimal.
     """
 
+    name = "ilp"
     time_limit_seconds: float = 60.0
 
     def __post_init__(self) -> None:
@@ -37,11 +38,6 @@ class IlpAllocator(Allocator):
             raise ValueError(
                 f"time_limit_seconds must be more than 0, got {self.time_limit_seconds}"
             )
-
-    @property
-    def name(self) -> str:
-        """The allocator's name in ``allocation.json``."""
-        return "ilp"
 
     def choose(self, problem: Problem, table: SensitivityTable) -> tuple[dict[str, Bits], bool]:
         """Bits of every mixed layer by name, and whether they are proven optimal.

@@ -9,7 +9,7 @@ import numpy as np
 
 from adq_train.allocation.allocator import GivenAllocator
 from adq_train.allocation.budget import Bits, Problem
-from adq_train.artifacts import LayerInfo
+from adq_train.allocation.neighbours import neighbours
 
 
 @dataclass(frozen=True)
@@ -53,19 +53,7 @@ class RandomAllocator(GivenAllocator):
 def _steps(problem: Problem, now: dict[str, Bits], by: int) -> Iterator[dict[str, Bits]]:
     """The allocations in which one layer has the next candidate, upwards (1) or downwards (-1)."""
     for layer in problem.mixed:
-        for bits in _neighbours(problem, layer, now[layer.name], by):
-            yield {**now, layer.name: bits}
-
-
-def _neighbours(problem: Problem, layer: LayerInfo, bits: Bits, by: int) -> Iterator[Bits]:
-    widths = problem.widths(layer)
-    places = [widths.index(x) + by for x in bits]
-    inside = [0 <= x < len(widths) for x in places]
-    if problem.tied:
-        if inside[0]:
-            yield Bits(widths[places[0]], widths[places[0]])
-        return
-    if inside[0]:
-        yield Bits(widths[places[0]], bits.activations)
-    if inside[1]:
-        yield Bits(bits.weights, widths[places[1]])
+        bits = now[layer.name]
+        for other in neighbours(bits, problem.widths(layer), problem.tied):
+            if (sum(other) - sum(bits)) * by > 0:
+                yield {**now, layer.name: other}

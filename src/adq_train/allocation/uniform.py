@@ -17,16 +17,12 @@ class UniformAllocator(GivenAllocator):
         bit_width: The bits; None takes the largest that every layer may get within the budget.
     """
 
+    name = "uniform"
     bit_width: int | None = None
 
     def __post_init__(self) -> None:
         if self.bit_width is not None and not 2 <= self.bit_width <= 8:
             raise ValueError(f"bit_width must lie in 2 … 8, got {self.bit_width}")
-
-    @property
-    def name(self) -> str:
-        """The allocator's name in ``allocation.json``."""
-        return "uniform"
 
     def bits_for(self, problem: Problem) -> dict[str, Bits]:
         """Bits of every mixed layer by name.

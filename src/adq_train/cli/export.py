@@ -118,22 +118,6 @@ def export_main() -> None:
     """``adq-export``: a run's trained model as one small file."""
     settings = read(ExportSettings, EXPORT_HELP)
     configure_logging()
-    export(settings)
-
-
-def eval_main() -> None:
-    """``adq-eval``: the accuracy of a model in any of its forms."""
-    settings = read(EvalSettings, EVAL_HELP)
-    configure_logging()
-    evaluate(settings)
-
-
-def export(settings: ExportSettings) -> None:
-    """Writes the file and prints what it took.
-
-    Raises:
-        UserError: The run cannot be exported; no file is left.
-    """
     from adq_train.deploy.write import export_run
 
     report = export_run(
@@ -147,6 +131,13 @@ def export(settings: ExportSettings) -> None:
         tolerance=settings.tolerance,
     )
     print(json.dumps(report.to_dict()) if settings.json else printable(report.to_text()))
+
+
+def eval_main() -> None:
+    """``adq-eval``: the accuracy of a model in any of its forms."""
+    settings = read(EvalSettings, EVAL_HELP)
+    configure_logging()
+    evaluate(settings)
 
 
 def evaluate(settings: EvalSettings) -> None:

@@ -6,9 +6,10 @@ Imports nothing that takes time: the command line shows the table before torch i
 from __future__ import annotations
 
 import importlib
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol, cast
+from typing import TYPE_CHECKING, Any, cast
 
 from adq_train.errors import UserError
 
@@ -55,27 +56,17 @@ class Written:
 
     Attributes:
         content: Its bytes.
+        reference: The network that the file is compared with.
         sizes: The parts of a packed file.
         remarks: What a user is to know about it, a line each.
         resolution: How far rounding moves an output, at least: half a step where outputs have one.
     """
 
     content: bytes
+    reference: nn.Module
     sizes: Sizes | None = None
     remarks: tuple[str, ...] = ()
     resolution: float = 0.0
-
-
-class Writer(Protocol):
-    """What the module of a format has, as plain functions."""
-
-    def write(self, source: Source) -> Written:
-        """The content of the file."""
-        ...
-
-    def reference(self, source: Source) -> nn.Module:
-        """The network that the file is compared with."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -85,7 +76,7 @@ class Format:
     Attributes:
         name: On the command line.
         ending: Of the file's name.
-        module: Of this package; a :class:`Writer`.
+        module: Of this package; its ``write`` makes a :class:`Written` of a :class:`Source`.
         runtime: What runs the file, a name of :data:`~.runtimes.RUNTIMES`; of a packed file,
             the function.
         help: What it is for, in a few words.
@@ -126,15 +117,16 @@ class Format:
         """The name within a run's folder."""
         return f"export/model{self.ending}"
 
-    def writer(self) -> Writer:
-        """The module, imported.
+    def writer(self) -> Callable[[Source], Written]:
+        """The module's ``write``, imported.
 
         Raises:
             UserError: A package of the extra is missing; says how to install it.
         """
         for package in self.packages:
             require(package, self.extra)
-        return cast(Writer, importlib.import_module(f"adq_train.deploy.{self.module}"))
+        module = importlib.import_module(f"adq_train.deploy.{self.module}")
+        return cast("Callable[[Source], Written]", module.write)
 
 
 FORMATS = {

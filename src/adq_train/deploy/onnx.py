@@ -24,13 +24,9 @@ from adq_train.errors import UserError, first_line
 
 
 def write(source: Source) -> Written:
-    """The content of the file."""
-    return Written(onnx_bytes(source.tables, source.architecture, source.example))
-
-
-def reference(source: Source) -> nn.Module:
-    """The network as its tables give it."""
-    return assemble(source.tables, network=source.architecture)
+    """The content of the file, and the network as its tables give it."""
+    content = onnx_bytes(source.tables, source.architecture, source.example)
+    return Written(content, assemble(source.tables, network=source.architecture))
 
 
 @torch.library.custom_op("adq_train::count_below", mutates_args=())

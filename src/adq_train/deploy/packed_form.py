@@ -21,12 +21,7 @@ def write(source: Source) -> Written:
     if not source.tables.model:
         require_floats(source.network)
     content, sizes = packed_bytes(source.tables, source.float_type)
-    return Written(content, sizes)
-
-
-def reference(source: Source) -> nn.Module:
-    """The trained network itself."""
-    return source.network
+    return Written(content, source.network, sizes)
 
 
 def run(path: Path, source: Source) -> nn.Module:

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, fx
 from torch.fx.passes.shape_prop import ShapeProp
 
 from adq_train.deploy.formats import Source, Written, require
@@ -45,15 +45,11 @@ def write(source: Source) -> Written:
     found = ", ".join(f"{count} {kind}" for kind, count in kinds.items())
     return Written(
         content,
+        network,
         remarks=(
             f"onnxruntime computes {layers - floats} of {layers} layers in integers here ({found})",
         ),
     )
-
-
-def reference(source: Source) -> nn.Module:
-    """The integer network."""
-    return integer_network(source.network)
 
 
 def optimized_kinds(content: bytes) -> Counter[str]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -32,21 +32,18 @@ UNFINISHED = "the network returns what it makes; only layers and means over an i
 
 def write(source: Source) -> Written:
     """The content of the file."""
-    program = program_of(integer_network(source.network), source.example)
-    return written(program, source)
+    return written(source, lambda program: program)
 
 
-def written(program: Program, source: Source) -> Written:
-    """A program as a file, with what it says about itself."""
+def written(source: Source, changed: Callable[[Program], Program]) -> Written:
+    """A program, changed, as a file with what it says about itself."""
+    network = integer_network(source.network)
+    program = changed(program_of(network, source.example))
     last = program.operations[-1].inputs[0]
     assert last is not None
     assert last.scale is not None
-    return Written(file_bytes(program, source.tables.facts()), resolution=float(last.scale) / 2)
-
-
-def reference(source: Source) -> nn.Module:
-    """The integer network in torch."""
-    return integer_network(source.network)
+    content = file_bytes(program, source.tables.facts())
+    return Written(content, network, resolution=float(last.scale) / 2)
 
 
 def program_of(network: fx.GraphModule, example: Tensor) -> Program:

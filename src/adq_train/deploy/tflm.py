@@ -14,11 +14,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from adq_train.deploy.formats import Source, Written
-from adq_train.deploy.integer import integer_network
-from adq_train.deploy.tflite import program_of, reference, written
+from adq_train.deploy.tflite import written
 from adq_train.deploy.tflite_file import Operation, Program, Value
 
-__all__ = ["reference", "write"]
 DECODE = "TFLM_DECODE"
 LOOKUP, HEADER_VERSION, TABLE_VERSION = 0, 1, 1
 HEADER_BYTES = 16
@@ -30,8 +28,7 @@ WEIGHTED = ("CONV_2D", "DEPTHWISE_CONV_2D", "FULLY_CONNECTED")
 
 def write(source: Source) -> Written:
     """The content of the file."""
-    program = compressed(program_of(integer_network(source.network), source.example))
-    return written(program, source)
+    return written(source, compressed)
 
 
 def compressed(program: Program) -> Program:

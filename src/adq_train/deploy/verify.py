@@ -66,11 +66,10 @@ def write_checked(
     Raises:
         UserError: It cannot be written, or does not do what the network does.
     """
-    writer = kind.writer()
-    written = writer.write(source)
+    written = kind.writer()(source)
     path.write_bytes(written.content)
     trained = source.network if kind.integer else None
-    first = writer.reference(source)
+    first = written.reference
     second = packed_form.run(path, source) if kind.exact else FileHere(path, kind.runtime)
     try:
         if not kind.exact:

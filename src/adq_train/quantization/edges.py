@@ -32,18 +32,12 @@ class EdgeQuantizer(StepQuantizer):
     The quantizer and the gradient of the step are LSQ's (arXiv 1902.08153, equations 1–3). The step
     is learned as a logarithm: steps of 8 bits are small, and one step of an optimizer means the
     same relative change in each.
-
-    Args:
-        bit_width: b, 2 … 8.
-
-    Raises:
-        ValueError: ``bit_width`` lies outside its range.
     """
 
     what = "values"
 
-    def __init__(self, bit_width: int = EDGE_BITS) -> None:
-        super().__init__(bit_width)
+    def __init__(self) -> None:
+        super().__init__(EDGE_BITS)
         self.log_step = nn.Parameter(torch.zeros(()))
 
     def fit(self, values: Tensor, seed: int) -> None:

@@ -91,16 +91,12 @@ class Fisher(Metric):
             weights, and so does ΔW at each bit-width.
     """
 
+    name = "fisher"
     chunk_size: int = 16
 
     def __post_init__(self) -> None:
         if self.chunk_size < 1:
             raise ValueError(f"chunk_size must be at least 1, got {self.chunk_size}")
-
-    @property
-    def name(self) -> str:
-        """The metric's name in ``sensitivity.json``."""
-        return "fisher"
 
     def measure(
         self, model: nn.Module, layers: Sequence[LayerInfo], conditions: Conditions

@@ -116,6 +116,7 @@ class Hessian(Metric):
         max_probes: At most this many random vectors, at least 2.
     """
 
+    name = "hessian"
     relative_standard_error: float = 0.1
     max_probes: int = 100
 
@@ -126,11 +127,6 @@ class Hessian(Metric):
             )
         if self.max_probes < 2:
             raise ValueError(f"max_probes must be at least 2, got {self.max_probes}")
-
-    @property
-    def name(self) -> str:
-        """The metric's name in ``sensitivity.json``."""
-        return "hessian"
 
     def measure(
         self, model: nn.Module, layers: Sequence[LayerInfo], conditions: Conditions

@@ -107,6 +107,7 @@ class Learned:
         penalty: Cross-entropy that exceeding a budget by its whole size would cost.
     """
 
+    name = LEARNED
     epochs: int = 10
     lr: float = 0.2
     penalty: float = 1.0
@@ -117,11 +118,6 @@ class Learned:
         for name in ("lr", "penalty"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} must be more than 0, got {getattr(self, name)}")
-
-    @property
-    def name(self) -> str:
-        """The metric's name in ``sensitivity.json``."""
-        return LEARNED
 
     def measure(
         self, model: nn.Module, layers: Sequence[LayerInfo], conditions: Conditions

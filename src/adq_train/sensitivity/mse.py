@@ -19,10 +19,7 @@ class Mse(Metric):
     so cost 0.
     """
 
-    @property
-    def name(self) -> str:
-        """The metric's name in ``sensitivity.json``."""
-        return "mse"
+    name = "mse"
 
     def measure(
         self, model: nn.Module, layers: Sequence[LayerInfo], conditions: Conditions

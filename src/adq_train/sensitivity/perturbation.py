@@ -30,15 +30,21 @@ CRITERIA = ("kl", "loss", "mse")
 
 
 @dataclass(frozen=True)
-class Reference:
-    """What the outputs of a perturbed network are compared with.
+class Study:
+    """What one layer after the other is measured in.
 
     Attributes:
+        model: The float network.
+        runs: Runs it from any layer on.
+        batches: The calibration images.
         outputs: Of the float network, (N, num_classes) for each batch.
         scale: What the criterion is divided by.
         smallest: A criterion of no larger magnitude is the rounding of the outputs.
     """
 
+    model: nn.Module
+    runs: Runs
+    batches: Sequence[Batch]
     outputs: Sequence[Tensor]
     scale: float
     smallest: float
@@ -104,56 +110,38 @@ class Perturbation(Metric):
                 "but the model has one, and softmax over one class is always 1; set criterion=mse "
                 "(squared distance of the outputs)"
             )
-        reference = self._reference(outputs)
         runs = make_runs(model, images, self.kept_bytes)
+        study = Study(model, runs, batches, outputs, *self._scale(outputs))
         for info in layers:
             variants = quantized_forms(model, info.name, self.tensors, inputs, conditions)
-            differences = self._measure(model, info.name, variants, runs, batches, reference)
+            differences = self._measure(info.name, variants, study)
             found = {
-                key: summary(x / reference.scale, reference.smallest)
-                for key, x in differences.items()
+                key: summary(x / study.scale, study.smallest) for key, x in differences.items()
             }
             yield row(info, self.tensors, found)
 
-    def _measure(
-        self,
-        model: nn.Module,
-        name: str,
-        variants: Forms,
-        runs: Runs,
-        batches: Sequence[Batch],
-        reference: Reference,
-    ) -> dict[Key, Tensor]:
+    def _measure(self, name: str, variants: Forms, study: Study) -> dict[Key, Tensor]:
         """The criterion (N,) of all images for each variant of one layer."""
         if not self.recalibrate_batch_norm:
-            return self._differences(model, name, variants, runs, batches, reference)
-        norms = batch_norms_after(model, name, few(batches[0][0], 1))
+            return self._differences(name, variants, study)
+        norms = batch_norms_after(study.model, name, few(study.batches[0][0], 1))
         found: dict[Key, Tensor] = {}
         for key, forms in variants.items():
             with kept_statistics(norms):
-                with replaced(model, forms), averaged_statistics(norms):
-                    for index in range(len(batches)):
-                        runs.from_layer(name, index)()
-                variant = {key: forms}
-                found |= self._differences(model, name, variant, runs, batches, reference)
+                with replaced(study.model, forms), averaged_statistics(norms):
+                    for index in range(len(study.batches)):
+                        study.runs.from_layer(name, index)()
+                found |= self._differences(name, {key: forms}, study)
         return found
 
-    def _differences(
-        self,
-        model: nn.Module,
-        name: str,
-        variants: Forms,
-        runs: Runs,
-        batches: Sequence[Batch],
-        reference: Reference,
-    ) -> dict[Key, Tensor]:
+    def _differences(self, name: str, variants: Forms, study: Study) -> dict[Key, Tensor]:
         """As :meth:`_measure`, with the statistics of the batch norms as they are."""
         each: dict[Key, list[Tensor]] = {key: [] for key in variants}
-        for index, (_, targets) in enumerate(batches):
-            run = runs.from_layer(name, index)
-            before = self._form(reference.outputs[index])
+        for index, (_, targets) in enumerate(study.batches):
+            run = study.runs.from_layer(name, index)
+            before = self._form(study.outputs[index])
             for key, forms in variants.items():
-                with replaced(model, forms):
+                with replaced(study.model, forms):
                     after = self._form(run())
                 each[key].append(self._difference(before, after, targets))
             del run  # before the next batch's values come
@@ -175,20 +163,20 @@ class Perturbation(Metric):
             found = found - F.nll_loss(before, targets, reduction="none")
         return found.reshape(len(found), -1).sum(1)
 
-    def _reference(self, outputs: Sequence[Tensor]) -> Reference:
-        """What the perturbed outputs are compared with.
+    def _scale(self, outputs: Sequence[Tensor]) -> tuple[float, float]:
+        """What the criterion is divided by, and what of it the rounding of the outputs explains.
 
         An error of δ in the outputs makes a squared distance of ‖δ‖², a divergence of at most
         ½ ‖δ‖², and a loss of about ‖δ‖.
         """
         error = rounding(outputs)
         if self.criterion == "loss":
-            return Reference(outputs, 1.0, error)
+            return 1.0, error
         images = torch.cat([x.reshape(len(x), -1) for x in outputs]).double()
         variance = float((images - images.mean(0)).square().sum(1).mean())
         # Outputs of one image, or that are all the same, have none.
         scale = variance or 1.0 if self.criterion == "mse" else 1.0
-        return Reference(outputs, scale, error**2 / scale)
+        return scale, error**2 / scale
 
 
 @dataclass(frozen=True)
