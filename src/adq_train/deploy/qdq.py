@@ -28,7 +28,7 @@ from adq_train.deploy.integer import (
 )
 from adq_train.deploy.onnx import with_facts
 from adq_train.errors import UserError
-from adq_train.quantization.graph import Operation, pair, place
+from adq_train.quantization.graph import Operation, pair, place, shape_of
 
 OPSET, IR_VERSION = 18, 10
 # What onnxruntime calls layers that it computes in float.
@@ -199,17 +199,13 @@ class QdqGraph:
         ]
         return self.add("DequantizeLinear", values, axis=0)
 
-    def shape(self, node: fx.Node) -> tuple[int, ...]:
-        """Shape of a node's value for a batch of 2."""
-        return tuple(node.meta["tensor_meta"].shape)
-
     def model(self) -> Any:
         """The model, with input ``images`` (N, …) and output ``logits``; N is free."""
         helper, kind = self.helper, require("onnx").TensorProto.FLOAT
         classes = next(x for x in self.graph if x.op == "output").all_input_nodes[0]
         ends = [
             helper.make_tensor_value_info(name, kind, ["batch", *shape[1:]])
-            for name, shape in (("images", self.example.shape), ("logits", self.shape(classes)))
+            for name, shape in (("images", self.example.shape), ("logits", shape_of(classes)))
         ]
         constants = list(self.constants.values())
         graph = helper.make_graph(self.nodes, "adq_train", ends[:1], ends[1:], constants)
@@ -247,7 +243,7 @@ def _window(settings: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _adaptive(q: QdqGraph, node: fx.Node, of: Operation, inputs: list[Value]) -> Value | None:
-    before, after = (q.shape(x)[2:] for x in (of.inputs[0], node))
+    before, after = (shape_of(x)[2:] for x in (of.inputs[0], node))
     if before == after:
         return inputs[0]
     if after == (1, 1):
@@ -259,7 +255,7 @@ def _adaptive(q: QdqGraph, node: fx.Node, of: Operation, inputs: list[Value]) ->
 
 
 def _flatten(q: QdqGraph, node: fx.Node, of: Operation, inputs: list[Value]) -> Value | None:
-    rank = len(q.shape(of.inputs[0]))
+    rank = len(shape_of(of.inputs[0]))
     if of.settings["start_dim"] != 1 or of.settings["end_dim"] not in (-1, rank - 1):
         return None
     value = inputs[0]
@@ -283,7 +279,7 @@ def _slice(q: QdqGraph, node: fx.Node, of: Operation, inputs: list[Value]) -> Va
 
 def _pad(q: QdqGraph, node: fx.Node, of: Operation, inputs: list[Value]) -> Value:
     value, pairs = inputs[0], list(of.settings["pad"])
-    rank = len(q.shape(of.inputs[0]))
+    rank = len(shape_of(of.inputs[0]))
     pairs = pairs + [0] * (2 * rank - len(pairs))
     before, after = pairs[0::2][::-1], pairs[1::2][::-1]
     zero = np.uint8(value.zero_point) if value.step is not None else np.float32(0)

@@ -59,6 +59,12 @@ class Row:
         target = str(self.settings.get("distillation._target_", "NoDistillation"))
         return not target.endswith("NoDistillation")
 
+    def mean(self, name: str) -> float:
+        """Mean of a field that every finished run has; see :meth:`summary`."""
+        found = self.summary(name)
+        assert found is not None
+        return found.mean
+
     def summary(self, name: str) -> Summary | None:
         """Mean and spread of a field of the result or the allocation, or of the training loss."""
         values = []
@@ -280,7 +286,7 @@ def difference_of(row: Row, reference: Row | None) -> Difference | None:
 def _more_bits(row: Row, reference: Row) -> tuple[float, float]:
     """What a row's bits are beyond its reference's: one budget may be used up by one of them."""
     weights, inputs = (
-        row.summary(name).mean - reference.summary(name).mean  # type: ignore[union-attr]
+        row.mean(name) - reference.mean(name)
         for name in ("average_weight_bits", "average_activation_bits")
     )
     return weights, inputs

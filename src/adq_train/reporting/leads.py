@@ -65,18 +65,12 @@ def is_ours(row: Row) -> bool:
 
 def _alike(one: Row, other: Row) -> bool:
     near = abs(_size(other) / _size(one) - 1) <= SAME_SHARE
-    inputs = _mean(one, "average_activation_bits") - _mean(other, "average_activation_bits")
+    inputs = one.mean("average_activation_bits") - other.mean("average_activation_bits")
     return near and abs(inputs) < SAME_BITS
 
 
 def _size(row: Row) -> float:
-    return _mean(row, "model_size_bytes")
-
-
-def _mean(row: Row, name: str) -> float:
-    found = row.summary(name)
-    assert found is not None
-    return found.mean
+    return row.mean("model_size_bytes")
 
 
 def _validation(row: Row) -> float:

@@ -110,7 +110,7 @@ def lead_table(section: Section) -> list[list[str]]:
     """Ours beside the best rival at each size, in the order of :data:`LEAD_HEADINGS`."""
     return [
         [
-            kilobytes(lead.ours.summary("model_size_bytes").mean),  # type: ignore[union-attr]
+            kilobytes(lead.ours.mean("model_size_bytes")),
             f"{lead.ours.name}{_chosen(lead.among[0])}",
             plus_minus(lead.ours.summary("qat_top1_percent")),
             f"{lead.rival.name}{_chosen(lead.among[1])}",
@@ -187,28 +187,15 @@ def _cells(
 ) -> list[str]:
     if not row.runs:
         return [row.name, "0", *[NONE] * (len(HEADINGS) - 2)]
-    weights, activations, every, size = (
-        row.summary(name)
-        for name in (
-            "average_weight_bits",
-            "average_activation_bits",
-            "average_weight_bits_all_layers",
-            "model_size_bytes",
-        )
-    )
-    assert weights
-    assert activations
-    assert every
-    assert size
     return [
         row.name,
         str(len(row.runs)),
         plus_minus(row.summary("qat_top1_percent")),
         NONE if difference is None else f"{difference.mean:+.2f}",
         plus_minus(row.summary("fp_top1_percent")),
-        f"{weights.mean:.2f} / {activations.mean:.2f}",
-        f"{every.mean:.2f}",
-        kilobytes(size.mean),
+        f"{row.mean('average_weight_bits'):.2f} / {row.mean('average_activation_bits'):.2f}",
+        f"{row.mean('average_weight_bits_all_layers'):.2f}",
+        kilobytes(row.mean("model_size_bytes")),
         plus_minus(row.summary("final_train_loss"), ".3g") + (", taught" if row.taught else ""),
         wording(difference, is_reference),
         "; ".join(f"{x}, {x.source}" for x in figures) or NONE,
