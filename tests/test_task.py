@@ -296,7 +296,7 @@ def last_axis(net, batch):
         ({"bits": {"middle": 9}}, "bits: bits.middle must be 2 … 8"),
         ({"bits": {"middle": 3}}, "no pattern of middle matches right, names"),
         ({"bit_widths": (1, 2)}, "bit_widths: must be one or more of 2 … 8"),
-        ({"tied": False, "sensitivity": Perturbation("mse")}, "bits.tied: false needs"),
+        ({"tied": False, "sensitivity": Perturbation("mse")}, "tied: false needs"),
     ],
     ids=lambda x: next(iter(x)) if isinstance(x, dict) else "",
 )

@@ -169,6 +169,12 @@ class Recipe:
         except (ValueError, TypeError, AttributeError) as error:
             raise UserError(f"bits: {error}") from error
 
+    def own_names(self) -> dict[str, str]:
+        """More settings that are arguments, beside :data:`.options.ARGUMENTS`."""
+        names = {} if self.bits is None else {"allocator.bits": "bits"}
+        in_budget = "average_weight_bits" in (self.budget or {})
+        return names if in_budget else {**names, "budget.average_weight_bits": "average_bits"}
+
     def quantizers(self, platform: Target) -> Makers:
         """The makers of quantizers of weights and of inputs, as they are asked for."""
         return self.make_weight_quantizer, self.make_activation_quantizer or platform.inputs
@@ -204,7 +210,12 @@ def taking(recipe: Callable[Settings, Recipe]) -> Callable[..., Quantize[Setting
             for name in [x for x in named if x not in settings]:
                 hint = did_you_mean(name, settings) or f"; it takes {', '.join(settings)}"
                 raise TypeError(f"{function.__name__}() has no argument {name!r}{hint}")
-            return function(model, calibration_batches, recipe(*given, **named))
+            asked = recipe(*given, **named)
+            try:
+                return function(model, calibration_batches, asked)
+            except UserError as error:
+                error.args = (options.in_python(str(error), asked.own_names()),)
+                raise
 
         functools.update_wrapper(quantize, function)
         signature = inspect.signature(function)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import fields
 
@@ -24,6 +25,33 @@ from adq_train.settings.schema import BitsConfig, BudgetConfig
 log = logging.getLogger(__name__)
 
 Sensitivity = SensitivityMetric | SensitivityTable | Mapping[str, Mapping[int, float]] | str
+
+# What messages call by the names of settings, and the arguments of quantize() that these are.
+ARGUMENTS = {
+    "bits.candidates_per_layer": "candidates",
+    "bits.candidates": "bit_widths",
+    "bits.first_last": "first_last_bits",
+    "bits.full_precision": "full_precision",
+    "bits.pinned": "pinned",
+    "bits.tied": "tied",
+}
+VALUES = {"=null": "=None", "=true": "=True", "=false": "=False"}
+
+
+def in_python(message: str, more: Mapping[str, str]) -> str:
+    """A message with arguments and their values where it has settings.
+
+    Args:
+        message: For a user of the command line.
+        more: Settings that are arguments of this call, besides :data:`ARGUMENTS`.
+    """
+    names = {**ARGUMENTS, **more}
+    settings, values = ("|".join(map(re.escape, x)) for x in (names, VALUES))
+    return re.sub(
+        rf"\b({settings})\b({values})?",
+        lambda found: names[found[1]] + VALUES.get(found[2], ""),
+        message,
+    )
 
 
 def limits(budget: Mapping[str, float | str], average_bits: float | None) -> BudgetConfig:

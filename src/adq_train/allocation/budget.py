@@ -187,7 +187,7 @@ class Problem:
         if not self.mixed:
             raise UserError(
                 "bits: every layer of the model is pinned, so there is nothing to allocate; set "
-                "bits.first_last=null (in Python first_last_bits=None), or pin fewer in bits.pinned"
+                "bits.first_last=null, or pin fewer in bits.pinned"
             )
         least = {x.name: self.options(x)[0] for x in self.layers}
         most = {x.name: self.options(x)[-1] for x in self.layers}
