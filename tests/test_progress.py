@@ -78,7 +78,7 @@ def test_the_bar_fits_into_eighty_columns_and_any_encoding(monkeypatch, encoding
     )
 
 
-def test_a_long_step_is_told_of_without_a_terminal(monkeypatch, caplog):
+def test_a_long_epoch_is_told_of_without_a_terminal(monkeypatch, caplog):
     times = iter([0.0, 25.0, 31.0, 32.0])
     monkeypatch.setattr(progress.time, "monotonic", lambda: next(times))
     monkeypatch.setattr(sys, "stderr", Screen(False))
